@@ -1,0 +1,1 @@
+"""What runs a loss: the plan, the chunk loops, the operators registered with PyTorch."""

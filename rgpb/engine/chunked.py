@@ -1,0 +1,354 @@
+"""The chunk loops: library products into one reused buffer, row kernels between them.
+
+    score            Z = X Wᵀ → (z_y, lse_other, H_o), and O = Q W where the hidden gradient will be asked for
+    single_pass      the same, and at once D from the chunk's coefficients: dX = D W, dW += Dᵀ X
+    head_gradient    Z again, slice by slice of V: dW = Dᵀ X finished per slice
+    hidden_gradient  Z again, dX = D W (only where the entropy has a gradient)
+
+Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O needs no second look at the logits.
+All loops run without autograd and without autocast, over the rows that aren't ignored.
+
+Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.plan import Sizes, convert_rows, row_chunk, sizes, slice_chunk
+from rgpb.kernels.torch_rows import Epilogue, dlogits_, statistics_
+
+Rows = slice | Tensor
+Statistics = tuple[Tensor, Tensor, Tensor | None]
+Upstream = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Problem(NamedTuple):
+    """One call, flattened: hidden [P, H], weight [V, H], bias [V] or None, target int64 [P]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    softcap: float | None
+    scale: float
+    ignore_index: int
+    workspace: int
+    compute_dtype: torch.dtype
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes(*self.weight.shape, self.weight.dtype, self.compute_dtype, self.weight.device.type)
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        return {2: self.compute_dtype, 4: torch.float32, 8: torch.float64}[self.sizes.gemm]
+
+    def epilogue(self) -> Epilogue:
+        bias = None if self.bias is None else self.bias.to(self.acc_dtype)
+        return Epilogue(bias, self.softcap, self.scale)
+
+
+class Kept:
+    """The positions that aren't ignored, in order. Where all are kept nothing is gathered: rows are views."""
+
+    def __init__(self, target_P: Tensor, ignore_index: int):
+        index = (target_P != ignore_index).nonzero().squeeze(1)
+        self.count = len(index)
+        self.index = None if self.count == len(target_P) else index
+
+    def rows(self, *ranges: tuple[int, int]) -> Rows:
+        """The positions of the kept rows start … stop of each range, one after the other."""
+        if self.index is None:
+            if len(ranges) == 1:
+                return slice(*ranges[0])
+            return torch.cat([torch.arange(*r) for r in ranges])
+        return torch.cat([self.index[start:stop] for start, stop in ranges])
+
+
+class Products:
+    """The matrix products of one sweep, with their buffers. Results are in the accumulator's dtype, or 16-bit on CUDA."""
+
+    def __init__(self, p: Problem, rows: int):
+        self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
+        vocab, width = p.weight.shape
+        self.logits_buffer = p.hidden.new_empty(rows, vocab, dtype=p.acc_dtype)
+        self.converted = p.hidden.new_empty(convert_rows(self.sizes), width, dtype=self.dtype)
+        self.half = self.dtype.itemsize == 2
+
+    def inputs(self, rows: Rows) -> Tensor:
+        return self.p.hidden[rows].to(self.dtype)
+
+    def weight(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the products' dtype: whole where it is, else converted slice by slice."""
+        if not self.sizes.convert:
+            yield slice(0, self.sizes.vocab), self.p.weight
+            return
+        for part in spans(self.sizes.vocab, len(self.converted)):
+            converted = self.converted[: part.stop - part.start]
+            yield part, converted.copy_(self.p.weight[part])
+
+    def logits(self, x_CH: Tensor) -> Tensor:
+        """X Wᵀ in float32 (float64) before anything is rounded. [C, V]"""
+        z = self.logits_buffer[: len(x_CH)]
+        for part, weight in self.weight():
+            mm(x_CH, weight.t(), z[:, part])
+        return z
+
+    def half_view(self, z_CV: Tensor) -> Tensor | None:
+        """16-bit [C, V] over the first half of each row's bytes, where the products take 16-bit operands."""
+        return z_CV.view(self.dtype)[:, : z_CV.shape[1]] if self.half else None
+
+    def hidden(self, d_CV: Tensor, out_CH: Tensor) -> Tensor:
+        """D W into `out_CH`."""
+        for part, weight in self.weight():
+            mm(d_CV[:, part], weight, out_CH, accumulate=part.start > 0)
+        return out_CH
+
+
+class HeadSum:
+    """dW = Σ Dᵀ X over chunks. In place where the weight is 32-bit or one chunk is all; else in a float32 buffer."""
+
+    def __init__(self, p: Problem, products: Products, weight: bool, bias: bool, chunks: int):
+        self.p, self.products, self.fresh = p, products, True
+        self.dweight = torch.empty_like(p.weight) if weight else None
+        self.dbias = p.hidden.new_zeros(p.weight.shape[0], dtype=p.acc_dtype) if bias else None
+        self.sum = self.dweight
+        if weight and products.sizes.accumulate and chunks > 1:
+            self.sum = torch.empty_like(p.weight, dtype=torch.float32)
+
+    def add(self, d_CV: Tensor, x_CH: Tensor) -> None:
+        if self.dbias is not None:
+            self.dbias.add_(d_CV.sum(0, dtype=self.dbias.dtype))
+        if self.sum is not None:
+            # 16-bit results of float32 operands pass through a slice of float32
+            step = len(self.sum) if self.sum.dtype == d_CV.dtype or self.products.half else len(self.products.converted)
+            for part in spans(len(self.sum), step):
+                if step == len(self.sum):
+                    mm(d_CV.t(), x_CH, self.sum, accumulate=not self.fresh)
+                else:
+                    self.sum[part] = d_CV[:, part].t() @ x_CH
+        self.fresh = False
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.fresh and self.sum is not None:
+            self.sum.zero_()
+        if self.dweight is not None and self.sum is not None and self.sum is not self.dweight:
+            self.dweight.copy_(self.sum)
+        return self.dweight, None if self.dbias is None else self.dbias.to(self.p.weight.dtype)
+
+
+def spans(total: int, step: int) -> Iterator[slice]:
+    """0 … total in steps."""
+    for start in range(0, total, max(step, 1)):
+        yield slice(start, min(start + step, total))
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA)."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            torch.addmm(out, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def check_rows(p: Problem, kept: Kept) -> None:
+    """Refuse what would turn into a finite but wrong loss.
+
+    Raises:
+        ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
+    """
+    vocab = p.weight.shape[0]
+    outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != p.ignore_index)
+    rows = kept.rows((0, kept.count))
+    finite = torch.isfinite(p.hidden).all(1)[rows] if kept.count else outside.new_ones(0)
+    ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
+    if not ok[0]:
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: expected values in [0, {vocab}) or ignore_index={p.ignore_index}, "
+            f"got {int(p.target[at])} at flat position {at}"
+        )
+    if not ok[1]:
+        at = int((~finite).nonzero()[0])
+        at = at if isinstance(rows, slice) else int(rows[at])
+        raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {at}")
+
+
+def score(p: Problem, entropy: bool, accumulate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(z_y, lse_other, H_o) [P], 0 at ignored positions, and O [P, H] in the hidden dtype; H_o and O empty unless asked for."""
+    kept = Kept(p.target, p.ignore_index)
+    check_rows(p, kept)
+    z_y, lse_other = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(2))
+    h_o = torch.zeros_like(z_y) if entropy else z_y.new_empty(0)
+    accumulated = torch.zeros_like(p.hidden) if accumulate else p.hidden.new_empty(0)
+    step, _ = row_chunk(p.sizes, p.workspace, kept.count)
+    products, epilogue = Products(p, step), p.epilogue()
+    for chunk in spans(kept.count, step):
+        rows = kept.rows((chunk.start, chunk.stop))
+        z, y = products.logits(products.inputs(rows)), p.target[rows]
+        statistics = statistics_(z, y, epilogue, entropy)
+        z_y[rows], lse_other[rows] = statistics[:2]
+        if statistics[2] is not None:
+            h_o[rows] = statistics[2]
+        if accumulate:
+            softmax = (torch.zeros_like(statistics[0]), torch.ones_like(statistics[0]), None)
+            q = dlogits_(z, y, *statistics[:2], softmax, epilogue, out=products.half_view(z))
+            into_rows(accumulated, rows, products, q)
+    return z_y, lse_other, h_o, accumulated
+
+
+def finish_hidden_(p: Problem, accumulated: Tensor, z_y: Tensor, g_zy: Tensor, g_lo: Tensor) -> None:
+    """O → dX = g_zy · w_y + g_lo · O in place, a few rows at a time. [P, H]"""
+    if p.softcap is not None:
+        g_zy = g_zy * (1 - (z_y / p.softcap) ** 2)
+    kept = p.target != p.ignore_index
+    g_zy, g_lo = torch.where(kept, g_zy * p.scale, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
+    target = torch.where(kept, p.target, 0)
+    step = max(1, min(1 << 24, p.workspace) // (4 * 8 * p.weight.shape[1]))
+    for rows in spans(len(target), step):
+        dx = accumulated[rows].to(p.acc_dtype).mul_(g_lo[rows])
+        accumulated[rows] = dx.addcmul_(p.weight[target[rows]].to(p.acc_dtype), g_zy[rows])
+
+
+def single_pass(
+    p: Problem,
+    chunks: Iterator[tuple[Rows, Callable[[Statistics], Upstream]]],
+    kept: Kept,
+    need: tuple[bool, bool, bool],
+    entropy: bool,
+) -> tuple[Statistics, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in the forward. `chunks` yields rows and what turns their statistics into coefficients.
+
+    A chunk with more rows than the workspace holds is swept twice: for its statistics, then for its gradients.
+
+    Returns:
+        (z_y, lse_other, H_o) [P], dhidden [P, H], dweight [V, H], dbias [V]; None where `need` says so.
+    """
+    head, tokens = p.sizes, kept.count
+    rows_that_fit, _ = row_chunk(head, p.workspace, tokens)
+    if head.accumulate and rows_that_fit < tokens:
+        rows_that_fit, _ = row_chunk(head, p.workspace, tokens, accumulator=True)
+    z_y, lse_other = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(2))
+    h_o = torch.zeros_like(z_y) if entropy else None
+    dhidden = torch.zeros_like(p.hidden) if need[0] else None
+    products, epilogue = Products(p, rows_that_fit), p.epilogue()
+    total = HeadSum(p, products, need[1], need[2], chunks=-(-tokens // max(rows_that_fit, 1)))
+
+    def sweep(rows: Rows) -> Tensor:
+        z = products.logits(products.inputs(rows))
+        statistics = statistics_(z, p.target[rows], epilogue, entropy)
+        z_y[rows], lse_other[rows] = statistics[:2]
+        if h_o is not None:
+            h_o[rows] = statistics[2]
+        return z
+
+    for rows, coefficients in chunks:
+        blocks = split_rows(rows, rows_that_fit)
+        z = p.hidden  # replaced below: there is at least one block
+        for block in blocks:
+            z = sweep(block)
+        g_zy, g_lo, _ = coefficients((z_y[rows], lse_other[rows], None if h_o is None else h_o[rows]))
+        for block, part in zip(blocks, spans(len(g_zy), rows_that_fit)):
+            if len(blocks) > 1:
+                z = sweep(block)
+            d = dlogits_(
+                z, p.target[block], z_y[block], lse_other[block], (g_zy[part], g_lo[part], None), epilogue,
+                out=products.half_view(z),
+            )  # fmt: skip
+            if dhidden is not None:
+                into_rows(dhidden, block, products, d)
+            total.add(d, products.inputs(block))
+    return (z_y, lse_other, h_o), dhidden, *total.finished()
+
+
+def head_gradient(
+    p: Problem, statistics: Statistics, upstream: Upstream, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, H] and db [V]: logits again for a slice of V, all rows; each slice of dW is complete when it is left."""
+    kept = Kept(p.target, p.ignore_index)
+    vocab, width = p.weight.shape
+    if not kept.count:
+        return torch.zeros_like(p.weight) if need_weight else None, p.weight.new_zeros(vocab) if need_bias else None
+    dweight = torch.empty_like(p.weight) if need_weight else None
+    dbias = p.hidden.new_zeros(vocab, dtype=p.acc_dtype) if need_bias else None
+    rows_step, slice_step, _ = slice_chunk(p.sizes, p.workspace, kept.count)
+    dtype, acc, epilogue = p.gemm_dtype, p.acc_dtype, p.epilogue()
+    buffer = p.hidden.new_empty(rows_step * slice_step, dtype=acc)
+    for part in spans(vocab, slice_step):
+        weight = p.weight[part].to(dtype)
+        z_buffer = buffer.view(rows_step, slice_step)
+        if part.stop - part.start < slice_step:  # the last slice: keep its rows contiguous
+            z_buffer = buffer[: rows_step * len(weight)].view(rows_step, len(weight))
+        dw = None
+        if dweight is not None:
+            in_place = dweight.dtype == acc
+            dw = dweight[part] if in_place else p.hidden.new_empty(len(weight), width, dtype=acc)
+        for chunk in spans(kept.count, rows_step):
+            rows = kept.rows((chunk.start, chunk.stop))
+            x, z = p.hidden[rows].to(dtype), z_buffer[: chunk.stop - chunk.start]
+            mm(x, weight.t(), z)
+            d = recomputed_dlogits_(p, z, rows, part, statistics, upstream, epilogue.slice(part.start, part.stop))
+            if dw is not None:
+                mm(d.t(), x, dw, accumulate=chunk.start > 0)
+            if dbias is not None:
+                dbias[part] += d.sum(0, dtype=acc)
+        if dweight is not None and dw is not None and not in_place:
+            dweight[part] = dw
+    return dweight, None if dbias is None else dbias.to(p.weight.dtype)
+
+
+def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> Tensor:
+    """dX [P, H] with the logits formed again: where H_o has a gradient, O alone doesn't give it."""
+    kept = Kept(p.target, p.ignore_index)
+    dhidden = torch.zeros_like(p.hidden)
+    step, _ = row_chunk(p.sizes, p.workspace, kept.count)
+    products, epilogue = Products(p, step), p.epilogue()
+    whole = slice(0, p.weight.shape[0])
+    for chunk in spans(kept.count, step):
+        rows = kept.rows((chunk.start, chunk.stop))
+        z = products.logits(products.inputs(rows))
+        d = recomputed_dlogits_(p, z, rows, whole, statistics, upstream, epilogue)
+        into_rows(dhidden, rows, products, d)
+    return dhidden
+
+
+def recomputed_dlogits_(
+    p: Problem, z: Tensor, rows: Rows, part: slice, statistics: Statistics, upstream: Upstream, epilogue: Epilogue
+) -> Tensor:
+    """Products of `rows` with the slice `part` of the head → their gradients, 16-bit where the products are."""
+    y = p.target[rows] - part.start
+    y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
+    at = [None if t is None else t[rows] for t in (*statistics, *upstream)]
+    z_y, lse_other, h_o, g_zy, g_lo, g_ho = at
+    half = z.view(p.gemm_dtype)[:, : z.shape[1]] if p.sizes.gemm == 2 else None
+    return dlogits_(z, y, z_y, lse_other, (g_zy, g_lo, g_ho), epilogue, h_o, out=half, raw=True)  # type: ignore[arg-type]
+
+
+def into_rows(out: Tensor, rows: Rows, products: Products, d_CV: Tensor) -> None:
+    """out[rows] = D W, straight into place where the rows are a view of the right dtype."""
+    if isinstance(rows, slice) and out.dtype in (d_CV.dtype, products.p.acc_dtype) and not products.half:
+        products.hidden(d_CV, out[rows])
+    else:
+        into = d_CV.new_empty(len(d_CV), out.shape[1], dtype=products.p.acc_dtype)
+        out[rows] = products.hidden(d_CV, into).to(out.dtype)
+
+
+def split_rows(rows: Rows, step: int) -> list[Rows]:
+    """`rows` in pieces of at most `step`."""
+    if isinstance(rows, Tensor):
+        return list(rows.split(step)) if len(rows) else []
+    return [slice(rows.start + s.start, rows.start + s.stop) for s in spans(rows.stop - rows.start, step)]

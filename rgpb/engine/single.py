@@ -1,0 +1,168 @@
+"""`rgpb::single_pass`: the loss and its gradients in one sweep, 3 units of work instead of 4.
+
+A chunk of whole units (pairs; or any tokens, where the objective couples none) is scored, the objective gives its coefficients,
+and the logits at hand become gradients at once. The operator takes the objective by its registered name, so that
+`torch.compile` sees a tensor function.
+
+Dimensions: P positions, B responses, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgpb.engine import chunked
+from rgpb.engine.plan import row_chunk
+from rgpb.layout import Layout, Responses, TokenScores
+from rgpb.logprob import refuse_double_backward, token_scores
+from rgpb.objectives import OBJECTIVES, unit_values
+
+
+def encode_options(options: dict[str, Any]) -> str:
+    """Options of numbers, strings and booleans as one string, for the operator's signature."""
+    return ",".join(f"{key!r}:{value!r}" for key, value in sorted(options.items()))
+
+
+def encodable(options: dict[str, Any]) -> bool:
+    """Whether `encode_options` can carry them."""
+    return all(value is None or isinstance(value, bool | int | float | str) for value in options.values())
+
+
+@torch.library.custom_op("rgpb::single_pass", mutates_args=())
+def single_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lengths: Tensor, label: Tensor | None,
+    ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None, objective: str, options: str, mean: bool,
+    softcap: float | None, scale: float, ignore_index: int, workspace: int, compute_dtype: torch.dtype,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, z_y, lse_other, H_o, dhidden, dweight, dbias); what isn't needed is empty.
+
+    lengths: int64 [B], positions per response; ref_*: [P] or [B]; mean: whether the loss is the units' mean or sum.
+    """
+    spec, chosen_options = OBJECTIVES[objective], ast.literal_eval("{" + options + "}")
+    problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
+    kept = chunked.Kept(target, ignore_index)
+    chunked.check_rows(problem, kept)
+    mask = target != ignore_index
+    count = torch.segment_reduce(mask.double(), "sum", lengths=lengths, axis=0, initial=0.0).long()
+    units = len(count) // 2 if spec.unit == "pair" else len(count)
+    total = hidden.new_zeros((), dtype=torch.float64)
+
+    def coefficients(
+        rows: chunked.Rows, part: Layout, responses: Tensor | slice
+    ) -> Callable[[chunked.Statistics], chunked.Upstream]:
+        def selected(x: Tensor | None, index: Any) -> Tensor | None:
+            return None if x is None else x[index]
+
+        ref = None
+        if ref_logp is not None and ref_log_odds is not None:
+            ref = TokenScores(ref_logp[rows], ref_log_odds[rows], torch.zeros_like(ref_logp[rows]))
+
+        def of(statistics: chunked.Statistics) -> chunked.Upstream:
+            def value(z_y: Tensor, lse_other: Tensor) -> Tensor:
+                policy = token_scores(z_y, lse_other, statistics[2], mask=None, entropy=False)
+                seen = Responses(policy, ref, selected(ref_sums, responses), selected(label, responses), part)
+                values = unit_values(spec, seen, chosen_options).sum()
+                return values / units if mean else values
+
+            (g_zy, g_lo), part_value = torch.func.grad_and_value(value, argnums=(0, 1))(*statistics[:2])
+            total.add_(part_value.double())
+            return g_zy, g_lo, None
+
+        return of
+
+    def chunks() -> Iterator[tuple[chunked.Rows, Callable[[chunked.Statistics], chunked.Upstream]]]:
+        step, _ = row_chunk(problem.sizes, workspace, kept.count)
+        if problem.sizes.accumulate and step < kept.count:
+            step, _ = row_chunk(problem.sizes, workspace, kept.count, accumulator=True)
+        ends = count.cumsum(0)
+        if spec.couples == "token":
+            for chunk in chunked.spans(kept.count, step):
+                inside = ends.clamp(chunk.start, chunk.stop) - (ends - count).clamp(chunk.start, chunk.stop)
+                rows = kept.rows((chunk.start, chunk.stop))
+                yield rows, coefficients(rows, Layout(len(count), inside, count, None), slice(None))
+            return
+        end = [0, *ends.tolist()]
+        for first, last in pack_pairs(end, step):
+            ranges = [(end[first], end[last]), (end[units + first], end[units + last])]
+            rows = kept.rows(*ranges)
+            members = torch.arange(first, last, device=count.device)
+            members = torch.cat([members, members + units])
+            whole = Layout(len(members), count[members], count[members], None)
+            yield rows, coefficients(rows, whole, members)
+
+    need = (need_hidden, need_weight, need_bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        statistics, *gradients = chunked.single_pass(problem, chunks(), kept, need, spec.entropy)
+    z_y, lse_other, h_o = statistics
+    made = [hidden.new_empty(0) if g is None else g for g in gradients]
+    return total.to(z_y.dtype), z_y, lse_other, z_y.new_empty(0) if h_o is None else h_o, *made  # type: ignore[return-value]
+
+
+def pack_pairs(end: list[int], step: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole pairs of at most `step` tokens; a pair longer than that is a run of its own. `end`: token offsets [2U+1]."""
+    units = (len(end) - 1) // 2
+    first = tokens = 0
+    for unit in range(units):
+        more = end[unit + 1] - end[unit] + end[units + unit + 1] - end[units + unit]
+        if tokens and tokens + more > step:
+            yield first, unit
+            first, tokens = unit, 0
+        tokens += more
+    if tokens:
+        yield first, units
+
+
+@single_pass.register_fake
+def _(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, objective, options, mean, softcap, scale,
+    ignore_index, workspace, compute_dtype, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    statistic = hidden.new_empty(target.shape, dtype=acc)
+    return (
+        hidden.new_empty((), dtype=acc),
+        statistic,
+        torch.empty_like(statistic),
+        torch.empty_like(statistic) if OBJECTIVES[objective].entropy else statistic.new_empty(0),
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
+        weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.gradients = list(output[4:])  # given away in the backward: one copy of dweight is all there is
+    ctx.tensors = len([x for x in inputs[:9] if isinstance(x, Tensor)])
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
+    refuse_double_backward()
+    needs = ctx.needs_input_grad[:3]
+    if g is None:
+        return (None,) * 20
+    if not ctx.gradients:  # a second backward through the same graph
+        ctx.gradients = list(torch.ops.rgpb.single_pass(*ctx.saved_tensors, *ctx.options)[4:])
+    made = []
+    while ctx.gradients:
+        made.append(_scale_(ctx.gradients.pop(0), g))
+    return *[x if need else None for x, need in zip(made, needs)], *[None] * 17
+
+
+def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
+    """Times the upstream scalar, in place; on a CPU nothing is touched for the usual 1."""
+    if gradient.device.type == "cpu" and not torch.compiler.is_compiling() and type(g) is Tensor and g.item() == 1:
+        return gradient
+    return gradient.mul_(g.to(gradient.dtype) if gradient.dtype == torch.float64 else g)
+
+
+single_pass.register_autograd(_backward, setup_context=_setup)

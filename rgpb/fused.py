@@ -1,0 +1,341 @@
+"""The losses: from hidden states and the LM head to the loss and its gradients; the logits never exist.
+
+    from rgpb.fused import bnf_loss
+    loss = bnf_loss(hidden, head, target, label, ref=ref_scores)
+
+One function, `fused_loss`, serves all objectives; each `<name>_loss` is `fused_loss` with that objective and its options.
+
+Dimensions: B responses, T padded length, N packed length, V vocabulary, H hidden size, U units (responses or pairs).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgpb.engine.plan import DEFAULT_WORKSPACE, Plan, plan, sizes
+from rgpb.engine.single import encodable, encode_options
+from rgpb.head import LMHead
+from rgpb.layout import Layout, Responses, TokenScores, pairs
+from rgpb.logprob import check_inputs, compute_dtype, linear_logprob, raw_scores, token_scores
+from rgpb.objectives import OBJECTIVES, Objective, resolve, unit_values
+
+Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Tensor | LMHead,
+    target: Tensor,
+    *,
+    objective: str | Callable[..., Tensor],
+    label: Tensor | None = None,
+    ref: Reference | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    impl: str = "auto",
+    workspace: int = DEFAULT_WORKSPACE,
+    **options: Any,
+) -> Any:
+    """Any objective over the token scores, with gradients for hidden, weight and bias.
+
+    Args:
+        hidden: [B, T, H], or packed [N, H] with `cu_seqlens`. float64, float32, bfloat16 or float16.
+        head: weight [V, H], or an `LMHead` (bias, soft-cap, scale).
+        target: int64 [B, T] or [N]: the token that `hidden` at the same place predicts; `ignore_index` on prompt and padding.
+            For an objective of pairs the responses are stacked `[chosen; rejected]`.
+        objective: a name in `rgpb.objectives.OBJECTIVES`, or a function of `Responses` that returns one value per response or pair.
+        label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf).
+        ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token log-probabilities in the
+            shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or, where sums are enough (dpo, ipo),
+            [B] sums of log-probabilities.
+        cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
+        ignore_index: positions with this target don't count.
+        reduction: "mean" over units, "sum", or "none" for one value per unit.
+        return_metrics: also return a dict of detached 0-d tensors (`metrics`).
+        impl: "auto" or "torch".
+        workspace: bytes held at most beyond inputs and gradients; default 512 MiB.
+        **options: the objective's own (`beta`, …).
+
+    Returns:
+        The loss, float32 (float64 for float64 input), 0-d or [U]; with `return_metrics`, (loss, metrics).
+
+    Raises:
+        ValueError: as `linear_logprob`; and a missing or surplus `ref` or `label`, labels other than bool or ±1, an odd number of
+            responses for pairs, `cu_seqlens` that don't fit, an unknown objective, option or reduction.
+    """
+    head = check_inputs(hidden, head, target, impl, workspace)
+    spec = resolve(objective)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    unknown = set(options) - set(spec.options())
+    if unknown and not _takes_any(spec.function):
+        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options())}, got {sorted(unknown)}")
+    layout = make_layout(target, cu_seqlens, ignore_index)
+    if spec.unit == "pair" and layout.responses % 2:
+        raise ValueError(
+            f"target: expected an even number of responses, stacked [chosen; rejected], for {spec.name}, got {layout.responses}"
+        )
+    label = check_label(spec, label, layout.responses, hidden)
+    ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
+    chosen = call_plan(hidden, head, spec, reduction, workspace, options)
+    if chosen.path == "single":
+        loss, *raw = torch.ops.rgpb.single_pass(
+            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), _lengths(layout, target), label,
+            None if ref_scores is None else ref_scores.logp, None if ref_scores is None else ref_scores.log_odds,
+            ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale, ignore_index, workspace,
+            compute_dtype(hidden), hidden.requires_grad, head.weight.requires_grad,
+            head.bias is not None and head.bias.requires_grad,
+        )[:4]  # fmt: skip
+        z_y, lse_other, h_o = raw[0], raw[1], raw[2] if spec.entropy else None
+    else:
+        z_y, lse_other, h_o = (
+            None if x is None else x.view(-1)
+            for x in raw_scores(hidden, head, target, ignore_index, spec.entropy, spec.entropy_grad, workspace)
+        )  # type: ignore[assignment]
+    responses = Responses(
+        token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False), ref_scores, ref_sums, label, layout
+    )
+    if chosen.path != "single":
+        values = unit_values(spec, responses, options)
+        if reduction != "none":
+            values = values.mean() if reduction == "mean" and values.numel() else values.sum()
+        loss = values.to(z_y.dtype)
+    if not return_metrics:
+        return loss
+    with torch.no_grad():
+        return loss, metrics(responses, spec, options)
+
+
+def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What goes with every objective, as detached 0-d tensors; nan where a batch has no such response.
+
+    `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus the mean token log-probability of the chosen, per response,
+    averaged. `agility`: mean over pairs (or labels) of e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §4).
+    With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs `rewards/accuracies`; β = 1 where there is none.
+    Without labels or pairs all responses count as chosen.
+    """
+    total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
+    count = responses.layout.count
+    if spec.unit == "pair":
+        half = len(total) // 2
+        good = torch.arange(len(total), device=total.device) < half
+    else:
+        good = torch.ones_like(count, dtype=torch.bool) if responses.label is None else responses.label > 0
+    good, bad = good & (count > 0), ~good & (count > 0)
+
+    def average(values: Tensor, which: Tensor) -> Tensor:
+        return torch.where(which, values, 0).sum() / which.sum()
+
+    out = {"logps/chosen": average(total, good), "perplexity": average(torch.exp(-mean), good)}
+    if spec.unit == "pair" or responses.label is not None:
+        out["logps/rejected"] = average(total, bad)
+        out["agility"] = average(mean.exp(), good) - average(mean.exp(), bad)
+    if responses.ref_sums is not None:
+        beta = options.get("beta", spec.options().get("beta", 1.0))
+        reward = beta * responses.log_ratios().detach()
+        out["rewards/chosen"] = average(reward, good)
+        if "agility" in out:
+            out["rewards/rejected"] = average(reward, bad)
+            out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+        if spec.unit == "pair":
+            chosen, rejected = pairs(reward)
+            both = sum(pairs(count)) > 0
+            out["rewards/accuracies"] = average((chosen > rejected).double(), both)  # type: ignore[arg-type]
+    return {name: value.float() for name, value in out.items()}
+
+
+def call_plan(
+    hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any]
+) -> Plan:
+    """What `fused_loss` will run for these arguments."""
+    vocab, width = head.weight.shape
+    grad = torch.is_grad_enabled()
+    bias_grad = head.bias is not None and head.bias.requires_grad
+    registered = OBJECTIVES.get(spec.name) is spec and encodable(options)
+    return plan(
+        hidden.numel() // width,
+        sizes(vocab, width, head.weight.dtype, compute_dtype(hidden), hidden.device.type),
+        hidden_grad=grad and hidden.requires_grad,
+        weight_grad=grad and (head.weight.requires_grad or bias_grad),
+        couples=spec.couples if registered else "batch",
+        scalar=reduction != "none",
+        half=torch.float16 in (hidden.dtype, head.weight.dtype),
+        entropy_grad=spec.entropy_grad,
+        workspace=workspace,
+    )
+
+
+def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
+    """The grouping of a padded [B, T] or packed [N] target."""
+    mask = target != ignore_index
+    if cu_seqlens is None:
+        if target.ndim != 2:
+            raise ValueError(f"target: expected shape [B, T], or [N] with cu_seqlens, got {list(target.shape)}")
+        return Layout(target.shape[0], None, mask.sum(1), mask.view(-1))
+    if target.ndim != 1:
+        raise ValueError(f"target: expected packed shape [N] together with cu_seqlens, got {list(target.shape)}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: expected int32 or int64 of shape [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != target.device:
+        raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
+    lengths = cu_seqlens.long().diff()
+    if not torch.compiler.is_compiling():
+        ends = [int(cu_seqlens[0]), int(lengths.min()), int(cu_seqlens[-1])]
+        if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
+            raise ValueError(
+                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, got {cu_seqlens.tolist()[:8]} … {ends[2]}"
+            )
+    count = torch.segment_reduce(mask.double(), "sum", lengths=lengths, axis=0, initial=0.0).long()
+    return Layout(len(cu_seqlens) - 1, lengths, count, mask)
+
+
+def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
+    """The label as float64 ±1 [B]."""
+    if label is None:
+        if spec.label:
+            raise ValueError(f"label: expected [B={responses}] bool or ±1 for {spec.name}, got None")
+        return None
+    if not spec.label and spec.name in OBJECTIVES:
+        raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
+    if label.shape != (responses,):
+        raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
+    if label.device != hidden.device:
+        raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
+    if label.dtype == torch.bool:
+        return label.double() * 2 - 1
+    if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
+        raise ValueError(f"label: expected bool or values of ±1, got {label[label.abs() != 1][:4].tolist()}")
+    return label.double()
+
+
+def reference_scores(
+    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int, impl: str,
+    workspace: int,
+) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
+    """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B]."""
+    if ref is None:
+        if spec.ref is not None:
+            raise ValueError(f"ref: expected the reference's scores for {spec.name}, got None")
+        return None, None
+    if spec.ref is None and spec.name in OBJECTIVES:
+        raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
+    if isinstance(ref, Tensor):
+        if ref.shape == (layout.responses,) and (ref.shape != target.shape or spec.ref == "sums"):
+            if spec.ref == "tokens":
+                raise ValueError(
+                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, got one sum per response, {list(ref.shape)}"
+                )
+            _check_ref("ref", ref, ref.shape, hidden)
+            return None, ref.detach().double()
+        _check_ref("ref", ref, target.shape, hidden)
+        logp = ref.detach()
+        # log(1 − p) from log p, each branch where it is exact
+        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
+        scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
+    elif isinstance(ref, TokenScores):
+        scores = ref
+        for name in ("logp", "log_odds"):
+            _check_ref(f"ref.{name}", getattr(ref, name), target.shape, hidden)
+    elif isinstance(ref, tuple) and len(ref) == 2:
+        with torch.no_grad():
+            scores = linear_logprob(*ref, target, ignore_index=ignore_index, impl=impl, workspace=workspace)
+    else:
+        raise ValueError(
+            f"ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), got {type(ref).__name__}"
+        )
+    flat = TokenScores(*(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1)))
+    return flat, layout.sum(flat.logp)
+
+
+def _check_ref(name: str, given: Tensor, shape: torch.Size, hidden: Tensor) -> None:
+    if given.shape != shape or not given.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor of shape {list(shape)}, got {given.dtype} {list(given.shape)}")
+    if given.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {given.device}")
+
+
+def _lengths(layout: Layout, target: Tensor) -> Tensor:
+    if layout.lengths is not None:
+        return layout.lengths
+    return torch.full_like(layout.count, target.shape[1])
+
+
+def _takes_any(function: Callable[..., Tensor]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+
+
+# -- one function per objective -----------------------------------------------------------------------------------------
+
+
+def _loss(name: str) -> Callable[..., Any]:
+    """`fused_loss` with that objective; the signature shows its options, and `label` or `ref` only where they have a use."""
+    spec = OBJECTIVES[name]
+
+    def loss(hidden: Tensor, head: Tensor | LMHead, target: Tensor, *labels: Tensor, **keywords: Any) -> Any:
+        if len(labels) > spec.label:
+            raise TypeError(f"{name}_loss() takes {3 + spec.label} positional arguments but {3 + len(labels)} were given")
+        if labels:
+            keywords["label"] = labels[0]
+        return fused_loss(hidden, head, target, objective=name, **keywords)
+
+    shared = inspect.signature(fused_loss).parameters
+    tensors = [shared[n].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("hidden", "head", "target")]
+    if spec.label:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        tensors.append(shared["label"].replace(kind=kind, default=inspect.Parameter.empty))
+    keywords = [inspect.signature(spec.function).parameters[option] for option in spec.options()]
+    keywords += [
+        shared[n].replace(default=inspect.Parameter.empty) if n == "ref" else shared[n]
+        for n in ("ref", "cu_seqlens", "ignore_index", "reduction", "return_metrics", "impl", "workspace")
+        if n != "ref" or spec.ref is not None
+    ]
+    loss.__name__ = loss.__qualname__ = f"{name}_loss"
+    loss.__signature__ = inspect.Signature([*tensors, *keywords])  # type: ignore[attr-defined]
+    loss.__doc__ = f"{inspect.getdoc(spec.function)}\n\nArguments, results and errors as `fused_loss`."
+    return loss
+
+
+mle_loss = _loss("mle")
+nll_pll_loss = _loss("nll_pll")
+unlikelihood_loss = _loss("unlikelihood")
+exmate_loss = _loss("exmate")
+bnf_loss = _loss("bnf")
+dpo_loss = _loss("dpo")
+ipo_loss = _loss("ipo")
+simpo_loss = _loss("simpo")
+
+
+class FusedLoss(nn.Module):
+    """`fused_loss` as a module: `FusedLoss("dpo", beta=0.1)(hidden, head, target, ref=ref)`.
+
+    Args:
+        objective: a name or a function, as for `fused_loss`.
+        **options: anything of `fused_loss` that stays the same from call to call, the objective's options among it.
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+
+    def __init__(self, objective: str | Callable[..., Tensor], **options: Any):
+        super().__init__()
+        self.objective, self.options = objective, options
+        self.name = resolve(objective).name
+
+    def forward(self, hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor | None = None, **keywords: Any) -> Any:
+        """See `fused_loss`."""
+        return fused_loss(
+            hidden, head, target, objective=self.objective, label=label, **{**self.options, **keywords}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.name), *(f"{key}={value!r}" for key, value in self.options.items())])

@@ -1,0 +1,108 @@
+"""Tokens → responses → pairs: how a flat run of token scores is grouped, and what an objective sees of it.
+
+Dimensions: P token positions (masked ones included), B responses, U units (responses, pairs or groups).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenScores(NamedTuple):
+    """Per-token statistics of the target token, float32 (float64 for float64 input), in the shape of `target`.
+
+    Masked positions hold 0 everywhere.
+
+    Attributes:
+        logp: log p, the log-probability of the target.
+        log_odds: λ = log(p / (1 − p)). Exact for confident tokens, where log(1 − p) taken from a float32 log p is not:
+            log p = logsigmoid(λ) and log(1 − p) = logsigmoid(−λ).
+        lse: logsumexp of the logits.
+        entropy: entropy of the whole distribution, or None when it was not asked for.
+        other_entropy: entropy of the distribution over the other tokens, p_k / (1 − p) for k ≠ target, or None.
+    """
+
+    logp: Tensor
+    log_odds: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    other_entropy: Tensor | None = None
+
+
+class Layout(NamedTuple):
+    """Which token positions belong to which response. Each response's positions are contiguous.
+
+    Attributes:
+        responses: B.
+        lengths: int64 [B], positions per response, or None where all are equally long (a padded [B, T] batch).
+        count: int64 [B], unmasked tokens of the *whole* response. A layout may cover only a part of the
+            positions (a chunk); `mean` still divides by the whole count, so partial means add up.
+        mask: bool [P], True on positions that count, or None where all do.
+    """
+
+    responses: int
+    lengths: Tensor | None
+    count: Tensor
+    mask: Tensor | None
+
+    def sum(self, per_token: Tensor) -> Tensor:
+        """Σ over each response's unmasked tokens. [P] → float64 [B]."""
+        values = per_token.double() if self.mask is None else torch.where(self.mask, per_token.double(), 0.0)
+        if self.lengths is None:
+            return values.view(self.responses, -1).sum(1)
+        return torch.segment_reduce(values, "sum", lengths=self.lengths, axis=0, initial=0.0)
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """`sum` over the whole response's token count; 0 for a response without tokens. [P] → float64 [B]."""
+        return self.sum(per_token) / self.count.clamp(min=1)
+
+
+class Responses(NamedTuple):
+    """What an objective sees: token scores of policy and reference, their grouping, and the labels.
+
+    Attributes:
+        policy: token scores under the policy, flat [P].
+        ref: token scores under the reference, flat [P], or None.
+        ref_sums: float64 [B], Σ log π_ref of each response, or None.
+        label: float64 [B], +1 preferred and −1 dispreferred, or None.
+        layout: the grouping of the P positions.
+    """
+
+    policy: TokenScores
+    ref: TokenScores | None
+    ref_sums: Tensor | None
+    label: Tensor | None
+    layout: Layout
+
+    @property
+    def n(self) -> Tensor:
+        """Number of unmasked tokens, float64 [B]; a response without tokens counts as 1, so it can be divided by."""
+        return self.layout.count.clamp(min=1).double()
+
+    def sum(self, per_token: Tensor) -> Tensor:
+        """Σ over each response's tokens. [P] → float64 [B]."""
+        return self.layout.sum(per_token)
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """Mean over each response's tokens, 0 where there are none. [P] → float64 [B]."""
+        return self.layout.mean(per_token)
+
+    def logps(self, length_normalize: bool = False) -> Tensor:
+        """S = Σ log p, or its mean over the tokens. float64 [B]."""
+        return self.mean(self.policy.logp) if length_normalize else self.sum(self.policy.logp)
+
+    def log_ratios(self, length_normalize: bool = False) -> Tensor:
+        """Δ = Σ log π_θ − Σ log π_ref, or that per token. float64 [B]."""
+        if self.ref_sums is None:
+            raise ValueError("ref: expected reference scores, since this objective compares with a reference; got None")
+        delta = self.sum(self.policy.logp) - self.ref_sums
+        return delta / self.n if length_normalize else delta
+
+
+def pairs(per_response: Tensor) -> tuple[Tensor, Tensor]:
+    """Split [2P] values of responses stacked `[chosen; rejected]` into chosen [P] and rejected [P]."""
+    half = per_response.shape[0] // 2
+    return per_response[:half], per_response[half:]

@@ -1,0 +1,116 @@
+"""What the engine has to know of an objective, and the table of all of them.
+
+Dimensions: B responses, U units (responses, pairs or groups).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.layout import Responses, pairs
+
+COUPLES = ("token", "pair", "batch")
+REFS = (None, "sums", "tokens")
+
+
+class Objective(NamedTuple):
+    """A loss as a function of token scores, with what it needs.
+
+    Attributes:
+        name: key in `OBJECTIVES`.
+        function: `Responses`, then keyword options → one value per unit, [U].
+        couples: what has to be scored before a token's coefficient is known. "token": the value is a sum of terms
+            that each depend on one token (times constants such as 1/|y|), so values of parts add up; "pair": responses
+            i and i + B/2 belong together; "batch": anything.
+        unit: "response" or "pair", what one value belongs to.
+        ref: None, "sums" (Σ log π_ref per response is enough) or "tokens" (per-token scores).
+        label: whether it needs the label of each response.
+        entropy: whether `other_entropy` has to be computed.
+        entropy_grad: whether the value depends on it differentiably.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    couples: str = "batch"
+    unit: str = "response"
+    ref: str | None = None
+    label: bool = False
+    entropy: bool = False
+    entropy_grad: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The keyword options and their defaults."""
+        parameters = list(inspect.signature(self.function).parameters.values())[1:]
+        return {p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+
+
+OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(
+    name: str | None = None,
+    *,
+    couples: str = "batch",
+    unit: str | None = None,
+    ref: str | None = None,
+    label: bool = False,
+    entropy: bool = False,
+    entropy_grad: bool = False,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function of `Responses` as an objective; the function itself is returned unchanged.
+
+    Args:
+        name: default: the function's own name.
+        unit: default: "pair" for `couples="pair"`, else "response".
+        couples, ref, label, entropy, entropy_grad: see `Objective`.
+
+    Raises:
+        ValueError: a name that is taken, or an unknown value of `couples`, `unit` or `ref`.
+    """
+    for argument, value, expected in (
+        ("couples", couples, COUPLES),
+        ("unit", unit, (None, "response", "pair")),
+        ("ref", ref, REFS),
+    ):
+        if value not in expected:
+            raise ValueError(f"{argument}: expected one of {expected}, got {value!r}")
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        key = name or function.__name__
+        if key in OBJECTIVES:
+            raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
+        kind = unit or ("pair" if couples == "pair" else "response")
+        OBJECTIVES[key] = Objective(key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad)
+        return function
+
+    return register
+
+
+def resolve(objective: str | Callable[..., Tensor]) -> Objective:
+    """The registered objective of that name or function; a function that isn't registered may couple the whole batch."""
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected a function or one of {sorted(OBJECTIVES)}, got {objective!r}")
+        return OBJECTIVES[objective]
+    if not callable(objective):
+        raise ValueError(f"objective: expected a name or a function of Responses, got {type(objective).__name__}")
+    for known in OBJECTIVES.values():
+        if known.function is objective:
+            return known
+    return Objective(getattr(objective, "__name__", "objective"), objective)
+
+
+def unit_values(spec: Objective, responses: Responses, options: dict[str, Any]) -> Tensor:
+    """The objective's values [U], exactly 0 (and without gradient) for units that have no token."""
+    values = spec.function(responses, **options)
+    count = responses.layout.count
+    if values.shape != count.shape:
+        if 2 * len(values) != len(count):
+            return values
+        count = sum(pairs(count))  # type: ignore[assignment]
+    return torch.where(count > 0, values, 0.0)
