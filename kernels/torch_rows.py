@@ -7,9 +7,12 @@ Everything a loss needs follows from (z_y, lse_other, H_o): λ = z_y − lse_oth
 
 Vector-Jacobian product, for upstream gradients g_zy, g_lo, g_ho of these three:
     ∂L/∂z_y = g_zy        ∂L/∂z_k = q_k · (g_lo − g_ho · (H_o + log q_k)),  k ≠ y
-times (1 − (z/cap)²) · scale for the raw product. Nothing here cancels as p → 1: that is what the log-odds form is for.
+times J_k = (1 − (z_k/cap)²) · scale for the raw product. Nothing here cancels as p → 1: that is what the log-odds form is for.
 
-Dimensions: C rows of the buffer, V vocabulary, R rows of a block that stays in the cache.
+A buffer of logits becomes E, and the gradients are D = diag(r) · E: the factor r of a row is left to the [C, H] sides of the
+products, which spares a pass over [C, V]. Weights E_k = exp(z_k − max) go in the same pass as the statistics.
+
+Dimensions: C rows of the buffer, V vocabulary (or a slice of it), R rows of a block that stays in the cache.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the cache, not of memory.
+# Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the cache.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+# Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
+LARGEST_RATIO = 1e16
 
 
 class Epilogue(NamedTuple):
@@ -35,90 +41,131 @@ class Epilogue(NamedTuple):
         """The same for the vocabulary entries start … stop."""
         return self if self.bias is None else self._replace(bias=self.bias[start:stop])
 
+    def jacobian(self, z: Tensor) -> Tensor | float:
+        """J at the logits `z`."""
+        return self.scale if self.softcap is None else self.scale * (1 - (z / self.softcap) ** 2)
+
+
+class Statistics(NamedTuple):
+    """Per row, each [C]: the target's logit, logsumexp and entropy (or None) of the others."""
+
+    z_y: Tensor
+    lse_other: Tensor
+    h_o: Tensor | None
+
+    def at(self, rows: slice | Tensor) -> Statistics:
+        """The statistics of some rows."""
+        return Statistics(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to `Statistics`, each [C]; g_ho None where the entropy has none."""
+
+    g_zy: Tensor
+    g_lo: Tensor
+    g_ho: Tensor | None = None
+
+    def at(self, rows: slice | Tensor) -> Upstream:
+        """The gradients of some rows."""
+        return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
 
 def block_rows(vocab: int, itemsize: int, device_type: str) -> int:
     """R, the rows of one block."""
     return max(1, BLOCK_BYTES.get(device_type, BLOCK_BYTES["cuda"]) // (vocab * itemsize))
 
 
-def statistics_(z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(z_y, lse_other, H_o), each [C], H_o only if asked for.
+def statistics_(
+    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, out: Tensor | None = None
+) -> tuple[Statistics, Tensor]:
+    """The statistics, and Σ E_k [C]. Products become weights J_k E_k, 0 at the target, in place or in `out`.
 
-    Turns the products in `z_CV` into logits in place; afterwards the target's entry holds −inf.
-    """
-    z_y, lse_other = z_CV.new_empty(len(z_CV)), z_CV.new_empty(len(z_CV))
-    h_o = z_CV.new_empty(len(z_CV)) if entropy else None
-    scratch = _scratch(z_CV, 2 if entropy else 1)
-    for rows in _blocks(z_CV):
-        z, y = z_CV[rows], target_C[rows, None]
-        _apply_(z, epilogue)
-        z_y[rows] = z.gather(1, y).squeeze(1)
-        z.scatter_(1, y, -torch.inf)
-        top = z.amax(1)
-        top = torch.where(top == -torch.inf, 0, top)  # no other token, or none that is possible
-        shifted = torch.sub(z, top[:, None], out=scratch[0][: len(z)])
-        weights = torch.exp(shifted, out=scratch[-1][: len(z)])
-        total = weights.sum(1)
-        lse_other[rows] = top + total.log()
-        if h_o is not None:
-            shifted.clamp_(min=torch.finfo(z.dtype).min)  # 0 · −inf at impossible tokens and at the target
-            mean = shifted.mul_(weights).sum(1) / total
-            h_o[rows] = torch.where(total > 0, total.log() - mean, 0)
-    return z_y, lse_other, h_o
-
-
-def dlogits_(
-    z_CV: Tensor,
-    target_C: Tensor,
-    z_y: Tensor,
-    lse_other: Tensor,
-    upstream: tuple[Tensor, Tensor, Tensor | None],
-    epilogue: Epilogue,
-    h_o: Tensor | None = None,
-    out: Tensor | None = None,
-    raw: bool = False,
-) -> Tensor:
-    """Turn logits into the gradients of the raw products, in place or into `out`, which may lie in the same bytes.
+    In `out` the weights are normalised (their sum is 1), since a sum over V is beyond float16.
 
     Args:
-        z_CV: soft-capped logits; the target's own entry may hold anything.
-        target_C: the target's column, or −1 in rows whose target lies in another slice of the vocabulary.
-        upstream: g_zy, g_lo, g_ho, each [C]; g_ho may be None.
         out: [C, V] view of 16-bit elements over the first half of each row's own bytes, or None.
-        raw: whether `z_CV` still holds the bare products.
     """
-    g_zy, g_lo, g_ho = upstream
-    cap, scale = epilogue.softcap, epilogue.scale
-    if cap is not None:
-        g_zy = g_zy * (1 - (z_y / cap) ** 2)
-    g_zy, g_lo = g_zy * scale, g_lo * scale
-    lse_other = torch.where(lse_other == -torch.inf, 0, lse_other)  # no other token: every q is 0
-    target_C, inside = target_C.clamp(min=0), target_C >= 0
-    scratch = _scratch(z_CV, (g_ho is not None) + (cap is not None))
+    columns = [z_CV.new_empty(len(z_CV)) for _ in range(4 if entropy else 3)]
+    scratch = _scratch(z_CV)
     for rows in _blocks(z_CV):
         z, y = z_CV[rows], target_C[rows, None]
-        if raw:
-            _apply_(z, epilogue)
-        log_q = z.sub_(lse_other[rows, None])
-        coefficient = g_lo[rows, None]
-        jacobian = None
-        if cap is not None:
-            jacobian = torch.add(log_q, lse_other[rows, None], out=scratch[-1][: len(z)])
-            jacobian.div_(cap).square_().neg_().add_(1)
-        if g_ho is not None and h_o is not None:
-            g_h = (scale * g_ho)[rows, None]
-            finite = torch.clamp(log_q, min=torch.finfo(z.dtype).min / 2, out=scratch[0][: len(z)])
-            coefficient = finite.add_(h_o[rows, None]).mul_(-g_h).add_(coefficient)
-        d = log_q.exp_().mul_(coefficient)
+        apply_(z, epilogue)
+        z_y = z.gather(1, y)
+        z.scatter_(1, y, -torch.inf)
+        top = z.amax(1, keepdim=True)
+        top = torch.where(top == -torch.inf, 0, top)  # no other token, or none that is possible
+        shifted = torch.sub(z, top, out=scratch[: len(z)])
+        jacobian = None if epilogue.softcap is None else epilogue.jacobian(z.scatter_(1, y, 0))
+        weights = torch.exp(shifted, out=z)
+        total = weights.sum(1)
+        columns[0][rows] = z_y.squeeze(1)
+        columns[1][rows] = top.squeeze(1) + total.log()
+        columns[2][rows] = total
+        if entropy:
+            if epilogue.bias is None:
+                shifted.scatter_(1, y, 0)  # 0 · −inf at the target,
+            else:
+                shifted.clamp_(min=torch.finfo(z.dtype).min)  # and at tokens that the bias rules out
+            mean = shifted.mul_(weights).sum(1) / total
+            columns[3][rows] = torch.where(total > 0, total.log() - mean, 0)
         if jacobian is not None:
-            d.mul_(jacobian)
-        d.scatter_(1, y, torch.where(inside[rows, None], g_zy[rows, None], d.gather(1, y)))
+            weights.mul_(jacobian)
+        elif epilogue.scale != 1.0:
+            weights.mul_(epilogue.scale)
         if out is not None:
-            out[rows] = d.to(out.dtype)  # complete before the write: the two share their bytes
-    return z_CV if out is None else out
+            out[rows] = weights.div_(total.clamp(min=1)[:, None]).to(out.dtype)  # complete before the write into the same bytes
+    z_y, lse_other, total = columns[:3]
+    return Statistics(z_y, lse_other, columns[3] if entropy else None), total if out is None else torch.ones_like(total)
 
 
-def _apply_(z: Tensor, epilogue: Epilogue) -> None:
+def weights_(
+    z_CV: Tensor, target_C: Tensor, statistics: Statistics, upstream: Upstream, epilogue: Epilogue, out: Tensor | None = None
+) -> Tensor:
+    """Products become weights J_k q_k (with g_ho: the gradients themselves) from known statistics; returns r for them.
+
+    The target's own entry may hold anything afterwards.
+    """
+    lse_other = torch.where(statistics.lse_other == -torch.inf, 0, statistics.lse_other)  # no other token: every q is 0
+    scratch = _scratch(z_CV)
+    g_lo, g_ho, h_o = upstream.g_lo, upstream.g_ho, statistics.h_o
+    for rows in _blocks(z_CV):
+        z = z_CV[rows]
+        apply_(z, epilogue)
+        jacobian = epilogue.jacobian(z)
+        z.sub_(lse_other[rows, None])
+        if g_ho is not None and h_o is not None:
+            log_q = torch.clamp(z, min=torch.finfo(z.dtype).min / 2, out=scratch[: len(z)])  # 0 · −inf
+            factor = log_q.add_(h_o[rows, None]).mul_(-g_ho[rows, None]).add_(g_lo[rows, None])
+            z.exp_().mul_(factor)
+        else:
+            z.exp_()
+        if not isinstance(jacobian, float) or jacobian != 1.0:
+            z.mul_(jacobian)
+        if out is not None:
+            out[rows] = z.to(out.dtype)
+    return g_lo if g_ho is None else torch.ones_like(g_lo)
+
+
+def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -> Tensor:
+    """Put the target's entry in place so that D = diag(r) · E; returns r, changed where the target's gradient dwarfs the others'.
+
+    Args:
+        weights_CV: float32, float64 or 16-bit weights.
+        target_C: the target's column, or −1 where it lies in another slice of the vocabulary.
+        r: factor of a row of weights, [C].
+        g_y: ∂L/∂z_y · J_y, [C].
+    """
+    alone = g_y.abs() > LARGEST_RATIO * r.abs()
+    if bool(alone.any()):
+        weights_CV[alone] = 0
+        r = torch.where(alone, 1, r)
+    inside, y = (target_C >= 0)[:, None], target_C.clamp(min=0)[:, None]
+    ratio = torch.where(g_y == 0, 0, g_y / r)[:, None].to(weights_CV.dtype)
+    weights_CV.scatter_(1, y, torch.where(inside, ratio, weights_CV.gather(1, y)))
+    return r
+
+
+def apply_(z: Tensor, epilogue: Epilogue) -> None:
     """Raw products → logits, in place. [R, V]."""
     bias, cap, scale = epilogue
     if bias is not None:
@@ -135,6 +182,6 @@ def _blocks(z_CV: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _scratch(z_CV: Tensor, count: int) -> list[Tensor]:
+def _scratch(z_CV: Tensor) -> Tensor:
     rows = min(len(z_CV), block_rows(z_CV.shape[1], z_CV.element_size(), z_CV.device.type))
-    return [z_CV.new_empty(rows, z_CV.shape[1]) for _ in range(count)]
+    return z_CV.new_empty(rows, z_CV.shape[1])

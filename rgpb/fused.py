@@ -75,9 +75,9 @@ def fused_loss(
     spec = resolve(objective)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    unknown = set(options) - set(spec.options())
-    if unknown and not _takes_any(spec.function):
-        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options())}, got {sorted(unknown)}")
+    unknown = [] if spec.options is None else [option for option in options if option not in spec.options]
+    if unknown:
+        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options or ())}, got {unknown}")
     layout = make_layout(target, cu_seqlens, ignore_index)
     if spec.unit == "pair" and layout.responses % 2:
         raise ValueError(
@@ -139,7 +139,7 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
         out["logps/rejected"] = average(total, bad)
         out["agility"] = average(mean.exp(), good) - average(mean.exp(), bad)
     if responses.ref_sums is not None:
-        beta = options.get("beta", spec.options().get("beta", 1.0))
+        beta = {**(spec.options or {}), **options}.get("beta", 1.0)
         reward = beta * responses.log_ratios().detach()
         out["rewards/chosen"] = average(reward, good)
         if "agility" in out:
@@ -270,10 +270,6 @@ def _lengths(layout: Layout, target: Tensor) -> Tensor:
     return torch.full_like(layout.count, target.shape[1])
 
 
-def _takes_any(function: Callable[..., Tensor]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-
-
 # -- one function per objective -----------------------------------------------------------------------------------------
 
 
@@ -293,7 +289,7 @@ def _loss(name: str) -> Callable[..., Any]:
     if spec.label:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         tensors.append(shared["label"].replace(kind=kind, default=inspect.Parameter.empty))
-    keywords = [inspect.signature(spec.function).parameters[option] for option in spec.options()]
+    keywords = [inspect.signature(spec.function).parameters[option] for option in spec.options or ()]
     keywords += [
         shared[n].replace(default=inspect.Parameter.empty) if n == "ref" else shared[n]
         for n in ("ref", "cu_seqlens", "ignore_index", "reduction", "return_metrics", "impl", "workspace")

@@ -28,7 +28,7 @@ class LMHead(NamedTuple):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LMHead:
-        """The head of a transformers model, as `rgpb.hf.read_head` reads it. The weight is the model's parameter itself.
+        """A transformers model's head, as `rgpb.hf.read_head` reads it. The weight is the parameter itself.
 
         Raises:
             ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device.

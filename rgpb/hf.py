@@ -1,22 +1,23 @@
-"""transformers models: from a model and a batch to hidden states, head and aligned targets. Logits never exist.
+"""transformers models: from a model and a batch to hidden states, head and aligned targets, without logits.
 
-Dimensions: B responses, T positions of a padded batch, N positions of a packed one, H hidden size, V vocabulary.
+Dimensions: B responses, T positions of a padded batch, N of a packed one, H hidden size, V vocabulary.
 
-A batch is what a transformers collator makes: a mapping with `input_ids` [B, T], `attention_mask` [B, T] and `labels` [B, T],
-int64, the labels −100 on prompt and padding and *not* shifted. Whatever else it holds goes to the model by name
-(`position_ids`, `token_type_ids`, `decoder_input_ids`, ...).
+A batch is what a transformers collator makes: a mapping with `input_ids`, `attention_mask` and `labels`, all
+[B, T], the labels int64, −100 on prompt and padding and *not* shifted. Whatever else it holds goes to the
+model by name (`position_ids`, `token_type_ids`, `decoder_input_ids`, ...).
 
-A packed batch has no padding: `input_ids` [1, N], `labels` [1, N] and `cu_seqlens` [B + 1], the responses' first positions
-followed by N. `pack` makes one from a padded batch. transformers keeps packed responses apart by the restarts in
-`position_ids` [1, N] (filled in where absent), provided there is no attention mask and no cache. With "sdpa" and "eager"
-attention it then builds a mask of N² elements per layer kind; with "flash_attention_2" and "flex_attention" it does not.
+A packed batch has no padding: `input_ids` [1, N], `labels` [1, N] and `cu_seqlens` [B + 1], the responses'
+first positions and then N. `pack` makes one from a padded batch. transformers keeps packed responses apart by
+the restarts in `position_ids` [1, N] (filled in where absent), where there is no attention mask and no cache.
+With "sdpa" and "eager" attention it builds an [N, N] mask for that; flash attention needs none.
 
 >>> import torch
 >>> from transformers import LlamaConfig, LlamaForCausalLM
 >>> from rgpb import hf
->>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-...                                      num_attention_heads=2))
->>> batch = {"input_ids": torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]]), "labels": torch.tensor([[-100, -100, 3, 4]] * 2)}
+>>> sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+>>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+>>> input_ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]])
+>>> batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids < 3, -100)}
 >>> with torch.no_grad():
 ...     reference = hf.token_scores(model, batch)
 >>> tuple(reference.logp.shape)
@@ -38,54 +39,59 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rgpb.fused import fused_loss
+from rgpb.fused import Reference, fused_loss
 from rgpb.head import LMHead
 from rgpb.layout import Responses, TokenScores
 from rgpb.logprob import linear_logprob
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma-like, RecurrentGemma, xLSTM
-_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM-3, Inkling
+# As configs call them: Gemma, RecurrentGemma, xLSTM; Cohere, Falcon-H1, Muse; Granite and MiniCPM-3, Inkling.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _TIED_SCALE = ("umt5", "switch_transformers", "udop")  # d_model^-½ where the embeddings are tied
-_LOUD = 50.0  # `check_head` raises the logits to this size, where any soft-cap in use bends them visibly
+_LOUD = 50.0  # the size `check_head` raises logits to, so that any soft-cap in use bends them visibly
 
-# Which checks a model has passed, so that each runs once: "head", or "packing" with the attention implementation.
+# What a model has passed, so that each check runs once: "head", "packing" with its attention implementation.
 _passed: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     """The backbone's last hidden states, differentiable: what the head of `read_head` turns into logits.
 
     Args:
         model: a transformers causal LM, an encoder–decoder with text input, or a PEFT model around one.
         input_ids: int64 [B, T]; of an encoder–decoder, what the encoder reads.
         attention_mask: [B, T], or whatever else the model takes, or None.
-        kwargs: further inputs of the model. An encoder–decoder needs `decoder_input_ids`, or `labels`, which are then
-            shifted right as the model itself does. Causal models ignore `labels`.
+        kwargs: further inputs of the model. An encoder–decoder needs `decoder_input_ids`, or `labels`, which
+            are then shifted right as the model itself does. Causal models ignore `labels`.
 
     Returns:
-        [B, T, H] in the head's dtype (in the backbone's under autocast). T is the decoder's for an encoder–decoder.
+        [B, T, H] in the head's dtype (in the backbone's under autocast); for an encoder–decoder T is the
+        decoder's.
 
     Raises:
-        ValueError: the model is of a kind this module can't take apart, or the decoder's inputs are missing.
+        ValueError: a model of a kind that this module can't take apart, or no inputs for the decoder.
     """
     model = _unwrap(model)
     labels = kwargs.pop("labels", None)
     if model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
         kwargs["decoder_input_ids"] = _shift_right(model, labels)
-    hidden = _backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+    backbone = _backbone(model)
+    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
     if torch.is_autocast_enabled(hidden.device.type):
         return hidden
-    return hidden.to(read_head(model).weight.dtype)  # Mamba and its relatives return float32 whatever the head's dtype
+    return hidden.to(read_head(model).weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
 
 
 def read_head(model: nn.Module) -> LMHead:
     """Weight, bias, soft-cap and scale of a transformers model's head; the same as `LMHead.from_model`.
 
-    The weight is the model's parameter itself, so gradients reach it, tied or not. Soft-cap and scale come from the config
-    by the names that transformers' families use. A family with a name of its own for them, or with a head that does
-    something else besides, passes here and fails in `check_head`.
+    The weight is the model's parameter itself, so gradients reach it, tied or not. Soft-cap and scale come
+    from the config, by the names that the families in transformers use. A family with a name of its own for
+    them, or with a head that does something else besides, passes here and fails in `check_head`.
 
     Args:
         model: a transformers model with a plain linear LM head, or a PEFT model around one.
@@ -94,31 +100,32 @@ def read_head(model: nn.Module) -> LMHead:
         ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device.
     """
     model = _unwrap(model)
-    linear = model.get_output_embeddings()
+    linear, name = model.get_output_embeddings(), _name(model)
     # A subclass of Linear or of Parameter means an adapted, quantised or sharded head: its weight is not W.
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
         weight = getattr(linear, "weight", None)
         held = "" if weight is None else f" with a weight of type {type(weight).__name__}"
-        raise ValueError(f"model: expected the head of {_name(model)} to be a plain nn.Linear, got {_name(linear)}{held}")
+        raise ValueError(f"model: expected a plain nn.Linear as head of {name}, got {_name(linear)}{held}")
     weight, bias = linear.weight, linear.bias
     if weight.dtype not in _FLOATS or weight.dim() != 2 or weight.is_meta:
         found = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
-        raise ValueError(f"model: expected the head of {_name(model)} to hold float [V, H] on a device, got {found}")
+        raise ValueError(f"model: expected a float weight [V, H] on a device as head of {name}, got {found}")
     final = getattr(model, "final_logits_bias", None)  # BART and its relatives: a buffer [1, V]
     if final is not None:
         final = final.to(weight).view(-1)
         bias = final if bias is None else bias + final
     config = model.config.get_text_config()
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None)) is not None), None)
-    return LMHead(weight, bias, softcap, _scale(config))
+    caps = (getattr(config, attribute, None) for attribute in _SOFTCAPS)
+    return LMHead(weight, bias, next((cap for cap in caps if cap is not None), None), _scale(config))
 
 
 def check_head(model: nn.Module) -> None:
     """Compare the model's own logits with those of `hidden_states` and `read_head`, on three tokens.
 
-    Catches a family whose head does more than this module knows of. The comparison runs twice: as things are, and with the
-    head's input scaled up until the logits reach 50, since a soft-cap leaves small logits nearly unchanged. Evaluation
-    mode, no gradients; every module's training flag is put back. `token_scores` and `loss` call this once for each model.
+    Catches a family whose head does more than this module knows of. Compares twice: as things are, and with
+    the head's input scaled up until the logits reach 50, since a soft-cap leaves small logits nearly as they
+    are. Runs in evaluation mode without gradients, and puts every module's training flag back. `token_scores`
+    and `loss` call this once for each model.
 
     Args:
         model: as for `hidden_states`.
@@ -127,28 +134,32 @@ def check_head(model: nn.Module) -> None:
         ValueError: the two disagree by more than rounding. Names the family and the largest difference.
     """
     model = _unwrap(model)
-    head = read_head(model)
+    head, name = read_head(model), _name(model)
     inputs = {"input_ids": _probe(model, 3)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
     gain = 1.0
-    amplify = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
+    linear: nn.Linear = model.get_output_embeddings()
+    amplify = linear.register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
     try:
         with _evaluating(model):
             hidden = hidden_states(model, **inputs)
+            if hidden.shape[-1] != head.weight.shape[1]:
+                found = f"{hidden.shape[-1]} in its hidden states and {head.weight.shape[1]} in its head"
+                raise ValueError(f"model: expected one hidden size in {name}, got {found}")
             size = _dense(hidden, head._replace(softcap=None)).abs().max().item()
             for gain in (1.0, max(1.0, _LOUD / max(size, 1e-3))):
                 ours, own = _dense(hidden * gain, head), model(**inputs, use_cache=False).logits
                 if own.shape != ours.shape:
-                    found = f"{tuple(own.shape)}, not {tuple(ours.shape)}"
-                    raise ValueError(f"model: the logits of {_name(model)} don't have the shape of its head's: {found}")
+                    found = f"{tuple(own.shape)}"
+                    raise ValueError(f"model: expected logits {tuple(ours.shape)} of {name}, got {found}")
                 difference = (own.double() - ours.double()).abs().max().item()
                 eps = max(torch.finfo(tensor.dtype).eps for tensor in (hidden, head.weight, ours, own))
                 if not difference <= 16 * eps * max(size * gain, 1.0):
                     raise ValueError(
-                        f"model: {_name(model)} does something to its hidden states or logits that LMHead doesn't hold: "
-                        f"its own logits differ by up to {difference:.3g} from those of its hidden states and head "
-                        f"(softcap {head.softcap}, scale {head.scale:.6g}, logits up to {size * gain:.3g} before the cap)"
+                        f"model: {name} does more to its hidden states or logits than LMHead holds: its "
+                        f"logits differ by up to {difference:.3g} from those of its hidden states and head "
+                        f"(softcap {head.softcap}, scale {head.scale:.6g}, logits up to {size * gain:.3g})"
                     )
     finally:
         amplify.remove()
@@ -156,10 +167,10 @@ def check_head(model: nn.Module) -> None:
 
 
 def aligned_targets(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Shift a causal LM's labels so that target[:, t] is what the hidden state at t predicts: labels[:, t + 1].
+    """Shift a causal LM's labels: target[:, t] = labels[:, t + 1] is what the hidden state at t predicts.
 
-    The last position of every row, or of every response of a packed row, predicts nothing and gets `ignore_index`. The
-    labels of an encoder–decoder are aligned already: the decoder's inputs are what was shifted.
+    The last position of every row, or of every response of a packed row, predicts nothing and gets
+    `ignore_index`. An encoder–decoder's labels are aligned already: its decoder's inputs were shifted.
 
     Args:
         labels: int64 [B, T], or [1, N] when packed.
@@ -186,11 +197,12 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
         batch: with `input_ids` and `attention_mask`, both [B, T]. Padding may be on either side.
 
     Returns:
-        Every [B, T] tensor of the batch as [1, N], except the mask, which is gone; `position_ids` [1, N] that restart at
-        each response; `cu_seqlens` int32 [B + 1]. What has another shape stays as it is.
+        Every [B, T] tensor of the batch as [1, N], except the mask, which is gone; `position_ids` [1, N] that
+        restart at each response; `cu_seqlens` int32 [B + 1]. What has another shape stays as it is.
     """
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or ids.dim() != 2 or ids.shape != mask.shape:
+    fitting = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape
+    if ids is None or mask is None or not fitting or ids.dim() != 2:
         raise ValueError(f"batch: expected input_ids and attention_mask, both [B, T], got {_shapes(batch)}")
     kept = mask.bool()
     packed = {
@@ -203,24 +215,26 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any) -> TokenScores:
+def token_scores(
+    model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any
+) -> TokenScores:
     """`linear_logprob` of a batch's labels under a transformers model.
 
     Args:
-        model: as for `hidden_states`. Its head is checked once (`check_head`), and so is, at the first packed batch, that
-            the model keeps packed responses apart.
+        model: as for `hidden_states`. Its head is checked once (`check_head`), and so is, at the first packed
+            batch, that the model keeps packed responses apart.
         batch: padded or packed, as at the top of this module.
         entropy: also compute the entropies.
         options: `impl`, `workspace` and whatever else `linear_logprob` takes.
 
     Returns:
-        Scores in the shape of `labels` ([N] when packed), 0 where they don't count. A causal LM's stand one position before
-        the label they belong to.
+        Scores in the shape of `labels` ([N] when packed), 0 where they don't count. A causal LM's stand one
+        position before the label they belong to.
 
     Raises:
-        ValueError: the batch does not fit together, or the model's family is not supported.
+        ValueError: a batch that does not fit together, or a family that is not supported.
     """
-    hidden, head, target, cu_seqlens = _forward(_unwrap(model), batch)
+    hidden, head, target, _ = _forward(_unwrap(model), batch)
     return linear_logprob(hidden, head, target, entropy=entropy, **options)
 
 
@@ -230,7 +244,7 @@ def loss(
     objective: str | Callable[[Responses], Tensor] = "bnf",
     *,
     label: Tensor | None = None,
-    ref: Any = None,
+    ref: Reference | nn.Module | None = None,
     **options: Any,
 ) -> Any:
     """`fused_loss` of a batch under a transformers model.
@@ -240,8 +254,8 @@ def loss(
         batch: padded or packed, as at the top of this module. Pairs are stacked `[chosen; rejected]`.
         objective: a name, or a function of `Responses`.
         label: [B], bool or ±1, for the objectives that take one.
-        ref: a reference model (run here in evaluation mode, without gradients) or whatever `fused_loss` takes: best the
-            `token_scores` of the same batch under the reference, computed once.
+        ref: a reference model, run here in evaluation mode without gradients, or whatever `fused_loss` takes:
+            best the `token_scores` of the same batch under the reference, computed once.
         options: the objective's own, and `reduction`, `return_metrics`, `impl`, `workspace`.
 
     Returns:
@@ -253,62 +267,74 @@ def loss(
     if isinstance(ref, nn.Module):
         teacher = _unwrap(ref, "ref")
         with _evaluating(teacher):
-            ref = _forward(teacher, batch)[:2]
+            ref_hidden, ref_head, _, _ = _forward(teacher, batch)
+        ref = (ref_hidden, ref_head)
     hidden, head, target, cu_seqlens = _forward(_unwrap(model), batch)
-    return fused_loss(
-        hidden, head, target, objective=objective, label=label, ref=ref, cu_seqlens=cu_seqlens, **options
-    )
+    inputs: dict[str, Any] = {"label": label, "ref": ref, "cu_seqlens": cu_seqlens}
+    return fused_loss(hidden, head, target, objective=objective, **inputs, **options)
 
 
-def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:
-    """Hidden states, head and aligned targets of a batch: [B, T, H] and [B, T], or [N, H], [N] and cu_seqlens."""
+def _forward(
+    model: PreTrainedModel, batch: Mapping[str, Any]
+) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:
+    """Hidden states [B, T, H], head, targets [B, T], None; when packed [N, H], head, [N], cu_seqlens."""
     inputs = dict(batch)
     ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    cu_seqlens = inputs.pop("cu_seqlens", inputs.get("cu_seq_lens_q"))  # the latter from DataCollatorWithFlattening
-    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2 or labels.dim() != 2:
+    cu_seqlens = inputs.pop("cu_seqlens", inputs.get("cu_seq_lens_q"))  # latter: DataCollatorWithFlattening's
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2:
         raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {_shapes(batch)}")
-    passed = _passed.setdefault(model, set())
-    if "head" not in passed:
+    if "head" not in _passed.setdefault(model, set()):
         check_head(model)
     if cu_seqlens is not None:
         _check_packed(model, inputs, cu_seqlens)
     hidden = hidden_states(model, **inputs)
     target = labels if model.config.is_encoder_decoder else aligned_targets(labels, cu_seqlens)
     if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels: expected {tuple(hidden.shape[:-1])} like the hidden states, got {tuple(target.shape)}")
+        expected, found = tuple(hidden.shape[:-1]), tuple(labels.shape)
+        raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
     if cu_seqlens is not None:
         hidden, target = hidden[0], target[0]
     return hidden, read_head(model), target, cu_seqlens
 
 
 def _check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Tensor) -> None:
-    """Fill in `position_ids`; refuse what would let one packed response see another."""
+    """Fill in `position_ids`; refuse whatever would let one packed response see another."""
+    name, attention = _name(model), model.config._attn_implementation
     if model.config.is_encoder_decoder:
-        raise ValueError(f"cu_seqlens: expected a causal LM for a packed batch, got the encoder–decoder {_name(model)}")
+        raise ValueError(f"cu_seqlens: expected a causal LM, since no other can be packed, got {name}")
     if inputs.get("attention_mask") is not None:
         raise ValueError(
-            "attention_mask: expected none in a packed batch, since transformers tells packed responses apart by "
-            f"position_ids only where there is no mask; got shape {tuple(inputs['attention_mask'].shape)}"
+            "attention_mask: expected none in a packed batch, since transformers tells responses apart "
+            f"only where there is no mask; got shape {tuple(inputs['attention_mask'].shape)}"
         )
     _lengths(cu_seqlens, inputs["input_ids"])
     restarting = _restarting(cu_seqlens)
     given = inputs.setdefault("position_ids", restarting)
-    if given is not restarting and not torch.equal(given, restarting.to(given)):
-        raise ValueError(f"position_ids: expected [1, N] restarting from 0 at each of cu_seqlens, got {given.tolist()}")
-    probe = f"packing, {model.config._attn_implementation}"
+    if not torch.equal(given, restarting.to(given)):
+        expected = "[1, N], restarting from 0 where cu_seqlens says"
+        raise ValueError(f"position_ids: expected {expected}, got {given.tolist()}")
+
+    probe = f"packing, {attention}"
     if probe in _passed[model]:
         return
     if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
-        raise ValueError(f"cu_seqlens: {_name(model)} cuts attention into chunks of the packed row, not of each response")
-    tokens, bounds = _probe(model, 5), torch.tensor([0, 3, 5], device=inputs["input_ids"].device)
+        raise ValueError(f"cu_seqlens: {name} attends within chunks of the packed row, not of each response")
+    positions = torch.tensor([[0, 1, 2, 0, 1]], device=cu_seqlens.device)
+    tokens, other = _probe(model, 5), _probe(model, 5)
+    other[:, :3] = tokens[:, :3].flip(1)
     with _evaluating(model):
-        together = hidden_states(model, tokens, position_ids=_restarting(bounds))[:, 3:]
-        alone = hidden_states(model, tokens[:, 3:], position_ids=_restarting(bounds[1:] - 3))
-    difference, size = (together - alone).abs().max().item(), alone.abs().max().item()
-    if not difference <= 32 * torch.finfo(alone.dtype).eps * size:
+        packed, beside, alone = (
+            hidden_states(model, ids, position_ids=positions[:, -ids.shape[1] :])[:, -2:]
+            for ids in (tokens, other, tokens[:, 3:])
+        )
+    eps, size = torch.finfo(alone.dtype).eps, alone.abs().max().item()
+    leak, shift = (packed - beside).abs().max().item(), (packed - alone).abs().max().item()
+    # A masked neighbour adds exact zeros; a response by itself runs in other shapes, and rounds differently.
+    if not (leak <= 8 * eps * size and shift <= max(32 * eps, 1e-3) * size):
         raise ValueError(
-            f"cu_seqlens: {_name(model)} with {model.config._attn_implementation} attention lets packed responses see each "
-            f"other (hidden states of size {size:.3g} differ by {difference:.3g} from the response alone); pad them instead"
+            f"cu_seqlens: {name} with {attention} attention does not keep packed responses apart: hidden "
+            f"states of size {size:.3g} move by {leak:.3g} with what stands before the response and are "
+            f"{shift:.3g} away from those of the response alone; give a padded batch instead"
         )
     _passed[model].add(probe)
 
@@ -316,17 +342,16 @@ def _check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Te
 def _backbone(model: PreTrainedModel) -> Callable[..., Any]:
     """What maps a model's inputs to its last hidden states, first of its outputs."""
     backbone = model.base_model
-    if backbone is not model:
-        if _makes_logits(backbone):
-            raise ValueError(f"model: expected a backbone that ends in hidden states, got {_name(backbone)}")
+    if backbone is model:  # where the prefix names a part of some enclosing model (Llama-4's text model)
+        backbone = getattr(model, "model", model)
+    if backbone is not model and not _makes_logits(backbone):
         return backbone
-    if not model.config.is_encoder_decoder:
-        raise ValueError(f"model: expected a causal LM around a backbone, got {_name(model)}")
-    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)  # T5 and its relatives
-    if encoder is None or decoder is None or _makes_logits(decoder):
-        raise ValueError(f"model: expected an encoder and a decoder that ends in hidden states, got {_name(model)}")
+    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
+    if not model.config.is_encoder_decoder or encoder is None or decoder is None or _makes_logits(decoder):
+        raise ValueError(f"model: expected a backbone that ends in hidden states, got none in {_name(model)}")
 
     def stacks(input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool, **kwargs: Any) -> Any:
+        """T5 and its relatives have no backbone around their two stacks."""
         names = [name for name in kwargs if name.startswith("decoder_")]
         of_decoder = {name.removeprefix("decoder_"): kwargs.pop(name) for name in names}
         encoded = encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
@@ -346,22 +371,23 @@ def _makes_logits(module: nn.Module) -> bool:
 
 
 def _shift_right(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if labels is None or shift is None:
-        why = "labels are missing too" if labels is None else "the model has no rule of its own to shift labels"
-        raise ValueError(f"decoder_input_ids: expected them for {_name(model)}, since {why}; got None")
+    if labels is None:
+        raise ValueError(f"decoder_input_ids: expected them, or labels, for {_name(model)}, got neither")
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        raise ValueError(f"decoder_input_ids: expected them for {_name(model)}, which can't shift labels")
     return shift(labels=labels)
 
 
 def _scale(config: Any) -> float:
-    """What multiplies W x, before the product or after it: the same thing, since the heads in question have no bias."""
+    """What multiplies x or W x. Before or after makes no difference: where it is x, the head has no bias."""
     family = config.model_type
     if getattr(config, "scale_decoder_outputs", family in _TIED_SCALE and config.tie_word_embeddings):
         return config.d_model**-0.5
     scale = 1.0
     for name in _MULTIPLIERS + _DIVISORS:
         factor = getattr(config, name, None)
-        if factor is not None and family != "mpt":  # MPT's `logit_scale` is in the config and nowhere else
+        if factor is not None and family != "mpt":  # whose `logit_scale` is in the config and nowhere else
             scale *= 1 / factor if name in _DIVISORS and family != "hyperclovax" else factor
     return scale
 
@@ -376,9 +402,9 @@ def _probe(model: PreTrainedModel, count: int) -> Tensor:
     """A few different token ids, [1, count], that are none of the special ones."""
     config = model.config.get_text_config()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
-    embedding = model.get_input_embeddings().weight
-    ordinary = [token for token in range(min(len(embedding), count + 8)) if token not in special]
-    return torch.tensor([ordinary[:count]], device=embedding.device)
+    ids = [token for token in range(count + len(special)) if token not in special][:count]
+    embedding: Any = model.get_input_embeddings()
+    return torch.tensor([ids], device=embedding.weight.device)
 
 
 @contextmanager
@@ -397,12 +423,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _lengths(cu_seqlens: Tensor, row: Tensor) -> Tensor:
     """[B] lengths of the packed responses, after checking that they make up the row [1, N]."""
     ints = (torch.int32, torch.int64)
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in ints or row.shape[0] != 1:
-        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for a batch of shape {tuple(row.shape)}"
-        raise ValueError(f"cu_seqlens: expected int [B + 1] for a batch of shape [1, N], got {found}")
-    lengths = cu_seqlens.diff()
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != row.shape[1] or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {row.shape[1]}, got {cu_seqlens.tolist()}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in ints or row.dim() != 2 or row.shape[0] != 1:
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} beside {tuple(row.shape)}"
+        raise ValueError(f"cu_seqlens: expected int32 or int64 [B + 1] beside labels [1, N], got {found}")
+    lengths, total = cu_seqlens.diff(), row.shape[1]
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {total}, got {cu_seqlens.tolist()}")
     return lengths
 
 
@@ -413,12 +439,13 @@ def _restarting(cu_seqlens: Tensor) -> Tensor:
 
 
 def _unwrap(model: nn.Module, argument: str = "model") -> PreTrainedModel:
-    """The transformers model itself. A PEFT model's adapters live inside it, save for the prompt-learning kinds."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model itself. PEFT's adapters live inside its modules, save for prompt learning."""
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(f"{argument}: expected PEFT adapters inside the model, got prompt learning, which prepends tokens")
+        raise ValueError(f"{argument}: expected adapters inside the model, got PEFT's prompt learning")
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"{argument}: expected a transformers PreTrainedModel, unwrapped, got {_name(inner)}")
+        raise ValueError(f"{argument}: expected a bare transformers PreTrainedModel, got {_name(inner)}")
     return inner
 
 
@@ -427,5 +454,5 @@ def _name(thing: object) -> str:
     return type(thing).__name__ if family is None else f"{type(thing).__name__} (family {family})"
 
 
-def _shapes(batch: Mapping[str, Any]) -> str:
-    return str({name: list(value.shape) if isinstance(value, Tensor) else value for name, value in batch.items()})
+def _shapes(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(x.shape) if isinstance(x, Tensor) else _name(x) for name, x in batch.items()}

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgpb.engine import chunked
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.head import LMHead, as_head
+from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import TokenScores
 
 IMPLEMENTATIONS = ("auto", "torch")
@@ -183,7 +184,7 @@ def _pull_back(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias from recomputed logits; empty where not needed."""
     problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
-    statistics, upstream = (z_y, lse_other, h_o), (g_zy, g_lo, g_ho)
+    statistics, upstream = Statistics(z_y, lse_other, h_o), Upstream(g_zy, g_lo, g_ho)
     with torch.autocast(hidden.device.type, enabled=False):
         dhidden = chunked.hidden_gradient(problem, statistics, upstream) if need_hidden else hidden.new_empty(0)
         dweight, dbias = (
@@ -216,6 +217,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(hidden, weight, bias, target, z_y, lse_other, h_o)
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler records the operations: what was returned must then not change in place."""
+    return type(x) not in (Tensor, nn.Parameter)
+
+
 def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -233,6 +239,8 @@ def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor |
     dhidden = None
     if need_hidden and g_ho is None and ctx.accumulated:
         dhidden = ctx.accumulated.pop()
+        if is_traced(dhidden):
+            dhidden = dhidden.clone()
         torch.ops.rgpb.finish_hidden_(
             dhidden, weight, target, z_y, g_zy, g_lo, softcap, scale, ignore_index, workspace
         )

@@ -5,7 +5,7 @@
     head_gradient    Z again, slice by slice of V: dW = Dᵀ X finished per slice
     hidden_gradient  Z again, dX = D W (only where the entropy has a gradient)
 
-Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O needs no second look at the logits.
+D = diag(r) E as the row kernels leave it. Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O needs no second look at the logits.
 All loops run without autograd and without autocast, over the rows that aren't ignored.
 
 Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.plan import Sizes, convert_rows, row_chunk, sizes, slice_chunk
-from rgpb.kernels.torch_rows import Epilogue, dlogits_, statistics_
+from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream, statistics_, weights_, with_target_
 
 Rows = slice | Tensor
-Statistics = tuple[Tensor, Tensor, Tensor | None]
-Upstream = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Problem(NamedTuple):
@@ -83,6 +81,7 @@ class Products:
         self.logits_buffer = p.hidden.new_empty(rows, vocab, dtype=p.acc_dtype)
         self.converted = p.hidden.new_empty(convert_rows(self.sizes), width, dtype=self.dtype)
         self.half = self.dtype.itemsize == 2
+        self.epilogue = p.epilogue()
 
     def inputs(self, rows: Rows) -> Tensor:
         return self.p.hidden[rows].to(self.dtype)
@@ -107,11 +106,24 @@ class Products:
         """16-bit [C, V] over the first half of each row's bytes, where the products take 16-bit operands."""
         return z_CV.view(self.dtype)[:, : z_CV.shape[1]] if self.half else None
 
-    def hidden(self, d_CV: Tensor, out_CH: Tensor) -> Tensor:
-        """D W into `out_CH`."""
+    def statistics(self, rows: Rows, into: Statistics) -> tuple[Tensor, Tensor]:
+        """Score `rows` into `into`; the weights [C, V] at hand, and their sums [C]."""
+        z = self.logits(self.inputs(rows))
+        scores, total = statistics_(z, self.p.target[rows], self.epilogue, into.h_o is not None, self.half_view(z))
+        for column, value in zip(into, scores):
+            if column is not None:
+                column[rows] = value
+        return z if not self.half else self.half_view(z), total  # type: ignore[return-value]
+
+    def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor) -> None:
+        """out[rows] = diag(r) E W, straight into place where the rows are a view of the right dtype."""
+        in_place = isinstance(rows, slice) and out_PH.dtype == e_CV.dtype
+        dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
         for part, weight in self.weight():
-            mm(d_CV[:, part], weight, out_CH, accumulate=part.start > 0)
-        return out_CH
+            mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
+        dx.mul_(r[:, None])
+        if not in_place:
+            out_PH[rows] = dx.to(out_PH.dtype)
 
 
 class HeadSum:
@@ -125,17 +137,17 @@ class HeadSum:
         if weight and products.sizes.accumulate and chunks > 1:
             self.sum = torch.empty_like(p.weight, dtype=torch.float32)
 
-    def add(self, d_CV: Tensor, x_CH: Tensor) -> None:
+    def add(self, e_CV: Tensor, r: Tensor, rows: Rows) -> None:
+        """The part of `rows`, D = diag(r) E."""
         if self.dbias is not None:
-            self.dbias.add_(d_CV.sum(0, dtype=self.dbias.dtype))
+            self.dbias.addmv_(e_CV.to(self.dbias.dtype).t(), r)
         if self.sum is not None:
-            # 16-bit results of float32 operands pass through a slice of float32
-            step = len(self.sum) if self.sum.dtype == d_CV.dtype or self.products.half else len(self.products.converted)
-            for part in spans(len(self.sum), step):
-                if step == len(self.sum):
-                    mm(d_CV.t(), x_CH, self.sum, accumulate=not self.fresh)
-                else:
-                    self.sum[part] = d_CV[:, part].t() @ x_CH
+            x = (self.p.hidden[rows] * r[:, None]).to(e_CV.dtype)
+            if self.sum.dtype == e_CV.dtype or self.products.half:
+                mm(e_CV.t(), x, self.sum, accumulate=not self.fresh)
+            else:  # a 16-bit result of float32 operands passes through float32, slice by slice
+                for part in spans(len(self.sum), len(self.products.converted)):
+                    self.sum[part] = e_CV[:, part].t() @ x
         self.fresh = False
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:
@@ -192,23 +204,16 @@ def score(p: Problem, entropy: bool, accumulate: bool) -> tuple[Tensor, Tensor, 
     """(z_y, lse_other, H_o) [P], 0 at ignored positions, and O [P, H] in the hidden dtype; H_o and O empty unless asked for."""
     kept = Kept(p.target, p.ignore_index)
     check_rows(p, kept)
-    z_y, lse_other = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(2))
-    h_o = torch.zeros_like(z_y) if entropy else z_y.new_empty(0)
+    scores = empty_statistics(p, entropy)
     accumulated = torch.zeros_like(p.hidden) if accumulate else p.hidden.new_empty(0)
     step, _ = row_chunk(p.sizes, p.workspace, kept.count)
-    products, epilogue = Products(p, step), p.epilogue()
+    products = Products(p, step)
     for chunk in spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
-        z, y = products.logits(products.inputs(rows)), p.target[rows]
-        statistics = statistics_(z, y, epilogue, entropy)
-        z_y[rows], lse_other[rows] = statistics[:2]
-        if statistics[2] is not None:
-            h_o[rows] = statistics[2]
+        weights, total = products.statistics(rows, scores)
         if accumulate:
-            softmax = (torch.zeros_like(statistics[0]), torch.ones_like(statistics[0]), None)
-            q = dlogits_(z, y, *statistics[:2], softmax, epilogue, out=products.half_view(z))
-            into_rows(accumulated, rows, products, q)
-    return z_y, lse_other, h_o, accumulated
+            products.hidden_rows(accumulated, rows, weights, torch.where(total > 0, 1 / total, 0))
+    return *scores[:2], scores.z_y.new_empty(0) if scores.h_o is None else scores.h_o, accumulated
 
 
 def finish_hidden_(p: Problem, accumulated: Tensor, z_y: Tensor, g_zy: Tensor, g_lo: Tensor) -> None:
@@ -242,37 +247,25 @@ def single_pass(
     rows_that_fit, _ = row_chunk(head, p.workspace, tokens)
     if head.accumulate and rows_that_fit < tokens:
         rows_that_fit, _ = row_chunk(head, p.workspace, tokens, accumulator=True)
-    z_y, lse_other = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(2))
-    h_o = torch.zeros_like(z_y) if entropy else None
+    scores = empty_statistics(p, entropy)
     dhidden = torch.zeros_like(p.hidden) if need[0] else None
-    products, epilogue = Products(p, rows_that_fit), p.epilogue()
+    products = Products(p, rows_that_fit)
     total = HeadSum(p, products, need[1], need[2], chunks=-(-tokens // max(rows_that_fit, 1)))
-
-    def sweep(rows: Rows) -> Tensor:
-        z = products.logits(products.inputs(rows))
-        statistics = statistics_(z, p.target[rows], epilogue, entropy)
-        z_y[rows], lse_other[rows] = statistics[:2]
-        if h_o is not None:
-            h_o[rows] = statistics[2]
-        return z
-
     for rows, coefficients in chunks:
         blocks = split_rows(rows, rows_that_fit)
-        z = p.hidden  # replaced below: there is at least one block
         for block in blocks:
-            z = sweep(block)
-        g_zy, g_lo, _ = coefficients((z_y[rows], lse_other[rows], None if h_o is None else h_o[rows]))
-        for block, part in zip(blocks, spans(len(g_zy), rows_that_fit)):
+            weights, sums = products.statistics(block, scores)
+        upstream = coefficients(scores.at(rows))
+        for block, part in zip(blocks, spans(len(upstream.g_zy), rows_that_fit)):
             if len(blocks) > 1:
-                z = sweep(block)
-            d = dlogits_(
-                z, p.target[block], z_y[block], lse_other[block], (g_zy[part], g_lo[part], None), epilogue,
-                out=products.half_view(z),
-            )  # fmt: skip
+                weights, sums = products.statistics(block, scores)
+            g_zy, g_lo, _ = upstream.at(part)
+            r = torch.where(sums > 0, g_lo / sums, 0)
+            r = with_target_(weights, p.target[block], r, g_zy * products.epilogue.jacobian(scores.z_y[block]))
             if dhidden is not None:
-                into_rows(dhidden, block, products, d)
-            total.add(d, products.inputs(block))
-    return (z_y, lse_other, h_o), dhidden, *total.finished()
+                products.hidden_rows(dhidden, block, weights, r)
+            total.add(weights, r, block)
+    return scores, dhidden, *total.finished()
 
 
 def head_gradient(
@@ -301,11 +294,11 @@ def head_gradient(
             rows = kept.rows((chunk.start, chunk.stop))
             x, z = p.hidden[rows].to(dtype), z_buffer[: chunk.stop - chunk.start]
             mm(x, weight.t(), z)
-            d = recomputed_dlogits_(p, z, rows, part, statistics, upstream, epilogue.slice(part.start, part.stop))
+            e, r = recomputed_(p, z, rows, part, statistics, upstream, epilogue.slice(part.start, part.stop))
             if dw is not None:
-                mm(d.t(), x, dw, accumulate=chunk.start > 0)
+                mm(e.t(), (x * r[:, None]).to(dtype), dw, accumulate=chunk.start > 0)
             if dbias is not None:
-                dbias[part] += d.sum(0, dtype=acc)
+                dbias[part].addmv_(e.to(acc).t(), r)
         if dweight is not None and dw is not None and not in_place:
             dweight[part] = dw
     return dweight, None if dbias is None else dbias.to(p.weight.dtype)
@@ -321,30 +314,28 @@ def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> T
     for chunk in spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
         z = products.logits(products.inputs(rows))
-        d = recomputed_dlogits_(p, z, rows, whole, statistics, upstream, epilogue)
-        into_rows(dhidden, rows, products, d)
+        e, r = recomputed_(p, z, rows, whole, statistics, upstream, epilogue)
+        products.hidden_rows(dhidden, rows, e, r)
     return dhidden
 
 
-def recomputed_dlogits_(
+def recomputed_(
     p: Problem, z: Tensor, rows: Rows, part: slice, statistics: Statistics, upstream: Upstream, epilogue: Epilogue
-) -> Tensor:
-    """Products of `rows` with the slice `part` of the head → their gradients, 16-bit where the products are."""
+) -> tuple[Tensor, Tensor]:
+    """Products of `rows` with the slice `part` of the head → (E, r) with D = diag(r) E, 16-bit where the products are."""
     y = p.target[rows] - part.start
     y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
-    at = [None if t is None else t[rows] for t in (*statistics, *upstream)]
-    z_y, lse_other, h_o, g_zy, g_lo, g_ho = at
+    scores, gradients = statistics.at(rows), upstream.at(rows)
     half = z.view(p.gemm_dtype)[:, : z.shape[1]] if p.sizes.gemm == 2 else None
-    return dlogits_(z, y, z_y, lse_other, (g_zy, g_lo, g_ho), epilogue, h_o, out=half, raw=True)  # type: ignore[arg-type]
+    r = weights_(z, y, scores, gradients, epilogue, half)
+    e = z if half is None else half
+    return e, with_target_(e, y, r, gradients.g_zy * epilogue.jacobian(scores.z_y))
 
 
-def into_rows(out: Tensor, rows: Rows, products: Products, d_CV: Tensor) -> None:
-    """out[rows] = D W, straight into place where the rows are a view of the right dtype."""
-    if isinstance(rows, slice) and out.dtype in (d_CV.dtype, products.p.acc_dtype) and not products.half:
-        products.hidden(d_CV, out[rows])
-    else:
-        into = d_CV.new_empty(len(d_CV), out.shape[1], dtype=products.p.acc_dtype)
-        out[rows] = products.hidden(d_CV, into).to(out.dtype)
+def empty_statistics(p: Problem, entropy: bool) -> Statistics:
+    """0 at every position [P]."""
+    columns = p.hidden.new_zeros(2 + entropy, len(p.target), dtype=p.acc_dtype)
+    return Statistics(columns[0].clone(), columns[1].clone(), columns[2].clone() if entropy else None)
 
 
 def split_rows(rows: Rows, step: int) -> list[Rows]:

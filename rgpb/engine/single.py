@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from rgpb.engine import chunked
 from rgpb.engine.plan import row_chunk
+from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import Layout, Responses, TokenScores
-from rgpb.logprob import refuse_double_backward, token_scores
+from rgpb.logprob import is_traced, refuse_double_backward, token_scores
 from rgpb.objectives import OBJECTIVES, unit_values
 
 
@@ -31,6 +33,17 @@ def encode_options(options: dict[str, Any]) -> str:
 def encodable(options: dict[str, Any]) -> bool:
     """Whether `encode_options` can carry them."""
     return all(value is None or isinstance(value, bool | int | float | str) for value in options.values())
+
+
+@contextmanager
+def autograd_inside_operator() -> Iterator[None]:
+    """Autograd on small tensors in the body of an operator, which the dispatcher calls with the autograd keys switched off."""
+    keys = torch._C.DispatchKey
+    with ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @torch.library.custom_op("rgpb::single_pass", mutates_args=())
@@ -55,7 +68,7 @@ def single_pass(
 
     def coefficients(
         rows: chunked.Rows, part: Layout, responses: Tensor | slice
-    ) -> Callable[[chunked.Statistics], chunked.Upstream]:
+    ) -> Callable[[Statistics], Upstream]:
         def selected(x: Tensor | None, index: Any) -> Tensor | None:
             return None if x is None else x[index]
 
@@ -63,20 +76,23 @@ def single_pass(
         if ref_logp is not None and ref_log_odds is not None:
             ref = TokenScores(ref_logp[rows], ref_log_odds[rows], torch.zeros_like(ref_logp[rows]))
 
-        def of(statistics: chunked.Statistics) -> chunked.Upstream:
+        def of(statistics: Statistics) -> Upstream:
             def value(z_y: Tensor, lse_other: Tensor) -> Tensor:
                 policy = token_scores(z_y, lse_other, statistics[2], mask=None, entropy=False)
                 seen = Responses(policy, ref, selected(ref_sums, responses), selected(label, responses), part)
                 values = unit_values(spec, seen, chosen_options).sum()
                 return values / units if mean else values
 
-            (g_zy, g_lo), part_value = torch.func.grad_and_value(value, argnums=(0, 1))(*statistics[:2])
-            total.add_(part_value.double())
-            return g_zy, g_lo, None
+            with autograd_inside_operator():
+                z_y, lse_other = (s.detach().requires_grad_() for s in statistics[:2])
+                part_value = value(z_y, lse_other)
+                g_zy, g_lo = torch.autograd.grad(part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True)
+            total.add_(part_value.detach().double())
+            return Upstream(g_zy, g_lo)
 
         return of
 
-    def chunks() -> Iterator[tuple[chunked.Rows, Callable[[chunked.Statistics], chunked.Upstream]]]:
+    def chunks() -> Iterator[tuple[chunked.Rows, Callable[[Statistics], Upstream]]]:
         step, _ = row_chunk(problem.sizes, workspace, kept.count)
         if problem.sizes.accumulate and step < kept.count:
             step, _ = row_chunk(problem.sizes, workspace, kept.count, accumulator=True)
@@ -140,7 +156,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.gradients = list(output[4:])  # given away in the backward: one copy of dweight is all there is
-    ctx.tensors = len([x for x in inputs[:9] if isinstance(x, Tensor)])
     ctx.save_for_backward(*inputs[:9])
     ctx.options = inputs[9:]
 
@@ -159,10 +174,12 @@ def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
-    """Times the upstream scalar, in place; on a CPU nothing is touched for the usual 1."""
-    if gradient.device.type == "cpu" and not torch.compiler.is_compiling() and type(g) is Tensor and g.item() == 1:
+    """Times the upstream scalar, in place; on a CPU nothing is touched for the usual 1. A traced graph has to be functional."""
+    if is_traced(gradient):
+        return gradient * g.to(gradient.dtype)
+    if gradient.device.type == "cpu" and g.item() == 1:
         return gradient
-    return gradient.mul_(g.to(gradient.dtype) if gradient.dtype == torch.float64 else g)
+    return gradient.mul_(g)
 
 
 single_pass.register_autograd(_backward, setup_context=_setup)

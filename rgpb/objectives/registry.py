@@ -32,6 +32,7 @@ class Objective(NamedTuple):
         label: whether it needs the label of each response.
         entropy: whether `other_entropy` has to be computed.
         entropy_grad: whether the value depends on it differentiably.
+        options: the function's keyword options and their defaults; None for a function that isn't registered, whose options aren't checked.
     """
 
     name: str
@@ -42,11 +43,7 @@ class Objective(NamedTuple):
     label: bool = False
     entropy: bool = False
     entropy_grad: bool = False
-
-    def options(self) -> dict[str, Any]:
-        """The keyword options and their defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    options: dict[str, Any] | None = None
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -85,7 +82,8 @@ def objective(
         if key in OBJECTIVES:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         kind = unit or ("pair" if couples == "pair" else "response")
-        OBJECTIVES[key] = Objective(key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad)
+        options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[1:]}
+        OBJECTIVES[key] = Objective(key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, options)
         return function
 
     return register

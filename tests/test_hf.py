@@ -1,0 +1,478 @@
+"""The transformers adapter against the models' own logits and losses, on tiny random models of many families."""
+
+from __future__ import annotations
+
+import doctest
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import rgpb.hf as hf
+from rgpb import LMHead
+
+V, H, IGNORE = 37, 16, -100  # V is a multiple of no tile
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SIZES = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 24, "max_position_embeddings": 32}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = SIZES | TOKENS | {"num_key_value_heads": 1}
+GEMMA = GROUPED | {"head_dim": 8, "sliding_window": 3}
+GPT2 = {"vocab_size": V, "n_embd": H, "n_layer": 2, "n_head": 2, "n_positions": 32} | TOKENS
+T5 = {"vocab_size": V, "d_model": H, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
+T5 |= {"decoder_start_token_id": 0, "eos_token_id": 2}
+BART = {"vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
+BART |= TOKENS | {"decoder_start_token_id": 2, "forced_eos_token_id": None}
+MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
+# name: (class of the config less "Config", class of the model, options), each with what it is here for
+FAMILIES = {
+    "llama": ("Llama", "LlamaForCausalLM", GROUPED),  # nothing special, untied
+    "llama_tied": ("Llama", "LlamaForCausalLM", GROUPED | {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", "MistralForCausalLM", GROUPED | {"sliding_window": 3}),
+    "gemma2": ("Gemma2", "Gemma2ForCausalLM", GEMMA | {"final_logit_softcapping": 1.5}),
+    "gemma3": ("Gemma3Text", "Gemma3ForCausalLM", GEMMA | {"final_logit_softcapping": 1.5}),
+    "recurrent_gemma": (  # a soft-cap by another name
+        "RecurrentGemma",
+        "RecurrentGemmaForCausalLM",
+        GROUPED | {"logits_soft_cap": 1.5, "lru_width": H, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+    ),
+    "gpt_neox": ("GPTNeoX", "GPTNeoXForCausalLM", SIZES | TOKENS),
+    "gpt2": ("GPT2", "GPT2LMHeadModel", GPT2),  # learned positions, tied
+    "gptj": ("GPTJ", "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}),  # a bias
+    "phi": ("Phi", "PhiForCausalLM", SIZES | TOKENS),  # a bias
+    "cohere": ("Cohere", "CohereForCausalLM", GROUPED | {"logit_scale": 0.3}),
+    "granite": ("Granite", "GraniteForCausalLM", GROUPED | {"logits_scaling": 3.0}),
+    "minicpm3": ("MiniCPM3", "MiniCPM3ForCausalLM", SIZES | TOKENS | MLA | {"dim_model_base": 4}),  # divides x
+    "mamba": ("Mamba", "MambaForCausalLM", {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "state_size": 4}),
+    "t5": ("T5", "T5ForConditionalGeneration", T5),  # scales x by d_model^-½
+    "t5_v1_1": ("T5", "T5ForConditionalGeneration", T5 | {"tie_word_embeddings": False}),  # does not
+    "umt5": ("UMT5", "UMT5ForConditionalGeneration", T5),  # scales, and has no name for it
+    "bart": ("Bart", "BartForConditionalGeneration", BART),  # final_logits_bias
+}
+CAUSAL = [name for name in FAMILIES if FAMILIES[name][1].endswith(("CausalLM", "LMHeadModel"))]
+PACKABLE = ["llama", "mistral", "gemma2", "gpt_neox", "gpt2", "phi", "cohere"]
+
+
+def build(name: str, **more: object) -> PreTrainedModel:
+    """A family's tiny model, with weights and biases large enough that dropping any of them shows."""
+    config_class, model_class, options = FAMILIES[name]
+    config = getattr(transformers, config_class + "Config")(**(options | more))
+    if name == "t5_v1_1":
+        config.tie_word_embeddings = False  # T5Config ties whatever it is told; checkpoints bring their own head
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "conv" not in key and "A_log" not in key:
+                parameter.normal_(0, 0.3)
+            elif key.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_(0, 0.5)
+    return model
+
+
+def padded(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Three responses of 7, 5 and 3 tokens, right-padded; the prompt is the first 2; the last has 1 label."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, V, (3, 7), generator=generator)
+    mask = torch.arange(7) < torch.tensor([[7], [5], [3]])
+    if model.config.is_encoder_decoder:
+        labels = torch.randint(3, V, (3, 6), generator=generator)
+        labels = labels.masked_fill(torch.arange(6) >= torch.tensor([[6], [2], [4]]), IGNORE)
+    else:
+        labels = ids.masked_fill(~mask | (torch.arange(7) < 2), IGNORE)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
+
+
+def own_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probs of the labels, in the labels' order, from the model's own logits."""
+    logits, labels = model(**batch, use_cache=False).logits.double(), batch["labels"]
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    keep = labels != IGNORE
+    return logits.log_softmax(-1)[keep].gather(1, labels[keep][:, None])[:, 0]
+
+
+def targets(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    labels = batch["labels"]
+    return labels if model.config.is_encoder_decoder else hf.aligned_targets(labels, batch.get("cu_seqlens"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_log_probs_and_gradients_are_those_of_the_model_itself(name: str) -> None:
+    model = build(name)
+    batch = padded(model)
+    target = targets(model, batch)
+    scores = hf.token_scores(model, batch)
+    assert scores.logp.shape == target.shape
+    kept = scores.logp[target != IGNORE]
+    torch.testing.assert_close(kept.double(), own_logps(model, batch), rtol=1e-5, atol=1e-5)
+    assert (scores.logp[target == IGNORE] == 0).all()
+
+    (-kept.mean()).backward()
+    ours = {key: p.grad for key, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model(**batch, use_cache=False).loss.backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert ours[key] is None, key
+            continue
+        size = parameter.grad.abs().max().item()
+        assert ours[key] is not None, key
+        torch.testing.assert_close(ours[key], parameter.grad, rtol=0, atol=max(1e-4 * size, 1e-7), msg=key)
+    assert model.get_output_embeddings().weight.grad.abs().max() > 0
+
+
+def test_nested_text_config() -> None:
+    small = GEMMA | {"final_logit_softcapping": 1.5}
+    config = transformers.T5GemmaConfig(encoder=small, decoder=small, **TOKENS, vocab_size=V)
+    torch.manual_seed(0)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    nn.init.normal_(model.get_output_embeddings().weight, 0, 0.5)
+    head = LMHead.from_model(model)
+    assert head.softcap == 1.5
+    batch = padded(model)
+    kept = hf.token_scores(model, batch).logp[batch["labels"] != IGNORE]
+    torch.testing.assert_close(kept.double(), own_logps(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_read_not_copied() -> None:
+    for name in ("llama", "llama_tied", "t5", "t5_v1_1"):
+        model = build(name)
+        head = LMHead.from_model(model)
+        assert head.weight is model.lm_head.weight
+        assert (head.weight is model.get_input_embeddings().weight) == (name in ("llama_tied", "t5"))
+    assert LMHead.from_model(build("phi")).bias is not None
+    assert LMHead.from_model(build("t5")).scale == H**-0.5
+    assert LMHead.from_model(build("t5_v1_1")).scale == 1
+    assert LMHead.from_model(build("granite")).scale == pytest.approx(1 / 3)
+    bart = build("bart")
+    torch.testing.assert_close(LMHead.from_model(bart).bias, bart.final_logits_bias[0])
+
+
+def test_no_logits_are_formed() -> None:
+    """Past the one check, the head module is never called."""
+    for name in ("llama", "t5", "bart"):
+        model = build(name)
+        batch = padded(model)
+        hf.check_head(model)
+        calls: list[str] = []
+        model.get_output_embeddings().register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        hf.token_scores(model, batch).logp.sum().backward()
+        assert calls == []
+
+
+def test_loss_is_fused_loss_on_the_same_batch() -> None:
+    model, reference = build("gpt2"), build("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    batch = padded(model)
+    batch = {name: torch.cat([value, value.roll(1, 0)])[:4] for name, value in batch.items()}  # two pairs
+    with torch.no_grad():
+        ref = hf.token_scores(reference, batch)
+    target = hf.aligned_targets(batch["labels"])
+    own, other = hf.token_scores(model, batch).logp.sum(1), ref.logp.sum(1)
+    margin = 0.2 * ((own - other)[:2] - (own - other)[2:])
+    expected = -nn.functional.logsigmoid(margin).mean()
+    result, metrics = hf.loss(model, batch, "dpo", ref=ref, beta=0.2, return_metrics=True)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+    assert metrics["rewards/margins"].item() == pytest.approx(margin.mean().item(), rel=1e-4)
+
+    reference.train()  # dropout must not reach the reference's scores
+    by_model = hf.loss(model, batch, "dpo", ref=reference, beta=0.2)
+    torch.testing.assert_close(by_model, expected, rtol=1e-5, atol=1e-6)
+    by_model.backward()
+    assert reference.training
+    assert all(p.grad is None for p in reference.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+    def mean_surprise(responses: hf.Responses) -> Tensor:
+        return -responses.logps(length_normalize=True)
+
+    chosen = hf.loss(model, batch, mean_surprise)
+    lengths = (target != IGNORE).sum(1)
+    torch.testing.assert_close(chosen, -(own / lengths).mean(), rtol=1e-5, atol=1e-6)
+    labelled = hf.loss(model, batch, label=torch.tensor([1, -1, 1, -1]), ref=ref)  # bnf by default
+    assert labelled.dim() == 0
+
+
+# --- the check
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_check_head_passes_and_leaves_no_trace(name: str) -> None:
+    model = build(name).train()
+    frozen = model.get_input_embeddings().eval()
+    flags = {key: module.training for key, module in model.named_modules()}
+    hf.check_head(model)
+    assert flags == {key: module.training for key, module in model.named_modules()}
+    assert not frozen.training
+    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "forgotten", "options"),
+    [
+        ("cohere", "_MULTIPLIERS", {}),
+        ("granite", "_DIVISORS", {}),
+        ("minicpm3", "_DIVISORS", {}),
+        ("gemma2", "_SOFTCAPS", {}),
+        # logits of an untrained model are far below 30: only the scaled-up half of the check can see this one
+        ("gemma2", "_SOFTCAPS", {"final_logit_softcapping": 30.0}),
+    ],
+)
+def test_a_forgotten_soft_cap_or_scale_is_caught(
+    name: str, forgotten: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name, **options)
+    monkeypatch.setattr(hf, forgotten, ())
+    with pytest.raises(ValueError, match=rf"family {name}\) does more .* differ by up to [\d.e-]+"):
+        hf.token_scores(model, padded(model))
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_an_unknown_head_is_caught() -> None:
+    class Louder(transformers.LlamaForCausalLM):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.001
+            return out
+
+    config = transformers.LlamaConfig(**GROUPED)
+    with pytest.raises(ValueError, match=r"Louder \(family llama\) does more"):
+        hf.check_head(Louder(config))
+    bert = transformers.BertConfig(**SIZES, is_decoder=True)  # a transform stands between the two
+    with pytest.raises(ValueError, match=r"BertLMHeadModel \(family bert\) does more"):
+        hf.check_head(transformers.BertLMHeadModel(bert))
+
+
+def test_heads_that_are_not_plainly_linear_are_refused() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+    class Quantised(nn.Linear):
+        pass
+
+    for head, found in (
+        (Adapted(nn.Linear(H, V)), "got Adapted"),
+        (Quantised(H, V), "got Quantised"),
+        (nn.Linear(H, V, device="meta"), "on meta"),
+        (None, "got NoneType"),
+    ):
+        model = build("llama")
+        model.lm_head = head
+        with pytest.raises(ValueError, match=f"head of LlamaForCausalLM.*{found}"):
+            LMHead.from_model(model)
+    with pytest.raises(ValueError, match="head of LlamaModel.*got NoneType"):
+        LMHead.from_model(build("llama").model)
+    with pytest.raises(ValueError, match="model: expected a bare transformers PreTrainedModel, got Sequential"):
+        hf.check_head(nn.Sequential(build("llama")))
+
+
+# --- targets and packing
+
+
+def test_aligned_targets() -> None:
+    labels = torch.tensor([[5, 6, 7, 8], [IGNORE, 1, 2, IGNORE]])
+    assert hf.aligned_targets(labels).tolist() == [[6, 7, 8, IGNORE], [1, 2, IGNORE, IGNORE]]
+    row = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    # responses of 0, 2, 1, 0, 3 and 0 tokens
+    bounds = torch.tensor([0, 0, 2, 3, 3, 6, 6], dtype=torch.int32)
+    assert hf.aligned_targets(row, bounds).tolist() == [[2, IGNORE, IGNORE, 5, 6, IGNORE]]
+    assert hf.aligned_targets(row, torch.tensor([0, 6]), ignore_index=-1).tolist() == [[2, 3, 4, 5, 6, -1]]
+    with pytest.raises(ValueError, match=r"labels: expected \[B, T\].*\(6,\)"):
+        hf.aligned_targets(row[0])
+    for wrong in ([0, 5], [1, 6], [0, 4, 3, 6], [0]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to N = 6"):
+            hf.aligned_targets(row, torch.tensor(wrong))
+    with pytest.raises(ValueError, match="cu_seqlens: expected int32 or int64"):
+        hf.aligned_targets(labels, torch.tensor([0, 4, 8]))
+
+
+def test_pack() -> None:
+    batch = {
+        "input_ids": torch.tensor([[9, 8, 0], [0, 7, 6], [5, 0, 0]]),  # padded right, left and right
+        "attention_mask": torch.tensor([[1, 1, 0], [0, 1, 1], [1, 0, 0]]),
+        "labels": torch.tensor([[IGNORE, 8, IGNORE], [IGNORE, 7, 6], [5, IGNORE, IGNORE]]),
+        "chosen": torch.tensor([True, False, True]),
+    }
+    packed = hf.pack(batch)
+    assert set(packed) == {"input_ids", "labels", "chosen", "cu_seqlens", "position_ids"}
+    assert packed["input_ids"].tolist() == [[9, 8, 7, 6, 5]]
+    assert packed["labels"].tolist() == [[IGNORE, 8, 7, 6, 5]]
+    assert packed["position_ids"].tolist() == [[0, 1, 0, 1, 0]]
+    assert packed["cu_seqlens"].tolist() == [0, 2, 4, 5]
+    assert packed["cu_seqlens"].dtype == torch.int32
+    with pytest.raises(ValueError, match="batch: expected input_ids and attention_mask"):
+        hf.pack({"input_ids": batch["input_ids"]})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PACKABLE)
+def test_packed_equals_padded(name: str, attention: str) -> None:
+    model = build(name, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    batch = padded(model)
+    packed = hf.pack(batch)
+    if name == "llama":
+        del packed["position_ids"]  # filled in
+    one, other = hf.token_scores(model, batch), hf.token_scores(model, packed)
+    assert other.logp.shape == (15,)
+    kept, kept_packed = targets(model, batch) != IGNORE, targets(model, packed)[0] != IGNORE
+    assert kept.sum() == 4 + 2 + 0 + 1 + 2  # 5, 3 and 1 labels: none is lost or gained at a border
+    torch.testing.assert_close(other.logp[kept_packed], one.logp[kept], rtol=1e-5, atol=1e-5)
+    label = torch.tensor([True, False, True])
+    losses = [hf.loss(model, x, "bnf", label=label, ref=s.logp.detach() + 0.1) for x, s in ((batch, one), (packed, other))]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_flattening_collator_feeds_packed_batches() -> None:
+    model = build("llama")
+    batch = padded(model)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = [{key: batch[key][i, :n].tolist() for key in ("input_ids", "labels")} for i, n in enumerate(lengths)]
+    flat = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(rows)
+    kept = targets(model, batch) != IGNORE
+    scores = hf.token_scores(model, flat)
+    expected = hf.token_scores(model, batch).logp[kept]
+    torch.testing.assert_close(scores.logp[scores.logp != 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_would_mix_packed_responses_is_refused() -> None:
+    llama = build("llama")
+    packed = hf.pack(padded(llama))
+    with pytest.raises(ValueError, match="attention_mask: expected none in a packed batch"):
+        hf.token_scores(llama, packed | {"attention_mask": torch.ones(1, 15, dtype=torch.long)})
+    with pytest.raises(ValueError, match="position_ids: expected .* restarting from 0"):
+        hf.token_scores(llama, packed | {"position_ids": torch.arange(15)[None]})
+    with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to N = 15"):
+        hf.token_scores(llama, packed | {"cu_seqlens": torch.tensor([0, 7, 12])})
+    for name in ("mamba", "recurrent_gemma"):  # a state that runs on through the row
+        with pytest.raises(ValueError, match=rf"family {name}\).*does not keep packed responses apart"):
+            hf.token_scores(build(name), packed)
+    t5 = build("t5")
+    with pytest.raises(ValueError, match="cu_seqlens: expected a causal LM"):
+        hf.token_scores(t5, padded(t5) | {"cu_seqlens": torch.tensor([0, 21])})
+    small = GROUPED | {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2, "attention_chunk_size": 4}
+    chunked = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small))
+    with pytest.raises(ValueError, match="attends within chunks of the packed row"):
+        hf.token_scores(chunked, packed)
+
+
+# --- inputs
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    llama, t5, bart = build("llama"), build("t5"), build("bart")
+    batch = padded(llama)
+    with pytest.raises(ValueError, match=r"batch: expected input_ids .* got \{'input_ids': \[3, 7\]\}"):
+        hf.token_scores(llama, {"input_ids": batch["input_ids"]})
+    with pytest.raises(ValueError, match=r"labels: expected \(3, 7\).*got \(3, 6\)"):
+        hf.token_scores(llama, batch | {"labels": batch["labels"][:, 1:]})
+    for model in (t5, bart):
+        with pytest.raises(ValueError, match="decoder_input_ids: expected them, or labels"):
+            hf.hidden_states(model, batch["input_ids"])
+    bart_without = type("Bare", (type(bart),), {"prepare_decoder_input_ids_from_labels": None})(bart.config)
+    with pytest.raises(ValueError, match="Bare .*can't shift labels"):
+        hf.hidden_states(bart_without, batch["input_ids"], labels=batch["labels"])
+
+
+def test_decoder_inputs_given_or_shifted() -> None:
+    for name in ("t5", "bart"):
+        model = build(name)
+        batch = padded(model)
+        ids = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        mask = (torch.arange(6) < 5).long().expand(3, 6)
+        given = batch | {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        own = own_logps(model, given)
+        kept = hf.token_scores(model, given).logp[batch["labels"] != IGNORE]
+        torch.testing.assert_close(kept.double(), own, rtol=1e-5, atol=1e-5)
+
+
+def test_sixteen_bits_and_autocast() -> None:
+    """Mamba hands its head float32 hidden states when the head holds bfloat16, and casts them there."""
+    for name in ("llama", "mamba"):
+        model = build(name)
+        batch = padded(model)
+        exact = own_logps(model, batch)
+        kept = targets(model, batch) != IGNORE
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = hf.token_scores(model, batch).logp[kept]
+        low = build(name).bfloat16()
+        assert hf.hidden_states(low, batch["input_ids"]).dtype == torch.bfloat16
+        rounded = hf.token_scores(low, batch).logp[kept]
+        # twice what the model's own logits lose to the same rounding, plus a little where that is luckily small
+        for ours, own in ((mixed, own_logps_under_autocast(model, batch)), (rounded, own_logps(low, batch))):
+            assert (ours - exact).abs().max() <= 2 * (own - exact).abs().max() + 0.02
+            assert ours.dtype == torch.float32
+
+
+def own_logps_under_autocast(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return own_logps(model, batch)
+
+
+def test_adapters_inside_the_model_take_part() -> None:
+    """A PEFT model: the transformers model inside, some of its layers replaced."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base.requires_grad_(False)
+            self.down, self.up = nn.Linear(H, 2, bias=False), nn.Linear(2, H, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    class Peft(nn.Module):
+        def __init__(self, model: PreTrainedModel, prompts: bool) -> None:
+            super().__init__()
+            self.model = model
+            self.active_peft_config = type("Config", (), {"is_prompt_learning": prompts})
+
+        def get_base_model(self) -> PreTrainedModel:
+            return self.model
+
+    inner = build("llama").requires_grad_(False)
+    plain = hf.token_scores(inner, padded(inner)).logp
+    projection = inner.model.layers[0].self_attn.q_proj
+    inner.model.layers[0].self_attn.q_proj = Adapter(projection)
+    model = Peft(inner, prompts=False)
+    scores = hf.token_scores(model, padded(inner)).logp
+    assert (scores - plain).abs().max() > 1e-4
+    scores.sum().backward()
+    trained = [key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert {key.split(".")[-2] for key in trained} == {"down", "up"}
+    with pytest.raises(ValueError, match="prompt learning"):
+        hf.token_scores(Peft(inner, prompts=True), padded(inner))
+
+
+def test_the_package_imports_without_transformers() -> None:
+    code = "import sys, rgpb; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_documented_example() -> None:
+    assert doctest.testmod(hf).failed == 0
+    assert doctest.testmod(hf).attempted > 0
