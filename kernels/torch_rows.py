@@ -7,9 +7,11 @@ Everything a loss needs follows from (z_y, lse_other, H_o): λ = z_y − lse_oth
 
 Vector-Jacobian product, for upstream gradients g_zy, g_lo, g_ho of these three:
     ∂L/∂z_y = g_zy        ∂L/∂z_k = q_k · (g_lo − g_ho · (H_o + log q_k)),  k ≠ y
-times J_k = (1 − (z_k/cap)²) · scale for the raw product. Nothing here cancels as p → 1: that is what the log-odds form is for.
+times J_k = (1 − (z_k/cap)²) · scale for the raw product. Nothing here cancels as p → 1: that is what the log-odds
+form is for.
 
-A buffer of logits becomes E, and the gradients are D = diag(r) · E: the factor r of a row is left to the [C, H] sides of the
+A buffer of logits becomes E, and the gradients are D = diag(r) · E: the factor r of a row is left to the [C, H]
+sides of the
 products, which spares a pass over [C, V]. Weights E_k = exp(z_k − max) go in the same pass as the statistics.
 
 Dimensions: C rows of the buffer, V vocabulary (or a slice of it), R rows of a block that stays in the cache.
@@ -23,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the cache.
+# Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the
+# cache.
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 # Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
@@ -113,13 +116,20 @@ def statistics_(
         elif epilogue.scale != 1.0:
             weights.mul_(epilogue.scale)
         if out is not None:
-            out[rows] = weights.div_(total.clamp(min=1)[:, None]).to(out.dtype)  # complete before the write into the same bytes
+            out[rows] = weights.div_(total.clamp(min=1)[:, None]).to(
+                out.dtype
+            )  # complete before the write into the same bytes
     z_y, lse_other, total = columns[:3]
     return Statistics(z_y, lse_other, columns[3] if entropy else None), total if out is None else torch.ones_like(total)
 
 
 def weights_(
-    z_CV: Tensor, target_C: Tensor, statistics: Statistics, upstream: Upstream, epilogue: Epilogue, out: Tensor | None = None
+    z_CV: Tensor,
+    target_C: Tensor,
+    statistics: Statistics,
+    upstream: Upstream,
+    epilogue: Epilogue,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Products become weights J_k q_k (with g_ho: the gradients themselves) from known statistics; returns r for them.
 
@@ -147,7 +157,8 @@ def weights_(
 
 
 def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -> Tensor:
-    """Put the target's entry in place so that D = diag(r) · E; returns r, changed where the target's gradient dwarfs the others'.
+    """Put the target's entry in place so that D = diag(r) · E; returns r, changed where the target's gradient dwarfs
+    the others'.
 
     Args:
         weights_CV: float32, float64 or 16-bit weights.

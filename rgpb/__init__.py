@@ -1,4 +1,5 @@
-"""rgpb: fused losses that reward good and penalise bad examples, from hidden states and the LM head to the gradients."""
+"""rgpb: fused losses that reward good and penalise bad examples, from hidden states and the LM head to the
+gradients."""
 
 from rgpb.fused import FusedLoss, fused_loss
 from rgpb.head import LMHead
@@ -9,5 +10,6 @@ from rgpb.objectives import OBJECTIVES, objective
 __version__ = "0.1.0"
 
 __all__ = [
-    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "fused_loss", "linear_logprob", "objective", "pairs",
+    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "fused_loss", "linear_logprob",
+    "objective", "pairs",
 ]  # fmt: skip

@@ -3,7 +3,8 @@
     from rgpb.fused import bnf_loss
     loss = bnf_loss(hidden, head, target, label, ref=ref_scores)
 
-One function, `fused_loss`, serves all objectives; each `<name>_loss` is `fused_loss` with that objective and its options.
+One function, `fused_loss`, serves all objectives; each `<name>_loss` is `fused_loss` with that objective and its
+options.
 
 Dimensions: B responses, T padded length, N packed length, V vocabulary, H hidden size, U units (responses or pairs).
 """
@@ -49,13 +50,15 @@ def fused_loss(
     Args:
         hidden: [B, T, H], or packed [N, H] with `cu_seqlens`. float64, float32, bfloat16 or float16.
         head: weight [V, H], or an `LMHead` (bias, soft-cap, scale).
-        target: int64 [B, T] or [N]: the token that `hidden` at the same place predicts; `ignore_index` on prompt and padding.
-            For an objective of pairs the responses are stacked `[chosen; rejected]`.
-        objective: a name in `rgpb.objectives.OBJECTIVES`, or a function of `Responses` that returns one value per response or pair.
+        target: int64 [B, T] or [N]: the token that `hidden` at the same place predicts; `ignore_index` on prompt and
+            padding. For an objective of pairs the responses are stacked `[chosen; rejected]`.
+        objective: a name in `rgpb.objectives.OBJECTIVES`, or a function of `Responses` that returns one value per
+            response or pair.
         label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf).
-        ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token log-probabilities in the
-            shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or, where sums are enough (dpo, ipo),
-            [B] sums of log-probabilities.
+        ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token
+            log-probabilities in the
+            shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or, where sums are enough
+            (dpo, ipo), [B] sums of log-probabilities.
         cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
@@ -68,8 +71,8 @@ def fused_loss(
         The loss, float32 (float64 for float64 input), 0-d or [U]; with `return_metrics`, (loss, metrics).
 
     Raises:
-        ValueError: as `linear_logprob`; and a missing or surplus `ref` or `label`, labels other than bool or ±1, an odd number of
-            responses for pairs, `cu_seqlens` that don't fit, an unknown objective, option or reduction.
+        ValueError: as `linear_logprob`; and a missing or surplus `ref` or `label`, labels other than bool or ±1, an
+            odd number of responses for pairs, `cu_seqlens` that don't fit, an unknown objective, option or reduction.
     """
     head = check_inputs(hidden, head, target, impl, workspace)
     spec = resolve(objective)
@@ -81,17 +84,19 @@ def fused_loss(
     layout = make_layout(target, cu_seqlens, ignore_index)
     if spec.unit == "pair" and layout.responses % 2:
         raise ValueError(
-            f"target: expected an even number of responses, stacked [chosen; rejected], for {spec.name}, got {layout.responses}"
+            f"target: expected an even number of responses, stacked [chosen; rejected], for {spec.name}, "
+            f"got {layout.responses}"
         )
     label = check_label(spec, label, layout.responses, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
     chosen = call_plan(hidden, head, spec, reduction, workspace, options)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), _lengths(layout, target), label,
+            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), _lengths(layout,
+            target), label,
             None if ref_scores is None else ref_scores.logp, None if ref_scores is None else ref_scores.log_odds,
-            ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale, ignore_index, workspace,
-            compute_dtype(hidden), hidden.requires_grad, head.weight.requires_grad,
+            ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale,
+            ignore_index, workspace, compute_dtype(hidden), hidden.requires_grad, head.weight.requires_grad,
             head.bias is not None and head.bias.requires_grad,
         )[:4]  # fmt: skip
         z_y, lse_other, h_o = raw[0], raw[1], raw[2] if spec.entropy else None
@@ -117,13 +122,15 @@ def fused_loss(
 def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:
     """What goes with every objective, as detached 0-d tensors; nan where a batch has no such response.
 
-    `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus the mean token log-probability of the chosen, per response,
-    averaged. `agility`: mean over pairs (or labels) of e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §4).
-    With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs `rewards/accuracies`; β = 1 where there is none.
-    Without labels or pairs all responses count as chosen.
+    `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus the mean token log-probability of the chosen,
+    per response,
+    averaged. `agility`: mean over pairs (or labels) of e^{S̄} of the chosen minus that of the rejected (Tuan & Wang
+    2024, §4).
+    With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs `rewards/accuracies`; β = 1 where
+    there is none. Without labels or pairs all responses count as chosen.
     """
     total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
-    count = responses.layout.count
+    count = responses.layout.tokens
     if spec.unit == "pair":
         half = len(total) // 2
         good = torch.arange(len(total), device=total.device) < half
@@ -193,7 +200,8 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
         ends = [int(cu_seqlens[0]), int(lengths.min()), int(cu_seqlens[-1])]
         if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
             raise ValueError(
-                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, got {cu_seqlens.tolist()[:8]} … {ends[2]}"
+                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
+                f"got {cu_seqlens.tolist()[:8]} … {ends[2]}"
             )
     count = torch.segment_reduce(mask.double(), "sum", lengths=lengths, axis=0, initial=0.0).long()
     return Layout(len(cu_seqlens) - 1, lengths, count, mask)
@@ -219,8 +227,8 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
 
 
 def reference_scores(
-    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int, impl: str,
-    workspace: int,
+    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
+    impl: str, workspace: int,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
     """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B]."""
     if ref is None:
@@ -233,7 +241,8 @@ def reference_scores(
         if ref.shape == (layout.responses,) and (ref.shape != target.shape or spec.ref == "sums"):
             if spec.ref == "tokens":
                 raise ValueError(
-                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, got one sum per response, {list(ref.shape)}"
+                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
+                    f"got one sum per response, {list(ref.shape)}"
                 )
             _check_ref("ref", ref, ref.shape, hidden)
             return None, ref.detach().double()
@@ -251,15 +260,20 @@ def reference_scores(
             scores = linear_logprob(*ref, target, ignore_index=ignore_index, impl=impl, workspace=workspace)
     else:
         raise ValueError(
-            f"ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), got {type(ref).__name__}"
+            "ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), "
+            f"got {type(ref).__name__}"
         )
-    flat = TokenScores(*(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1)))
+    flat = TokenScores(
+        *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
+    )
     return flat, layout.sum(flat.logp)
 
 
-def _check_ref(name: str, given: Tensor, shape: torch.Size, hidden: Tensor) -> None:
+def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
     if given.shape != shape or not given.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor of shape {list(shape)}, got {given.dtype} {list(given.shape)}")
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of shape {list(shape)}, got {given.dtype} {list(given.shape)}"
+        )
     if given.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {given.device}")
 
@@ -267,19 +281,22 @@ def _check_ref(name: str, given: Tensor, shape: torch.Size, hidden: Tensor) -> N
 def _lengths(layout: Layout, target: Tensor) -> Tensor:
     if layout.lengths is not None:
         return layout.lengths
-    return torch.full_like(layout.count, target.shape[1])
+    return torch.full_like(layout.tokens, target.shape[1])
 
 
-# -- one function per objective -----------------------------------------------------------------------------------------
+# -- one function per objective
+# -----------------------------------------------------------------------------------------
 
 
 def _loss(name: str) -> Callable[..., Any]:
-    """`fused_loss` with that objective; the signature shows its options, and `label` or `ref` only where they have a use."""
+    """`fused_loss` with that objective; the signature shows its options, `label` and `ref` only where of use."""
     spec = OBJECTIVES[name]
 
     def loss(hidden: Tensor, head: Tensor | LMHead, target: Tensor, *labels: Tensor, **keywords: Any) -> Any:
         if len(labels) > spec.label:
-            raise TypeError(f"{name}_loss() takes {3 + spec.label} positional arguments but {3 + len(labels)} were given")
+            raise TypeError(
+                f"{name}_loss() takes {3 + spec.label} positional arguments but {3 + len(labels)} were given"
+            )
         if labels:
             keywords["label"] = labels[0]
         return fused_loss(hidden, head, target, objective=name, **keywords)
@@ -327,11 +344,11 @@ class FusedLoss(nn.Module):
         self.objective, self.options = objective, options
         self.name = resolve(objective).name
 
-    def forward(self, hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor | None = None, **keywords: Any) -> Any:
+    def forward(
+        self, hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor | None = None, **keywords: Any
+    ) -> Any:
         """See `fused_loss`."""
-        return fused_loss(
-            hidden, head, target, objective=self.objective, label=label, **{**self.options, **keywords}
-        )
+        return fused_loss(hidden, head, target, objective=self.objective, label=label, **{**self.options, **keywords})
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.name), *(f"{key}={value!r}" for key, value in self.options.items())])

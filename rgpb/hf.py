@@ -185,8 +185,8 @@ def aligned_targets(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_ind
     target = torch.full_like(labels, ignore_index)
     target[:, :-1] = labels[:, 1:]
     if cu_seqlens is not None:
-        lengths = _lengths(cu_seqlens, labels)
-        target[:, cu_seqlens[1:][lengths > 0].long() - 1] = ignore_index
+        _check_bounds(cu_seqlens, labels)
+        target[:, cu_seqlens[1:].long() - 1] = ignore_index  # an empty response repeats the end before it
     return target
 
 
@@ -307,7 +307,7 @@ def _check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Te
             "attention_mask: expected none in a packed batch, since transformers tells responses apart "
             f"only where there is no mask; got shape {tuple(inputs['attention_mask'].shape)}"
         )
-    _lengths(cu_seqlens, inputs["input_ids"])
+    _check_bounds(cu_seqlens, inputs["input_ids"])
     restarting = _restarting(cu_seqlens)
     given = inputs.setdefault("position_ids", restarting)
     if not torch.equal(given, restarting.to(given)):
@@ -420,16 +420,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _lengths(cu_seqlens: Tensor, row: Tensor) -> Tensor:
-    """[B] lengths of the packed responses, after checking that they make up the row [1, N]."""
+def _check_bounds(cu_seqlens: Tensor, row: Tensor) -> None:
+    """Refuse bounds that don't cut the row [1, N] into responses."""
     ints = (torch.int32, torch.int64)
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in ints or row.dim() != 2 or row.shape[0] != 1:
         found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} beside {tuple(row.shape)}"
         raise ValueError(f"cu_seqlens: expected int32 or int64 [B + 1] beside labels [1, N], got {found}")
-    lengths, total = cu_seqlens.diff(), row.shape[1]
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {total}, got {cu_seqlens.tolist()}")
-    return lengths
+    bounds, total = cu_seqlens.tolist(), row.shape[1]
+    if not total or bounds[:1] != [0] or bounds[-1] != total or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {total}, got {bounds}")
 
 
 def _restarting(cu_seqlens: Tensor) -> Tensor:

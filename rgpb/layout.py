@@ -38,14 +38,14 @@ class Layout(NamedTuple):
     Attributes:
         responses: B.
         lengths: int64 [B], positions per response, or None where all are equally long (a padded [B, T] batch).
-        count: int64 [B], unmasked tokens of the *whole* response. A layout may cover only a part of the
+        tokens: int64 [B], unmasked tokens of the *whole* response. A layout may cover only a part of the
             positions (a chunk); `mean` still divides by the whole count, so partial means add up.
         mask: bool [P], True on positions that count, or None where all do.
     """
 
     responses: int
     lengths: Tensor | None
-    count: Tensor
+    tokens: Tensor
     mask: Tensor | None
 
     def sum(self, per_token: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
     def mean(self, per_token: Tensor) -> Tensor:
         """`sum` over the whole response's token count; 0 for a response without tokens. [P] → float64 [B]."""
-        return self.sum(per_token) / self.count.clamp(min=1)
+        return self.sum(per_token) / self.tokens.clamp(min=1)
 
 
 class Responses(NamedTuple):
@@ -80,7 +80,7 @@ class Responses(NamedTuple):
     @property
     def n(self) -> Tensor:
         """Number of unmasked tokens, float64 [B]; a response without tokens counts as 1, so it can be divided by."""
-        return self.layout.count.clamp(min=1).double()
+        return self.layout.tokens.clamp(min=1).double()
 
     def sum(self, per_token: Tensor) -> Tensor:
         """Σ over each response's tokens. [P] → float64 [B]."""

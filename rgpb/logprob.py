@@ -1,7 +1,7 @@
 """`linear_logprob`: hidden states and an LM head → per-token scores, without the logits.
 
-The operator `rgpb::score` returns (z_y, lse_other, H_o); all of TokenScores is elementwise in these three, so its gradient is
-autograd's. Its backward turns upstream gradients of the three into those of hidden, weight and bias.
+The operator `rgpb::score` returns (z_y, lse_other, H_o); all of TokenScores is elementwise in these three, so its
+gradient is autograd's. Its backward turns upstream gradients of the three into those of hidden, weight and bias.
 
 Dimensions: P positions, V vocabulary, H hidden size.
 """
@@ -34,9 +34,11 @@ def linear_logprob(
     impl: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> TokenScores:
-    """Score each target token under softmax(head(hidden)), holding at most `workspace` bytes beyond inputs and gradients.
+    """Score each target token under softmax(head(hidden)), holding at most `workspace` bytes beyond inputs and
+    gradients.
 
-    Differentiable in `hidden`, the head's weight and its bias, for any upstream gradient on any of the scores; once: a second
+    Differentiable in `hidden`, the head's weight and its bias, for any upstream gradient on any of the scores; once:
+    a second
     derivative is refused. Logits are formed and kept in float32 (float64 for float64 input) whatever the inputs' type.
 
     Args:
@@ -52,8 +54,8 @@ def linear_logprob(
         TokenScores of float32 (float64) tensors in the shape of `target`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, a target outside [0, V) other than `ignore_index`, hidden states
-            that aren't finite, an unknown `impl`, or a `workspace` too small for one row.
+        ValueError: shapes, dtypes or devices that don't fit, a target outside [0, V) other than `ignore_index`,
+            hidden states that aren't finite, an unknown `impl`, or a `workspace` too small for one row.
 
     Source: the log-odds form is this library's; the pull-back is Lemma 4.1 of Tuan & Wang 2024 (arXiv 2408.16751).
     """
@@ -74,13 +76,16 @@ def raw_scores(
     return z_y.view(target.shape), lse_other.view(target.shape), h_o.view(target.shape) if entropy else None
 
 
-def token_scores(z_y: Tensor, lse_other: Tensor, h_o: Tensor | None, *, mask: Tensor | None, entropy: bool) -> TokenScores:
+def token_scores(
+    z_y: Tensor, lse_other: Tensor, h_o: Tensor | None, *, mask: Tensor | None, entropy: bool
+) -> TokenScores:
     """TokenScores from the three statistics, all of one shape; 0 where `mask` is False."""
 
     def shown(x: Tensor) -> Tensor:
         return x if mask is None else torch.where(mask, x, 0)
 
-    log_odds = z_y - lse_other
+    # a token without others is certain, and no logit moves that
+    log_odds = torch.where(lse_other == -torch.inf, torch.inf, z_y - lse_other)
     whole = None
     if entropy and h_o is not None:
         bounded = log_odds.clamp(-800, 800)  # beyond, the two-way part is 0 also in float64
@@ -112,20 +117,26 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"head.weight: expected shape [V, H] with V, H ≥ 1, got {list(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden: expected shape [..., H={weight.shape[1]}] to match head.weight, got {list(hidden.shape)}")
+        raise ValueError(
+            f"hidden: expected shape [..., H={weight.shape[1]}] to match head.weight, got {list(hidden.shape)}"
+        )
     if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target: expected shape {list(hidden.shape[:-1])} (hidden's without H), got {list(target.shape)}")
+        raise ValueError(
+            f"target: expected shape {list(hidden.shape[:-1])} (hidden's without H), got {list(target.shape)}"
+        )
     if target.dtype != torch.int64:
         raise ValueError(f"target: expected dtype int64, got {target.dtype}")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         raise ValueError(
-            f"head.bias: expected shape [V={weight.shape[0]}] and dtype {weight.dtype}, got {list(bias.shape)} {bias.dtype}"
+            f"head.bias: expected shape [V={weight.shape[0]}] and dtype {weight.dtype}, "
+            f"got {list(bias.shape)} {bias.dtype}"
         )
     if weight.dtype != hidden.dtype and (
         not torch.is_autocast_enabled(hidden.device.type) or torch.float64 in (weight.dtype, hidden.dtype)
     ):
         raise ValueError(
-            f"head.weight: expected the dtype of hidden, {hidden.dtype} (they may differ under autocast), got {weight.dtype}"
+            f"head.weight: expected the dtype of hidden, {hidden.dtype} (they may differ under autocast), "
+            f"got {weight.dtype}"
         )
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
@@ -137,7 +148,8 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     return head
 
 
-# -- operators -----------------------------------------------------------------------------------------------------------
+# -- operators
+# -----------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("rgpb::score", mutates_args=())
@@ -178,9 +190,10 @@ def _finish_hidden_(
 
 @torch.library.custom_op("rgpb::pull_back", mutates_args=())
 def _pull_back(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_y: Tensor, lse_other: Tensor, h_o: Tensor | None,
-    g_zy: Tensor, g_lo: Tensor, g_ho: Tensor | None, softcap: float | None, scale: float, ignore_index: int, workspace: int,
-    compute_dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_y: Tensor, lse_other: Tensor,
+    h_o: Tensor | None, g_zy: Tensor, g_lo: Tensor, g_ho: Tensor | None, softcap: float | None, scale: float,
+    ignore_index: int, workspace: int, compute_dtype: torch.dtype, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias from recomputed logits; empty where not needed."""
     problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
@@ -241,9 +254,7 @@ def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor |
         dhidden = ctx.accumulated.pop()
         if is_traced(dhidden):
             dhidden = dhidden.clone()
-        torch.ops.rgpb.finish_hidden_(
-            dhidden, weight, target, z_y, g_zy, g_lo, softcap, scale, ignore_index, workspace
-        )
+        torch.ops.rgpb.finish_hidden_(dhidden, weight, target, z_y, g_zy, g_lo, softcap, scale, ignore_index, workspace)
         need_hidden = False
     recomputed: tuple[Any, ...] = (None, None, None)
     if need_hidden or need_weight or need_bias:

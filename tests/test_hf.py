@@ -1,4 +1,4 @@
-"""The transformers adapter against the models' own logits and losses, on tiny random models of many families."""
+"""The transformers adapter against the models' own logits and losses, on tiny random models."""
 
 from __future__ import annotations
 
@@ -33,12 +33,30 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = SIZES | TOKENS | {"num_key_value_heads": 1}
 GEMMA = GROUPED | {"head_dim": 8, "sliding_window": 3}
 GPT2 = {"vocab_size": V, "n_embd": H, "n_layer": 2, "n_head": 2, "n_positions": 32} | TOKENS
-T5 = {"vocab_size": V, "d_model": H, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "pad_token_id": 0}
+T5 = {
+    "vocab_size": V,
+    "d_model": H,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 0,
+}
 T5 |= {"decoder_start_token_id": 0, "eos_token_id": 2}
 BART = {"vocab_size": V, "d_model": H, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2}
-BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
+BART |= {
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+}
 BART |= TOKENS | {"decoder_start_token_id": 2, "forced_eos_token_id": None}
 MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA |= {"dim_model_base": 4}
+MPT = {"vocab_size": V, "d_model": H, "n_layers": 2, "n_heads": 2, "logit_scale": 0.3}
+MAMBA = {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "state_size": 4}
+GRIFFIN = GROUPED | {"logits_soft_cap": 1.5, "lru_width": H, "attention_window_size": 8}
+GRIFFIN |= {"block_types": ["recurrent", "attention"]}
 
 # name: (class of the config less "Config", class of the model, options), each with what it is here for
 FAMILIES = {
@@ -47,36 +65,35 @@ FAMILIES = {
     "mistral": ("Mistral", "MistralForCausalLM", GROUPED | {"sliding_window": 3}),
     "gemma2": ("Gemma2", "Gemma2ForCausalLM", GEMMA | {"final_logit_softcapping": 1.5}),
     "gemma3": ("Gemma3Text", "Gemma3ForCausalLM", GEMMA | {"final_logit_softcapping": 1.5}),
-    "recurrent_gemma": (  # a soft-cap by another name
-        "RecurrentGemma",
-        "RecurrentGemmaForCausalLM",
-        GROUPED | {"logits_soft_cap": 1.5, "lru_width": H, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
-    ),
+    "recurrent_gemma": ("RecurrentGemma", "RecurrentGemmaForCausalLM", GRIFFIN),  # a soft-cap by another name
     "gpt_neox": ("GPTNeoX", "GPTNeoXForCausalLM", SIZES | TOKENS),
     "gpt2": ("GPT2", "GPT2LMHeadModel", GPT2),  # learned positions, tied
     "gptj": ("GPTJ", "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}),  # a bias
     "phi": ("Phi", "PhiForCausalLM", SIZES | TOKENS),  # a bias
     "cohere": ("Cohere", "CohereForCausalLM", GROUPED | {"logit_scale": 0.3}),
     "granite": ("Granite", "GraniteForCausalLM", GROUPED | {"logits_scaling": 3.0}),
-    "minicpm3": ("MiniCPM3", "MiniCPM3ForCausalLM", SIZES | TOKENS | MLA | {"dim_model_base": 4}),  # divides x
-    "mamba": ("Mamba", "MambaForCausalLM", {"vocab_size": V, "hidden_size": H, "num_hidden_layers": 2, "state_size": 4}),
+    "hyperclovax": ("HyperCLOVAX", "HyperCLOVAXForCausalLM", GROUPED | {"logits_scaling": 3.0}),  # multiplies
+    "mpt": ("Mpt", "MptForCausalLM", MPT),  # a scale that nothing reads
+    "minicpm3": ("MiniCPM3", "MiniCPM3ForCausalLM", SIZES | TOKENS | MLA),  # divides x
+    "mamba": ("Mamba", "MambaForCausalLM", MAMBA),  # casts x
     "t5": ("T5", "T5ForConditionalGeneration", T5),  # scales x by d_model^-½
     "t5_v1_1": ("T5", "T5ForConditionalGeneration", T5 | {"tie_word_embeddings": False}),  # does not
     "umt5": ("UMT5", "UMT5ForConditionalGeneration", T5),  # scales, and has no name for it
     "bart": ("Bart", "BartForConditionalGeneration", BART),  # final_logits_bias
 }
-CAUSAL = [name for name in FAMILIES if FAMILIES[name][1].endswith(("CausalLM", "LMHeadModel"))]
 PACKABLE = ["llama", "mistral", "gemma2", "gpt_neox", "gpt2", "phi", "cohere"]
 
 
-def build(name: str, **more: object) -> PreTrainedModel:
-    """A family's tiny model, with weights and biases large enough that dropping any of them shows."""
+def build(name: str, untrained: bool = False, **more: object) -> PreTrainedModel:
+    """A family's tiny model, its weights and biases so large that dropping one shows, unless untrained."""
     config_class, model_class, options = FAMILIES[name]
     config = getattr(transformers, config_class + "Config")(**(options | more))
-    if name == "t5_v1_1":
-        config.tie_word_embeddings = False  # T5Config ties whatever it is told; checkpoints bring their own head
+    if name == "t5_v1_1":  # T5Config ties whatever it is told; checkpoints of this kind bring their own head
+        config.tie_word_embeddings = False
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(config).eval()
+    if untrained:
+        return model
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() > 1 and "conv" not in key and "A_log" not in key:
@@ -174,7 +191,9 @@ def test_no_logits_are_formed() -> None:
         batch = padded(model)
         hf.check_head(model)
         calls: list[str] = []
-        model.get_output_embeddings().register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        model.get_output_embeddings().register_forward_hook(
+            lambda *_, name=name, calls=calls: calls.append(name)
+        )
         hf.token_scores(model, batch).logp.sum().backward()
         assert calls == []
 
@@ -222,10 +241,15 @@ def test_check_head_passes_and_leaves_no_trace(name: str) -> None:
     model = build(name).train()
     frozen = model.get_input_embeddings().eval()
     flags = {key: module.training for key, module in model.named_modules()}
+    grads: list[bool] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     hf.check_head(model)
+    handle.remove()
+    assert set(grads) == {False}
     assert flags == {key: module.training for key, module in model.named_modules()}
     assert not frozen.training
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert not head._forward_pre_hooks
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -236,8 +260,8 @@ def test_check_head_passes_and_leaves_no_trace(name: str) -> None:
         ("granite", "_DIVISORS", {}),
         ("minicpm3", "_DIVISORS", {}),
         ("gemma2", "_SOFTCAPS", {}),
-        # logits of an untrained model are far below 30: only the scaled-up half of the check can see this one
-        ("gemma2", "_SOFTCAPS", {"final_logit_softcapping": 30.0}),
+        # an untrained model's logits are far below 30: only the scaled-up half of the check can see this one
+        ("gemma2", "_SOFTCAPS", {"final_logit_softcapping": 30.0, "untrained": True}),
     ],
 )
 def test_a_forgotten_soft_cap_or_scale_is_caught(
@@ -274,19 +298,20 @@ def test_heads_that_are_not_plainly_linear_are_refused() -> None:
     class Quantised(nn.Linear):
         pass
 
-    for head, found in (
+    heads: list[tuple[nn.Module | None, str]] = [
         (Adapted(nn.Linear(H, V)), "got Adapted"),
         (Quantised(H, V), "got Quantised"),
         (nn.Linear(H, V, device="meta"), "on meta"),
         (None, "got NoneType"),
-    ):
+    ]
+    for head, found in heads:
         model = build("llama")
         model.lm_head = head
         with pytest.raises(ValueError, match=f"head of LlamaForCausalLM.*{found}"):
             LMHead.from_model(model)
-    with pytest.raises(ValueError, match="head of LlamaModel.*got NoneType"):
+    with pytest.raises(ValueError, match=r"head of LlamaModel.*got NoneType"):
         LMHead.from_model(build("llama").model)
-    with pytest.raises(ValueError, match="model: expected a bare transformers PreTrainedModel, got Sequential"):
+    with pytest.raises(ValueError, match="expected a bare transformers PreTrainedModel, got Sequential"):
         hf.check_head(nn.Sequential(build("llama")))
 
 
@@ -343,7 +368,10 @@ def test_packed_equals_padded(name: str, attention: str) -> None:
     assert kept.sum() == 4 + 2 + 0 + 1 + 2  # 5, 3 and 1 labels: none is lost or gained at a border
     torch.testing.assert_close(other.logp[kept_packed], one.logp[kept], rtol=1e-5, atol=1e-5)
     label = torch.tensor([True, False, True])
-    losses = [hf.loss(model, x, "bnf", label=label, ref=s.logp.detach() + 0.1) for x, s in ((batch, one), (packed, other))]
+    losses = [
+        hf.loss(model, x, "bnf", label=label, ref=s.logp.detach() + 0.1)
+        for x, s in ((batch, one), (packed, other))
+    ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
@@ -351,7 +379,9 @@ def test_a_flattening_collator_feeds_packed_batches() -> None:
     model = build("llama")
     batch = padded(model)
     lengths = batch["attention_mask"].sum(1).tolist()
-    rows = [{key: batch[key][i, :n].tolist() for key in ("input_ids", "labels")} for i, n in enumerate(lengths)]
+    rows = [
+        {key: batch[key][i, :n].tolist() for key in ("input_ids", "labels")} for i, n in enumerate(lengths)
+    ]
     flat = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_tensors="pt")(rows)
     kept = targets(model, batch) != IGNORE
     scores = hf.token_scores(model, flat)
@@ -364,7 +394,7 @@ def test_what_would_mix_packed_responses_is_refused() -> None:
     packed = hf.pack(padded(llama))
     with pytest.raises(ValueError, match="attention_mask: expected none in a packed batch"):
         hf.token_scores(llama, packed | {"attention_mask": torch.ones(1, 15, dtype=torch.long)})
-    with pytest.raises(ValueError, match="position_ids: expected .* restarting from 0"):
+    with pytest.raises(ValueError, match=r"position_ids: expected .* restarting from 0"):
         hf.token_scores(llama, packed | {"position_ids": torch.arange(15)[None]})
     with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to N = 15"):
         hf.token_scores(llama, packed | {"cu_seqlens": torch.tensor([0, 7, 12])})
@@ -374,10 +404,25 @@ def test_what_would_mix_packed_responses_is_refused() -> None:
     t5 = build("t5")
     with pytest.raises(ValueError, match="cu_seqlens: expected a causal LM"):
         hf.token_scores(t5, padded(t5) | {"cu_seqlens": torch.tensor([0, 21])})
-    small = GROUPED | {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2, "attention_chunk_size": 4}
-    chunked = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small))
+    small = GROUPED | {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
+    chunked = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, attention_chunk_size=4))
     with pytest.raises(ValueError, match="attends within chunks of the packed row"):
         hf.token_scores(chunked, packed)
+
+
+def test_a_faint_leak_and_a_wrong_position_are_seen() -> None:
+    """Each is out of reach of the other's comparison: 1e-4 is near rounding, and a position leaks nothing."""
+
+    def smear(_module: nn.Module, _args: object, out: transformers.modeling_outputs.BaseModelOutput) -> None:
+        out.last_hidden_state = out.last_hidden_state + 1e-4 * out.last_hidden_state.cumsum(1)
+
+    leaky, displaced = build("llama"), build("gpt2")
+    leaky.model.register_forward_hook(smear)
+    displaced.transformer.wpe.register_forward_pre_hook(lambda _, x: torch.arange(x[0].shape[-1])[None])
+    for model in (leaky, displaced):
+        hf.token_scores(model, padded(model))
+        with pytest.raises(ValueError, match="does not keep packed responses apart"):
+            hf.token_scores(model, hf.pack(padded(model)))
 
 
 # --- inputs
@@ -394,7 +439,7 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="decoder_input_ids: expected them, or labels"):
             hf.hidden_states(model, batch["input_ids"])
     bart_without = type("Bare", (type(bart),), {"prepare_decoder_input_ids_from_labels": None})(bart.config)
-    with pytest.raises(ValueError, match="Bare .*can't shift labels"):
+    with pytest.raises(ValueError, match=r"Bare .*can't shift labels"):
         hf.hidden_states(bart_without, batch["input_ids"], labels=batch["labels"])
 
 
@@ -422,15 +467,12 @@ def test_sixteen_bits_and_autocast() -> None:
         low = build(name).bfloat16()
         assert hf.hidden_states(low, batch["input_ids"]).dtype == torch.bfloat16
         rounded = hf.token_scores(low, batch).logp[kept]
-        # twice what the model's own logits lose to the same rounding, plus a little where that is luckily small
-        for ours, own in ((mixed, own_logps_under_autocast(model, batch)), (rounded, own_logps(low, batch))):
+        with torch.autocast("cpu", torch.bfloat16):
+            own_mixed = own_logps(model, batch)
+        # twice what the model's own logits lose to the same rounding, or a little where that is luckily small
+        for ours, own in ((mixed, own_mixed), (rounded, own_logps(low, batch))):
             assert (ours - exact).abs().max() <= 2 * (own - exact).abs().max() + 0.02
             assert ours.dtype == torch.float32
-
-
-def own_logps_under_autocast(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return own_logps(model, batch)
 
 
 def test_adapters_inside_the_model_take_part() -> None:

@@ -5,7 +5,8 @@
     head_gradient    Z again, slice by slice of V: dW = Dᵀ X finished per slice
     hidden_gradient  Z again, dX = D W (only where the entropy has a gradient)
 
-D = diag(r) E as the row kernels leave it. Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O needs no second look at the logits.
+D = diag(r) E as the row kernels leave it. Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O
+needs no second look at the logits.
 All loops run without autograd and without autocast, over the rows that aren't ignored.
 
 Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
@@ -40,7 +41,8 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        return sizes(*self.weight.shape, self.weight.dtype, self.compute_dtype, self.weight.device.type)
+        vocab, width = self.weight.shape
+        return sizes(vocab, width, self.weight.dtype, self.compute_dtype, self.weight.device.type)
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -73,7 +75,8 @@ class Kept:
 
 
 class Products:
-    """The matrix products of one sweep, with their buffers. Results are in the accumulator's dtype, or 16-bit on CUDA."""
+    """The matrix products of one sweep, with their buffers. Results are in the accumulator's dtype, or 16-bit on
+    CUDA."""
 
     def __init__(self, p: Problem, rows: int):
         self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
@@ -201,7 +204,7 @@ def check_rows(p: Problem, kept: Kept) -> None:
 
 
 def score(p: Problem, entropy: bool, accumulate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z_y, lse_other, H_o) [P], 0 at ignored positions, and O [P, H] in the hidden dtype; H_o and O empty unless asked for."""
+    """(z_y, lse_other, H_o) [P], 0 at ignored positions, and O [P, H] in the hidden dtype; the last two on demand."""
     kept = Kept(p.target, p.ignore_index)
     check_rows(p, kept)
     scores = empty_statistics(p, entropy)
@@ -322,7 +325,7 @@ def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> T
 def recomputed_(
     p: Problem, z: Tensor, rows: Rows, part: slice, statistics: Statistics, upstream: Upstream, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor]:
-    """Products of `rows` with the slice `part` of the head → (E, r) with D = diag(r) E, 16-bit where the products are."""
+    """Products of `rows` with the slice `part` of the head → (E, r) with D = diag(r) E."""
     y = p.target[rows] - part.start
     y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
     scores, gradients = statistics.at(rows), upstream.at(rows)

@@ -103,7 +103,7 @@ def row_chunk(s: Sizes, workspace: int, tokens: int, accumulator: bool = False) 
 
 
 def _rows_that_fit(workspace: int, fixed: int, row: int, logits: int, most: int, s: Sizes) -> tuple[int, int]:
-    """(rows, bytes held), at most `most` rows, in equal chunks. `row`: bytes of one row, `logits` of them scratched over."""
+    """(rows, bytes held), at most `most` rows. `row`: bytes of one row, `logits` of them with scratch beside."""
     vocab = logits // s.acc
     block = torch_rows.block_rows(vocab, s.acc, s.device_type)
     rows = (workspace - fixed) // (row + 2 * logits)
@@ -111,8 +111,8 @@ def _rows_that_fit(workspace: int, fixed: int, row: int, logits: int, most: int,
         rows = (workspace - fixed - 2 * block * logits) // row
     if rows < 1:
         raise ValueError(
-            f"workspace: expected at least {fixed + row + 2 * logits} bytes (one row of {vocab} logits and its scratch), "
-            f"got {workspace}"
+            f"workspace: expected at least {fixed + row + 2 * logits} bytes "
+            f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
     return rows, fixed + rows * row + 2 * min(rows, block) * logits
@@ -149,9 +149,11 @@ def plan(
         tokens: N, at most; masked ones are compacted away before the first product.
         head: from `sizes`.
         hidden_grad, weight_grad: which gradients will be asked for.
-        couples: what the objective couples: "token", "response", "pair" (known before the whole batch is scored) or "batch".
+        couples: what the objective couples: "token", "response", "pair" (known before the whole batch is scored) or
+            "batch".
         scalar: whether the result is reduced to one number, so that coefficients are known up to a common factor.
-        half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the rounding.
+        half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
+            rounding.
         entropy_grad: whether the gradient of the entropy is asked for.
         workspace: bytes.
 
@@ -172,11 +174,15 @@ def plan(
         path = "two_pass" if weight_grad else "frozen"
         return made(path, "the gradient of the entropy needs the logits again", units, rows, held)
     if not weight_grad:
-        return made("frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held)
+        return made(
+            "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
+        )
     why = _not_single(head, couples, scalar, half, workspace, tokens)
     if why is None:
         rows, held = row_chunk(head, workspace, tokens, accumulator=head.accumulate and rows < tokens)
-        return made("single", f"coefficients are known chunk by chunk (couples a {couples})", 2 + hidden_grad, rows, held)
+        return made(
+            "single", f"coefficients are known chunk by chunk (couples a {couples})", 2 + hidden_grad, rows, held
+        )
     held = max(held, slice_chunk(head, workspace, tokens)[2])
     return made("two_pass", why, 3 + hidden_grad, rows, held)
 

@@ -1,6 +1,7 @@
 """`rgpb::single_pass`: the loss and its gradients in one sweep, 3 units of work instead of 4.
 
-A chunk of whole units (pairs; or any tokens, where the objective couples none) is scored, the objective gives its coefficients,
+A chunk of whole units (pairs; or any tokens, where the objective couples none) is scored, the objective gives its
+coefficients,
 and the logits at hand become gradients at once. The operator takes the objective by its registered name, so that
 `torch.compile` sees a tensor function.
 
@@ -37,7 +38,7 @@ def encodable(options: dict[str, Any]) -> bool:
 
 @contextmanager
 def autograd_inside_operator() -> Iterator[None]:
-    """Autograd on small tensors in the body of an operator, which the dispatcher calls with the autograd keys switched off."""
+    """Autograd on small tensors in an operator's body, which the dispatcher runs with the autograd keys off."""
     keys = torch._C.DispatchKey
     with ExitStack() as stack:
         for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
@@ -49,7 +50,8 @@ def autograd_inside_operator() -> Iterator[None]:
 @torch.library.custom_op("rgpb::single_pass", mutates_args=())
 def single_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lengths: Tensor, label: Tensor | None,
-    ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None, objective: str, options: str, mean: bool,
+    ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None,
+    objective: str, options: str, mean: bool,
     softcap: float | None, scale: float, ignore_index: int, workspace: int, compute_dtype: torch.dtype,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -66,9 +68,7 @@ def single_pass(
     units = len(count) // 2 if spec.unit == "pair" else len(count)
     total = hidden.new_zeros((), dtype=torch.float64)
 
-    def coefficients(
-        rows: chunked.Rows, part: Layout, responses: Tensor | slice
-    ) -> Callable[[Statistics], Upstream]:
+    def coefficients(rows: chunked.Rows, part: Layout, responses: Tensor | slice) -> Callable[[Statistics], Upstream]:
         def selected(x: Tensor | None, index: Any) -> Tensor | None:
             return None if x is None else x[index]
 
@@ -86,7 +86,9 @@ def single_pass(
             with autograd_inside_operator():
                 z_y, lse_other = (s.detach().requires_grad_() for s in statistics[:2])
                 part_value = value(z_y, lse_other)
-                g_zy, g_lo = torch.autograd.grad(part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True)
+                g_zy, g_lo = torch.autograd.grad(
+                    part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True
+                )
             total.add_(part_value.detach().double())
             return Upstream(g_zy, g_lo)
 
@@ -121,7 +123,7 @@ def single_pass(
 
 
 def pack_pairs(end: list[int], step: int) -> Iterator[tuple[int, int]]:
-    """Runs of whole pairs of at most `step` tokens; a pair longer than that is a run of its own. `end`: token offsets [2U+1]."""
+    """Runs of whole pairs of at most `step` tokens; a longer pair is a run of its own. `end`: token offsets [2U+1]."""
     units = (len(end) - 1) // 2
     first = tokens = 0
     for unit in range(units):
@@ -136,8 +138,8 @@ def pack_pairs(end: list[int], step: int) -> Iterator[tuple[int, int]]:
 
 @single_pass.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, objective, options, mean, softcap, scale,
-    ignore_index, workspace, compute_dtype, need_hidden, need_weight, need_bias,
+    hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, objective, options, mean,
+    softcap, scale, ignore_index, workspace, compute_dtype, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     statistic = hidden.new_empty(target.shape, dtype=acc)
@@ -174,7 +176,7 @@ def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
-    """Times the upstream scalar, in place; on a CPU nothing is touched for the usual 1. A traced graph has to be functional."""
+    """Times the upstream scalar: in place, on a CPU not at all for the usual 1; out of place in a traced graph."""
     if is_traced(gradient):
         return gradient * g.to(gradient.dtype)
     if gradient.device.type == "cpu" and g.item() == 1:

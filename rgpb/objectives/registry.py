@@ -32,7 +32,8 @@ class Objective(NamedTuple):
         label: whether it needs the label of each response.
         entropy: whether `other_entropy` has to be computed.
         entropy_grad: whether the value depends on it differentiably.
-        options: the function's keyword options and their defaults; None for a function that isn't registered, whose options aren't checked.
+        options: the function's keyword options and their defaults; None for a function that isn't registered, whose
+            options aren't checked.
     """
 
     name: str
@@ -83,14 +84,16 @@ def objective(
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         kind = unit or ("pair" if couples == "pair" else "response")
         options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[1:]}
-        OBJECTIVES[key] = Objective(key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, options)
+        OBJECTIVES[key] = Objective(
+            key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, options
+        )
         return function
 
     return register
 
 
 def resolve(objective: str | Callable[..., Tensor]) -> Objective:
-    """The registered objective of that name or function; a function that isn't registered may couple the whole batch."""
+    """The registered objective of that name or function; any other function may couple the whole batch."""
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             raise ValueError(f"objective: expected a function or one of {sorted(OBJECTIVES)}, got {objective!r}")
@@ -106,7 +109,7 @@ def resolve(objective: str | Callable[..., Tensor]) -> Objective:
 def unit_values(spec: Objective, responses: Responses, options: dict[str, Any]) -> Tensor:
     """The objective's values [U], exactly 0 (and without gradient) for units that have no token."""
     values = spec.function(responses, **options)
-    count = responses.layout.count
+    count = responses.layout.tokens
     if values.shape != count.shape:
         if 2 * len(values) != len(count):
             return values

@@ -47,7 +47,8 @@ def unlikelihood(responses: Responses, *, alpha: float = 1.0) -> Tensor:
 def bnf(responses: Responses) -> Tensor:
     """Bidirectional negative feedback: −(label / n) Σ_t Σ_k f_k log p_k with the dynamic target distribution f. [B]
 
-    BNF (ICLR 2025), Eq. 4 and 6: f_y = min(p / p_ref, 1), f_k = (1 − f_y) p_k / (1 − p) elsewhere, detached. In closed form
+    BNF (ICLR 2025), Eq. 4 and 6: f_y = min(p / p_ref, 1), f_k = (1 − f_y) p_k / (1 − p) elsewhere, detached. In
+    closed form
 
         Σ_k f_k log p_k = f_y log p + (1 − f_y)(log(1 − p) − H_o),   its gradient on the logits c · (onehot − p),
         c = (f_y − p) / (1 − p) = min(1, exp(λ − λ_ref)),

@@ -1,0 +1,581 @@
+"""Preference data: files → rows → token ids → padded or packed batches.
+
+A row has a prompt and responses in one of three forms; other keys are left alone, and one file has one form:
+
+    {"prompt": …, "chosen": …, "rejected": …}                   pairs
+    {"prompt": …, "completion": …, "label": true | 1 | -1}      labelled   (false, 0 and -1: dispreferred)
+    {"prompt": …, "completions": [K], "rewards": [K]}           rewarded
+
+Texts are strings, or chats: lists of {"role": …, "content": …} in the prompt and in every response.
+
+Dimensions: R responses, U units (pairs or single responses), W responses of a unit (2 or 1), B responses of a batch,
+T padded length, N packed length.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rgpb.layout import TokenScores
+
+FORMS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+    "rewarded": ("prompt", "completions", "rewards"),
+}
+PAIRINGS = ("best-worst", "best-each", "all")
+END, PAD = "<|endoftext|>", "<|pad|>"
+IGNORE = -100
+
+Text = str | list[dict[str, str]]
+
+
+class Row(NamedTuple):
+    """One line of a file.
+
+    Attributes:
+        where: file and line, for messages.
+        prompt: a string, or a chat.
+        completions: the responses, as many as `rewards`.
+        rewards: higher is better: (1, 0) of a pair, (±1,) of a labelled response.
+    """
+
+    where: str
+    prompt: Text
+    completions: tuple[Text, ...]
+    rewards: tuple[float, ...]
+
+
+class Preferences(NamedTuple):
+    """A file of preferences.
+
+    Attributes:
+        source: the path.
+        form: a key of `FORMS`.
+        rows: at least one.
+    """
+
+    source: str
+    form: str
+    rows: list[Row]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_preferences(path: str | Path) -> Preferences:
+    """Read and check a whole file before anything else happens.
+
+    Args:
+        path: JSON lines, plain or gzipped (told apart by content); a Parquet file; or a folder that
+            `datasets.Dataset.save_to_disk` made.
+
+    Raises:
+        ValueError: no such file; not JSON; missing or ill-typed keys; an empty response; mixed forms; no rows. The
+            message names file and line, what was expected and what came.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    rows: list[Row] = []
+    form, chat = "", False
+    for where, record in _records(path):
+        found = _form(where, record)
+        row = _row(where, found, record)
+        is_chat = isinstance(row.prompt, list)
+        if not rows:
+            form, chat = found, is_chat
+        elif (found, is_chat) != (form, chat):
+            expected, got = (f"a row of {f}{', as chats' * c}" for f, c in ((form, chat), (found, is_chat)))
+            raise ValueError(f"{where}: expected {expected}, as in {rows[0].where}, got {got}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}:1: expected at least one row of preferences, got an empty file")
+    return Preferences(str(path), form, rows)
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, record) of every row."""
+    if path.is_dir() or _starts_with(path, b"PAR1"):
+        yield from ((f"{path}:{i}", record) for i, record in enumerate(_tables(path), 1))
+        return
+    number = 0
+    try:
+        with gzip.open(path) if _starts_with(path, b"\x1f\x8b") else open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    record = json.loads(line)
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where}: expected UTF-8, got the bytes {line[error.start :][:8]!r}") from None
+                except json.JSONDecodeError as error:
+                    start = line[:40].decode(errors="replace").rstrip()
+                    raise ValueError(f"{where}: expected one JSON object, got {start!r} … ({error})") from None
+                yield where, record
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {error}") from None
+
+
+def _tables(path: Path) -> Iterable[Any]:
+    """Rows of a Parquet file or a saved dataset, through `datasets`."""
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        if path.is_dir():
+            table = datasets.load_from_disk(str(path))
+        else:
+            table = datasets.Dataset(pyarrow.parquet.read_table(path))
+    except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(
+            f"data: expected a Parquet file, or a folder saved by datasets, got {str(path)!r} ({error})"
+        ) from None
+    if isinstance(table, datasets.DatasetDict):
+        raise ValueError(f"data: expected one split of {str(path)!r}, such as a folder in it, got {sorted(table)}")
+    return table
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _form(where: str, record: Any) -> str:
+    forms = "; ".join(", ".join(keys) for keys in FORMS.values())
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected an object with the keys {forms}; got {_shown(record)}")
+    found = [form for form, keys in FORMS.items() if all(record.get(key) is not None for key in keys)]
+    if len(found) != 1:
+        got = [key if record[key] is not None else f"{key} (null)" for key in sorted(record)]
+        raise ValueError(f"{where}: expected the keys of one form ({forms}), got {', '.join(got) or 'none'}")
+    return found[0]
+
+
+def _row(where: str, form: str, record: dict[str, Any]) -> Row:
+    prompt = _text(where, "prompt", record["prompt"], None)
+    chat = isinstance(prompt, list)
+    if form == "pairs":
+        pair = tuple(_text(where, key, record[key], chat) for key in ("chosen", "rejected"))
+        return Row(where, prompt, pair, (1.0, 0.0))
+    if form == "labelled":
+        label = record["label"]
+        if isinstance(label, str) or label not in (True, False, -1):
+            raise ValueError(f"{where}: label: expected true, false, 0, 1 or -1, got {_shown(label)}")
+        completion = _text(where, "completion", record["completion"], chat)
+        return Row(where, prompt, (completion,), (1.0 if label > 0 else -1.0,))
+    completions, rewards = record["completions"], record["rewards"]
+    for key, value in (("completions", completions), ("rewards", rewards)):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{where}: {key}: expected a list of at least one, got {_shown(value)}")
+    if len(rewards) != len(completions):
+        raise ValueError(f"{where}: rewards: expected {len(completions)}, one per completion, got {len(rewards)}")
+    for i, reward in enumerate(rewards):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise ValueError(f"{where}: rewards[{i}]: expected a finite number, got {_shown(reward)}")
+    texts = tuple(_text(where, f"completions[{i}]", text, chat) for i, text in enumerate(completions))
+    return Row(where, prompt, texts, tuple(float(reward) for reward in rewards))
+
+
+def _text(where: str, key: str, value: Any, chat: bool | None) -> Text:
+    """A string or a chat; a response (`chat` known) must be of the prompt's kind and not empty."""
+    is_chat = isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    )
+    if not is_chat and not isinstance(value, str):
+        raise ValueError(f'{where}: {key}: expected a string or a list of {{"role", "content"}}, got {_shown(value)}')
+    if chat is not None and chat != is_chat:
+        expected, got = ("a chat" if c else "a string" for c in (chat, is_chat))
+        raise ValueError(f"{where}: {key}: expected {expected} as the prompt is, got {got}")
+    if not value and (is_chat or chat is not None):
+        raise ValueError(f"{where}: {key}: expected some text, got {_shown(value)}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value] if is_chat else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+# -- pairing ---------------------------------------------------------------------------------------------------------
+
+
+def pair_up(preferences: Preferences, pairing: str = "best-worst") -> tuple[list[tuple[int, tuple[int, ...]]], int]:
+    """Units as (row, completions of it): chosen and rejected, or the one response of a labelled row.
+
+    Args:
+        preferences: of any form.
+        pairing: of K rewarded responses take "best-worst", one pair; "best-each", the best with every lower one; or
+            "all", every pair of different rewards. Of several best (worst) the first counts.
+
+    Returns:
+        The units, and the number of rows left out because all their rewards are equal.
+
+    Raises:
+        ValueError: an unknown `pairing`.
+    """
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing: expected one of {PAIRINGS}, got {pairing!r}")
+    units: list[tuple[int, tuple[int, ...]]] = []
+    tied = 0
+    for r, row in enumerate(preferences.rows):
+        if preferences.form == "labelled":
+            units.append((r, (0,)))
+            continue
+        places = range(len(row.rewards))
+        best = max(places, key=row.rewards.__getitem__)
+        worst = min(places, key=row.rewards.__getitem__)
+        if row.rewards[best] == row.rewards[worst]:
+            tied += 1
+        elif pairing == "best-worst":
+            units.append((r, (best, worst)))
+        else:
+            above = places if pairing == "all" else (best,)
+            units += [(r, (i, j)) for i in above for j in places if row.rewards[i] > row.rewards[j]]
+    return units, tied
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer learnt from `texts`, with end and padding tokens.
+
+    Args:
+        texts: any strings.
+        vocab_size: at most this many tokens. 258 gives bytes alone.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+        ValueError: a `vocab_size` below 258 (256 bytes and two special tokens).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(f"vocab_size: expected at least {len(alphabet) + 2}, got {vocab_size}")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=learner, eos_token=END, pad_token=PAD)
+
+
+def texts_of(preferences: Preferences) -> Iterator[str]:
+    """Every prompt and response, to learn a tokenizer from.
+
+    Raises:
+        ValueError: chats, which need a tokenizer with a chat template.
+    """
+    for row in preferences.rows:
+        for text in (row.prompt, *row.completions):
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{row.where}: expected strings, since a tokenizer learnt from data has no chat template; got a chat"
+                )
+            yield text
+
+
+class RefScores(NamedTuple):
+    """Reference scores of all responses' tokens, one response after the other.
+
+    Attributes:
+        logp, log_odds: float32 [Σ completion tokens].
+        starts: int64 [R + 1], where each response begins.
+    """
+
+    logp: Tensor
+    log_odds: Tensor
+    starts: Tensor
+
+
+class Response(NamedTuple):
+    """One response of a batch.
+
+    Attributes:
+        tokens: int64 [n], prompt and completion.
+        prompt: tokens of the prompt, ≥ 1.
+        label: preferred or not.
+        ref: log p and log-odds of the completion's tokens under the reference, float32 [n − prompt] each, or None.
+    """
+
+    tokens: Tensor
+    prompt: int
+    label: bool
+    ref: tuple[Tensor, Tensor] | None
+
+
+class PreferenceDataset(Dataset[tuple[Response, ...]]):
+    """Tokenised units; item i is the tuple of its W responses, (chosen, rejected) or one.
+
+    Attributes:
+        tokens: int32, all responses end to end, each with its prompt in front.
+        starts: int64 [R + 1].
+        prompts: int64 [R], prompt tokens of each response.
+        units: int64 [U, W], responses of each unit.
+        labels: bool [U, W].
+        counts: what became of the rows: `rows`, `units`, `responses`, and what was left out or cut, by reason.
+        ref: reference scores, or None until `with_ref`.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        starts: Tensor,
+        prompts: Tensor,
+        units: Tensor,
+        labels: Tensor,
+        counts: dict[str, int],
+        ref: RefScores | None = None,
+    ) -> None:
+        self.tokens, self.starts, self.prompts = tokens, starts, prompts
+        self.units, self.labels, self.counts, self.ref = units, labels, counts, ref
+
+    @property
+    def paired(self) -> bool:
+        """Whether a unit is a pair."""
+        return self.units.shape[1] == 2
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, index: int) -> tuple[Response, ...]:
+        return tuple(self.response(r, bool(label)) for r, label in zip(self.units[index].tolist(), self.labels[index]))
+
+    def response(self, r: int, label: bool = True) -> Response:
+        """Response r by itself."""
+        tokens = self.tokens[self.starts[r] : self.starts[r + 1]].long()
+        ref = None
+        if self.ref is not None:
+            own = slice(int(self.ref.starts[r]), int(self.ref.starts[r + 1]))
+            ref = (self.ref.logp[own], self.ref.log_odds[own])
+        return Response(tokens, int(self.prompts[r]), label, ref)
+
+    def lengths(self) -> Tensor:
+        """Tokens of each response, prompt included, int64 [R]."""
+        return self.starts.diff()
+
+    def completion_starts(self) -> Tensor:
+        """Where each response's completion begins when the completions stand end to end, int64 [R + 1]."""
+        return torch.nn.functional.pad((self.lengths() - self.prompts).cumsum(0), (1, 0))
+
+    def with_ref(self, ref: RefScores) -> PreferenceDataset:
+        """The same units with reference scores.
+
+        Raises:
+            ValueError: scores that aren't those of these responses.
+        """
+        expected = self.completion_starts()
+        if not torch.equal(ref.starts, expected) or len(ref.logp) != int(expected[-1]):
+            raise ValueError(f"ref: expected scores of {int(expected[-1])} tokens, got {len(ref.logp)}")
+        return PreferenceDataset(self.tokens, self.starts, self.prompts, self.units, self.labels, self.counts, ref)
+
+    def preferred(self) -> PreferenceDataset:
+        """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out."""
+        chosen = self.units[self.labels].unique()
+        left = len(self.units.unique()) - len(chosen)
+        counts = {**self.counts, "units": len(chosen), "responses": len(chosen), "left out as dispreferred": left}
+        every = torch.ones(len(chosen), 1, dtype=torch.bool)
+        return PreferenceDataset(self.tokens, self.starts, self.prompts, chosen[:, None], every, counts, self.ref)
+
+    def first(self, count: int) -> PreferenceDataset:
+        """The first `count` units."""
+        units, labels = self.units[:count], self.labels[:count]
+        counts = {**self.counts, "units": len(units), "responses": len(units.unique())}
+        return PreferenceDataset(self.tokens, self.starts, self.prompts, units, labels, counts, self.ref)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the tokens and where responses and prompts begin: what reference scores depend on."""
+        digest = hashlib.sha256()
+        for tensor in (self.tokens, self.starts, self.prompts):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tokenise(
+    preferences: Preferences,
+    tokenizer: Any,
+    *,
+    pairing: str = "best-worst",
+    max_length: int = 1024,
+    max_prompt_length: int | None = None,
+) -> PreferenceDataset:
+    """Token ids of all units.
+
+    Prompt and completion are tokenised separately, so the boundary doesn't depend on the completion; the prompt gets
+    the beginning-of-sequence token where the tokenizer adds one, the completion the end token. A prompt longer than
+    `max_prompt_length` loses its beginning, then a response beyond `max_length` its end (with the end token). Where
+    nothing of the completion is left, the whole unit is left out and counted.
+
+    Args:
+        preferences: of any form.
+        tokenizer: of transformers, with an end token; for chats also a chat template.
+        pairing: see `pair_up`.
+        max_length: tokens of prompt and completion together, ≥ 2.
+        max_prompt_length: default: half of `max_length`.
+
+    Raises:
+        ValueError: a tokenizer without end token or chat template, a chat template whose text of the prompt changes
+            with the response, lengths that don't fit, or data of which no unit is left.
+    """
+    limit = max_length // 2 if max_prompt_length is None else max_prompt_length
+    if max_length < 2:
+        raise ValueError(f"max_length: expected at least 2, got {max_length}")
+    if limit < 1:
+        raise ValueError(f"max_prompt_length: expected at least 1, got {limit}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with an end-of-sequence token, got none")
+    units, tied = pair_up(preferences, pairing)
+    used = sorted({(row, completion) for row, completions in units for completion in completions})
+    place = {response: r for r, response in enumerate(used)}
+    rows = sorted({row for row, _ in used})
+    prompts, completions = _texts(preferences, rows, used, tokenizer)
+    head, end = _beginning(tokenizer), tokenizer.eos_token_id
+    room = limit - len(head)
+    prompt_ids = {}
+    for row, ids in zip(rows, _ids(tokenizer, prompts)):
+        prompt_ids[row] = (head + ids[-room:] if room > 0 else ids[-limit:]) or head or [end]
+
+    tokens, starts, lengths, cut = array("i"), [0], [], 0
+    for (row, _), ids in zip(used, _ids(tokenizer, completions)):
+        prompt = prompt_ids[row]
+        whole = prompt + (ids if end in ids[-2:] else [*ids, end])  # a template may end in the end token and a newline
+        cut += len(prompt) < max_length < len(whole)
+        tokens.extend(whole[:max_length])
+        starts.append(len(tokens))
+        lengths.append(min(len(prompt), max_length))
+    kept = [(row, responses) for row, responses in units if len(prompt_ids[row]) < max_length]
+    counts = {
+        "rows": len(preferences.rows),
+        "units": len(kept),
+        "responses": len({(row, c) for row, responses in kept for c in responses}),
+        "rows left out, all rewards equal": tied,
+        "units left out, prompt fills max_length": len(units) - len(kept),
+        "responses cut to max_length": cut,
+    }
+    if not kept:
+        raise ValueError(f"{preferences.source}: expected something to train on, got nothing; {counts}")
+    single = preferences.form == "labelled"
+    return PreferenceDataset(
+        torch.tensor(tokens, dtype=torch.int32),
+        torch.tensor(starts),
+        torch.tensor(lengths),
+        torch.tensor([[place[row, c] for c in responses] for row, responses in kept]),
+        torch.tensor([[preferences.rows[row].rewards[0] > 0] if single else [True, False] for row, _ in kept]),
+        counts,
+    )
+
+
+def _texts(
+    preferences: Preferences, rows: Sequence[int], used: Sequence[tuple[int, int]], tokenizer: Any
+) -> tuple[list[str], list[str]]:
+    """Prompts and completions as strings, chats by the tokenizer's template."""
+    prompts: dict[int, str] = {}
+    for r in rows:
+        row = preferences.rows[r]
+        if isinstance(row.prompt, str):
+            prompts[r] = row.prompt
+        elif getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(f"{row.where}: expected strings, since the tokenizer has no chat template; got a chat")
+        else:
+            prompts[r] = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+    completions = []
+    for r, c in used:
+        row = preferences.rows[r]
+        completion = row.completions[c]
+        if isinstance(completion, str) or isinstance(row.prompt, str):
+            completions.append(str(completion))
+            continue
+        whole = tokenizer.apply_chat_template([*row.prompt, *completion], tokenize=False)
+        if not whole.startswith(prompts[r]):
+            raise ValueError(
+                f"{row.where}: expected a chat template that leaves the prompt as it is when the response follows; "
+                f"got {_shown(prompts[r][-40:])} before and {_shown(whole[: len(prompts[r])][-40:])} after"
+            )
+        completions.append(whole[len(prompts[r]) :])
+    return list(prompts.values()), completions
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """[bos] where the tokenizer puts it in front of a text, else []."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Collator:
+    """Units → a batch for `rgpb.hf`: all first responses of the units, then all second ones ([chosen; rejected]).
+
+    Padded on the right: `input_ids`, `attention_mask`, `labels`, int64 [B, T]. Packed: `input_ids`, `labels`,
+    `position_ids` [1, N] and `cu_seqlens` int32 [B + 1]. Labels are −100 on prompt and padding and not shifted. Always
+    `label` bool [B]; with reference scores `ref_logp` and `ref_log_odds` float32, [B, T] or [N], aligned to the shifted
+    targets: 0 where those don't count.
+
+    Args:
+        pad: the token that fills up padded rows.
+        packing: whether to pack.
+    """
+
+    def __init__(self, pad: int, packing: bool = False) -> None:
+        self.pad, self.packing = pad, packing
+
+    def __call__(self, units: Sequence[tuple[Response, ...]]) -> dict[str, Tensor]:
+        responses = [unit[w] for w in range(len(units[0])) for unit in units]
+        columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
+        for response in responses:
+            columns["input_ids"].append(response.tokens)
+            labels = response.tokens.clone()
+            labels[: response.prompt] = IGNORE
+            columns["labels"].append(labels)
+            if response.ref is not None:
+                for name, values in zip(("ref_logp", "ref_log_odds"), response.ref):
+                    whole = torch.zeros(len(labels))
+                    whole[response.prompt - 1 : -1] = values
+                    columns.setdefault(name, []).append(whole)
+        fill = {"input_ids": self.pad, "labels": IGNORE}
+        label = torch.tensor([response.label for response in responses])
+        lengths = torch.tensor([len(response.tokens) for response in responses])
+        if not self.packing:
+            pad_sequence = torch.nn.utils.rnn.pad_sequence
+            batch = {name: pad_sequence(c, True, float(fill.get(name, 0))) for name, c in columns.items()}
+            mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            return {**batch, "attention_mask": mask, "label": label}
+        flat = {name: torch.cat(column) for name, column in columns.items()}
+        packed = {name: values[None] if name in fill else values for name, values in flat.items()}
+        packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
+        packed["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        return {**packed, "label": label}
+
+
+def reference_of(batch: dict[str, Tensor]) -> TokenScores | None:
+    """The reference scores in a batch of `Collator`, or None."""
+    if "ref_logp" not in batch:
+        return None
+    logp = batch["ref_logp"]
+    return TokenScores(logp, batch["ref_log_odds"], torch.zeros_like(logp))

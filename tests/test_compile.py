@@ -1,0 +1,125 @@
+"""The operators as PyTorch sees them: schemas, fakes, autograd registration, torch.compile without a graph break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from rgpb import LMHead, TokenScores, fused_loss, linear_logprob
+from rgpb.fused import bnf_loss, dpo_loss
+
+B, T, H, V = 4, 6, 8, 13
+
+
+@pytest.fixture
+def given():
+    hidden, weight, bias = (torch.randn(*s, requires_grad=True) for s in ((B, T, H), (V, H), (V,)))
+    target = torch.randint(V, (B, T))
+    target[0, :2] = -100
+    return hidden, weight, bias, target, linear_logprob(torch.randn(B, T, H), weight.detach(), target)
+
+
+def bnf(hidden, weight, bias, target, ref):
+    label = torch.tensor([True, True, False, False])
+    return 3 * bnf_loss(2 * hidden, LMHead(weight, bias, 5.0, 0.5), target, label, ref=ref)
+
+
+def dpo_each(hidden, weight, bias, target, ref):
+    return dpo_loss(hidden, LMHead(weight, bias), target, ref=ref, beta=0.3, reduction="none").sum()
+
+
+def dpo_with_metrics(hidden, weight, bias, target, ref):
+    loss, metrics = dpo_loss(hidden, LMHead(weight, bias), target, ref=ref, return_metrics=True)
+    return loss + 0 * metrics["rewards/margins"]
+
+
+def dpo_packed(hidden, weight, bias, target, ref):
+    flat = TokenScores(*(x.view(-1) for x in ref[:3]))
+    offsets = torch.tensor([0, 5, 9, 17, 24])
+    return dpo_loss(hidden.view(-1, H), LMHead(weight, bias), target.view(-1), ref=flat, cu_seqlens=offsets)
+
+
+def scores_with_entropy(hidden, weight, bias, target, ref):
+    scores = linear_logprob(hidden, LMHead(weight, bias), target, entropy=True)
+    return scores.logp.sum() + scores.entropy.sum()
+
+
+def own_function(hidden, weight, bias, target, ref):
+    return fused_loss(hidden, LMHead(weight, bias), target, objective=lambda responses: responses.logps().square())
+
+
+@pytest.mark.parametrize("step", [bnf, dpo_each, dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
+def test_compiles_in_one_graph(given, step):
+    wanted = given[:3]
+    eager = step(*given)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*given)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised inside PyTorch's own inductor
+@pytest.mark.parametrize("step", [bnf, dpo_each])
+def test_compiles_with_inductor(given, step):
+    torch.use_deterministic_algorithms(False)  # its fill of empty tensors is not what is compiled
+    wanted = given[:3]
+    eager = step(*given)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)(*given)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted)):
+        torch.testing.assert_close(a, b)
+
+
+def test_operators_pass_opcheck(given):
+    hidden, weight, bias, target, ref = given
+    flat = hidden.detach().view(-1, H).requires_grad_()
+    tail = (5.0, 0.5, -100, 1 << 20, torch.float32)
+    opcheck(torch.ops.rgpb.score, (flat, weight, bias, target.view(-1), *tail[:3], True, True, *tail[3:]))
+    label, lengths = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.full((B,), T)
+    for name, extra in (
+        ("bnf", (label, ref.logp.view(-1), ref.log_odds.view(-1), None)),
+        ("dpo", (None, None, None, ref.logp.sum(1).double())),
+    ):
+        opcheck(
+            torch.ops.rgpb.single_pass,
+            (flat, weight, bias, target.view(-1), lengths, *extra, name, "", True, *tail, True, True, True),
+        )
+    z_y, lse_other, h_o, _ = torch.ops.rgpb.score(
+        flat.detach(), weight.detach(), bias.detach(), target.view(-1), *tail[:3], True, False, *tail[3:]
+    )
+    g = torch.randn(3, B * T)
+    opcheck(
+        torch.ops.rgpb.pull_back,
+        (
+            flat.detach(),
+            weight.detach(),
+            bias.detach(),
+            target.view(-1),
+            z_y,
+            lse_other,
+            h_o,
+            *g,
+            *tail,
+            True,
+            True,
+            True,
+        ),
+    )
+    opcheck(
+        torch.ops.rgpb.finish_hidden_,
+        (torch.randn(B * T, H), weight.detach(), target.view(-1), z_y, *g[:2], *tail[:4]),
+    )
+
+
+def test_small_autograd_works_under_a_dispatch_mode(given):
+    """Selective checkpointing and flop counters are such modes; the single pass uses autograd inside an operator."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    eager = bnf(*given)
+    with FlopCounterMode(display=False):
+        counted = bnf(*given)
+    torch.testing.assert_close(counted, eager, rtol=0, atol=0)

@@ -1,0 +1,462 @@
+"""The engine's paths against the dense float64 oracle, under a budget taken from the data.
+
+Budget: twice the error that naive PyTorch makes in the same dtype on the same inputs, plus one rounding of the
+    largest entry.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
+from rgpb.engine.plan import plan, sizes
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss
+
+# N tokens as [B, T], V, H, each with its reason
+SHAPES = {
+    "V and H off every tile": (4, 7, 131, 13),
+    "H = 1": (2, 5, 17, 1),
+    "one token": (2, 1, 9, 4),
+    "V = 2, the smallest with another token": (2, 6, 2, 3),
+}
+HEADS = {"plain": (False, None, 1.0), "bias": (True, None, 1.0), "soft-cap and scale": (True, 2.5, 0.3)}
+
+
+def batch(shape, dtype=torch.float64, head="plain", masked=True):
+    """hidden, head, target and reference scores; values are exact in `dtype`, leaves require a gradient."""
+    B, T, V, H = shape
+    bias, softcap, scale = HEADS[head]
+
+    def leaf(*size):
+        return torch.randn(*size).to(dtype).requires_grad_()
+
+    hidden, weight = leaf(B, T, H), leaf(V, H)
+    target = torch.randint(V, (B, T))
+    if masked and T > 2:
+        target[0, :2] = -100
+        target[-1, -1] = -100
+    lm_head = LMHead(weight, leaf(V) if bias else None, softcap, scale)
+    ref_logits = reference.logits(torch.randn(B, T, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64))
+    return hidden, lm_head, target, ref_logits
+
+
+def ref_scores(ref_logits, target):
+    """Exact TokenScores of given reference logits."""
+    y = target.clamp(min=0)[..., None]
+    others = ref_logits.scatter(-1, y, -torch.inf).logsumexp(-1)
+    log_odds = ref_logits.gather(-1, y)[..., 0] - others
+    return TokenScores(torch.nn.functional.logsigmoid(log_odds), log_odds, torch.zeros_like(log_odds))
+
+
+def arguments(name, ref_logits, target):
+    """(for the engine, for the oracle): reference and labels where the objective needs them."""
+    spec, ours, oracle = OBJECTIVES[name], {}, {}
+    if spec.ref:
+        ours["ref"], oracle["ref_logits"] = ref_scores(ref_logits, target), ref_logits
+    if spec.label:
+        ours["label"] = oracle["label"] = torch.arange(len(target)) % 2 * 2 - 1
+    return ours, oracle
+
+
+def leaves(hidden, head):
+    return [x for x in (hidden, head.weight, head.bias) if x is not None]
+
+
+def oracle_in(dtype, name, hidden, head, target, oracle, **options):
+    """The oracle's loss and gradients with every tensor in `dtype`."""
+    h, w, *b = (x.detach().to(dtype).requires_grad_() for x in leaves(hidden, head))
+    head = LMHead(w, b[0] if b else None, head.softcap, head.scale)
+    oracle = {k: v.to(dtype) if v.is_floating_point() else v for k, v in oracle.items()}
+    loss = reference.LOSSES[name](h, head, target, **oracle, **options)
+    return loss, torch.autograd.grad(loss.sum(), [h, w, *b])
+
+
+def assert_in_budget(ours, naive, exact, dtype, scale=0.0):
+    """|ours − exact| ≤ 2 |naive − exact| + one rounding, in the maximum norm. `scale`: of what cancels in `exact`."""
+    exact = exact.detach().double()
+    error, allowed = ((x.detach().double() - exact).abs().max().item() for x in (ours, naive))
+    rounding = torch.finfo(dtype).eps * max(exact.abs().max().item(), scale, torch.finfo(torch.float32).tiny)
+    assert error <= 2 * allowed + rounding, f"error {error:.2e}, naive {allowed:.2e}, rounding {rounding:.2e}"
+
+
+# how to get each path of the engine: (keywords, factor of the upstream gradient); the small workspace makes many chunks
+def small(shape, dtype=torch.float64):
+    _, _, V, H = shape
+    size = 8 if dtype == torch.float64 else 4
+    return size * (3 * V + 4 * H) * 2 + (0 if size == 8 or dtype == torch.float32 else V * (H + 1) * 4 + V * H * 8)
+
+
+PATHS = ("single", "single in chunks", "two_pass", "two_pass in chunks", "frozen")
+
+
+def run_path(path, name, hidden, head, target, **keywords):
+    """The loss and its gradients (None for a frozen head) on one path, asserted to be the one that the plan takes."""
+    if "chunks" in path:
+        keywords["workspace"] = small((*target.shape, *head.weight.shape), hidden.dtype)
+    if path == "frozen":
+        head = head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    if path.startswith("two_pass"):
+        loss = fused_loss(hidden, head, target, objective=name, reduction="none", **keywords).mean()
+    else:
+        loss = fused_loss(hidden, head, target, objective=name, **keywords)
+    wanted = [x for x in leaves(hidden, head) if x.requires_grad]
+    return loss, torch.autograd.grad(loss * 1.5, wanted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", sorted(reference.LOSSES))
+def test_float64_paths_equal_the_oracle(name, head, path):
+    shape = SHAPES["V and H off every tile"]
+    hidden, lm_head, target, ref_logits = batch(shape, head=head)
+    ours, oracle = arguments(name, ref_logits, target)
+    loss, gradients = run_path(path, name, hidden, lm_head, target, **ours)
+    exact, exact_gradients = oracle_in(torch.float64, name, hidden, lm_head, target, oracle)
+    torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-9)
+    for gradient, truth in zip(gradients, exact_gradients):
+        torch.testing.assert_close(gradient, 1.5 * truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bnf", "dpo"])
+def test_precision_is_within_the_budget(name, dtype, path, shape):
+    hidden, head, target, ref_logits = batch(shape, dtype)
+    ours, oracle = arguments(name, ref_logits, target)
+    loss, gradients = run_path(path, name, hidden, head, target, **ours)
+    exact, exact_gradients = oracle_in(torch.float64, name, hidden, head, target, oracle)
+    naive, naive_gradients = oracle_in(dtype, name, hidden, head, target, oracle)
+    assert loss.dtype == torch.float32
+    terms, _ = oracle_in(torch.float64, name, hidden, head, target, oracle, reduction="none")
+    assert_in_budget(loss, naive, exact, torch.float32, scale=terms.abs().max().item())
+    for gradient, rough, truth in zip(gradients, naive_gradients, exact_gradients):
+        assert gradient.dtype == dtype
+        assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probs_of_any_dtype_are_right_to_1e_5(dtype):
+    hidden, head, target, _ = batch((4, 9, 1009, 67), dtype, head="bias")
+    scores = linear_logprob(hidden, head, target, entropy=True)
+    h, w, b = (x.detach().double() for x in leaves(hidden, head))
+    exact = reference.token_scores(h, LMHead(w, b), target)
+    for field in ("logp", "log_odds", "lse", "entropy", "other_entropy"):
+        ours = getattr(scores, field)
+        assert ours.dtype == torch.float32
+        assert (ours.double() - exact[field]).abs().max() <= 1e-5, field
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_of_every_score(head):
+    """gradcheck, with the entropy's gradient, non-uniform and stride-0 upstream gradients, in many chunks."""
+    shape = (2, 4, 7, 3)
+    hidden, lm_head, target, _ = batch(shape, head=head)
+
+    def scores(h, w, *b):
+        made = linear_logprob(
+            h,
+            LMHead(w, b[0] if b else None, lm_head.softcap, lm_head.scale),
+            target,
+            entropy=True,
+            workspace=small(shape),
+        )
+        return tuple(made)
+
+    inputs = leaves(hidden, lm_head)
+    assert torch.autograd.gradcheck(scores, inputs)
+    uniform = linear_logprob(hidden, lm_head, target).logp.sum()  # expands one number: stride 0
+    same = (linear_logprob(hidden, lm_head, target).logp * torch.ones(2, 4, dtype=torch.float64)).sum()
+    for a, b in zip(torch.autograd.grad(uniform, inputs), torch.autograd.grad(same, inputs)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["bnf", "dpo", "unlikelihood"])
+def test_reductions_and_nonuniform_upstream(name, reduction):
+    hidden, head, target, ref_logits = batch((6, 5, 19, 4))
+    ours, oracle = arguments(name, ref_logits, target)
+    loss = fused_loss(hidden, head, target, objective=name, reduction=reduction, **ours)
+    exact = reference.LOSSES[name](hidden, head, target, reduction=reduction, **oracle)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(loss)
+    made = torch.autograd.grad(loss, leaves(hidden, head), upstream)
+    for a, b in zip(made, torch.autograd.grad(exact, leaves(hidden, head), upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_packed_equals_padded():
+    hidden, head, target, ref_logits = batch((4, 6, 23, 5))
+    lengths = [6, 2, 0, 5]
+    keep = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
+    target = torch.where(keep, target, -100)
+    offsets = torch.tensor([0, 6, 8, 8, 13], dtype=torch.int32)
+    ref = ref_scores(ref_logits, target)
+    packed_ref = TokenScores(ref.logp[keep], ref.log_odds[keep], ref.lse[keep])
+    label = torch.tensor([True, False, True, False])
+    for name in ("bnf", "dpo", "mle", "unlikelihood"):
+        spec = OBJECTIVES[name]
+        extra = {"label": label} if spec.label else {}
+        ours = fused_loss(
+            hidden[keep], head, target[keep], objective=name, cu_seqlens=offsets, **extra,
+            **({"ref": packed_ref} if spec.ref else {}),
+        )  # fmt: skip
+        padded = fused_loss(hidden, head, target, objective=name, **extra, **({"ref": ref} if spec.ref else {}))
+        torch.testing.assert_close(ours, padded, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_gradients_asked_for():
+    hidden, head, target, _ = batch((2, 5, 11, 4), head="bias")
+    frozen_hidden = mle_loss(hidden.detach(), head, target)
+    weight, bias = torch.autograd.grad(frozen_hidden, [head.weight, head.bias])
+    whole = torch.autograd.grad(mle_loss(hidden, head, target), [hidden, head.weight, head.bias])
+    torch.testing.assert_close(weight, whole[1])
+    torch.testing.assert_close(bias, whole[2])
+    (only_hidden,) = torch.autograd.grad(
+        mle_loss(hidden, LMHead(head.weight.detach(), head.bias.detach()), target), hidden
+    )
+    torch.testing.assert_close(only_hidden, whole[0])
+    only_bias = mle_loss(hidden.detach(), LMHead(head.weight.detach(), head.bias), target)
+    torch.testing.assert_close(torch.autograd.grad(only_bias, head.bias)[0], whole[2])
+
+
+def test_backward_twice_gives_the_same():
+    hidden, head, target, ref_logits = batch((4, 5, 11, 4))
+    ref = ref_scores(ref_logits, target)
+    for reduction in ("mean", "none"):  # single pass, two pass
+        loss = dpo_loss(hidden, head, target, ref=ref, reduction=reduction).sum() * 3
+        first = torch.autograd.grad(loss, [hidden, head.weight], retain_graph=True)
+        for a, b in zip(first, torch.autograd.grad(loss, [hidden, head.weight])):
+            torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_are_refused():
+    hidden, head, target, _ = batch((2, 3, 7, 4))
+    for loss in (mle_loss(hidden, head, target), linear_logprob(hidden, head, target).logp.sum()):
+        with pytest.raises(RuntimeError, match="second derivatives are not available"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_a_pair_longer_than_the_chunk_is_swept_twice():
+    shape = (4, 40, 31, 5)
+    hidden, head, target, ref_logits = batch(shape)
+    ref = ref_scores(ref_logits, target)
+    whole = dpo_loss(hidden, head, target, ref=ref)
+    chunked = dpo_loss(hidden, head, target, ref=ref, workspace=small(shape))
+    torch.testing.assert_close(whole, chunked)
+    for a, b in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (whole, chunked))):
+        torch.testing.assert_close(a, b)
+
+
+def test_bitwise_the_same_again():
+    hidden, head, target, ref_logits = batch((4, 50, 211, 16), torch.float32)
+    ref = ref_scores(ref_logits, target)
+    runs = []
+    for _ in range(2):
+        loss = bnf_loss(hidden, head, target, torch.tensor([1, -1, 1, -1]), ref=ref, workspace=1 << 16)
+        runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+def test_autocast_scores_as_the_weight_is():
+    hidden, head, target, _ = batch((2, 5, 31, 8), torch.float32)
+    exact = linear_logprob(hidden.bfloat16().float(), head, target).logp
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_logprob(hidden.bfloat16(), head, target).logp
+        same = linear_logprob(hidden, head, target).logp
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(same, linear_logprob(hidden, head, target).logp, rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(mixed.sum(), head.weight)
+    assert gradient.dtype == torch.float32
+
+
+# -- adversarial values
+# ----------------------------------------------------------------------------------------------------
+
+
+def confident(margin, dtype):
+    """One hidden unit that drives the target's logit `margin` above all others together."""
+    V = 50
+    weight = torch.zeros(V, 2, dtype=dtype)
+    weight[3, 0] = 1.0
+    weight[:, 1] = torch.linspace(-0.5, 0.5, V).to(dtype)
+    hidden = torch.tensor([[margin + math.log(V), 0.25]] * 4, dtype=dtype).view(2, 2, 2)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.full((2, 2), 3)
+
+
+@pytest.mark.parametrize("margin", [0.0, 8.0, 17.0, 40.0, 80.0, 1e4])
+@pytest.mark.parametrize("name", ["bnf", "unlikelihood", "dpo", "exmate"])
+def test_confident_tokens(name, margin):
+    """p → 1: log(1 − p) down to −1e4, where a float32 log p knows nothing of it."""
+    hidden, weight, target = confident(margin, torch.float32)
+    spec = OBJECTIVES[name]
+    ref_logits = reference.logits(hidden.detach().double() * 0.9, weight.detach().double())
+    ours, oracle = {}, {}
+    if spec.ref:
+        ours["ref"], oracle["ref_logits"] = ref_scores(ref_logits, target), ref_logits
+    if spec.label:
+        ours["label"] = oracle["label"] = torch.tensor([1, -1])
+    loss = fused_loss(hidden, weight, target, objective=name, **ours)
+    gradients = torch.autograd.grad(loss, [hidden, weight])
+    exact, exact_gradients = oracle_in(torch.float64, name, hidden, LMHead(weight), target, oracle)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    for gradient, truth in zip(gradients, exact_gradients):
+        size = max(
+            truth.abs().max().item(), 1 / (1 + math.exp(min(margin, 700)))
+        )  # what cancels between the pair: 1 − p
+        torch.testing.assert_close(
+            gradient.double(), truth, rtol=1e-4, atol=1e-6 * size + 1e-16
+        )  # 1e-16: the oracle's own p − f
+
+
+def test_log_odds_of_a_saturated_token_are_exact():
+    hidden, weight, target = confident(40.0, torch.float32)
+    scores = linear_logprob(hidden, weight, target)
+    exact = reference.token_scores(hidden.detach().double(), weight.detach().double(), target)["log_odds"]
+    assert scores.logp.abs().max() < 1e-15
+    torch.testing.assert_close(scores.log_odds.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_underflowing_policy_and_reference():
+    """log p and log π_ref far below what exp can show (−103 in float32): the ratio of odds is still there."""
+    hidden, head, target, _ = batch((2, 3, 11, 4), torch.float32)
+    shifted = head.weight.detach().clone()
+    shifted[0] = 200 * hidden.detach().view(-1, 4).mean(0)
+    hidden = (torch.ones(2, 3, 4) * hidden.detach().view(-1, 4).mean(0)).requires_grad_()
+    weight, target = shifted.requires_grad_(), torch.full((2, 3), 5)
+    policy = linear_logprob(hidden, weight, target).logp
+    ref = policy.detach() + torch.tensor([[0.5, -0.5, 0.0], [1.0, -1.0, 2.0]])
+    label = torch.tensor([1, -1])
+    loss = bnf_loss(hidden, weight, target, label, ref=ref)
+    gradient = torch.autograd.grad(loss, weight)[0]
+    exact, (_, truth) = oracle_in(
+        torch.float64, "bnf", hidden, LMHead(weight), target, {"ref": ref.double(), "label": label}
+    )
+    assert policy.max() < -40
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.double(), truth, rtol=1e-3, atol=1e-4 * truth.abs().max().item())
+
+
+def test_reference_at_minus_120():
+    hidden, head, target, _ = batch((2, 3, 11, 4), torch.float32)
+    label, ref = torch.tensor([1, -1]), torch.full((2, 3), -120.0)
+    loss = bnf_loss(hidden, head, target, label, ref=ref)
+    exact, gradients = oracle_in(torch.float64, "bnf", hidden, head, target, {"ref": ref.double(), "label": label})
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    made = torch.autograd.grad(loss, [hidden, head.weight])
+    for a, b in zip(made, gradients):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_huge_logits(size):
+    """Logits at ±1e4, also in whole rows (a shift of all logits changes nothing but the last bits)."""
+    hidden, head, target, _ = batch((2, 5, 23, 4), head="bias")
+    shifted = LMHead(head.weight, (head.bias.detach() + size).requires_grad_())
+    a, b = (linear_logprob(hidden, h, target, entropy=True) for h in (head, shifted))
+    torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-8)
+    torch.testing.assert_close(a.entropy, b.entropy, rtol=0, atol=1e-8)
+    spread = linear_logprob(hidden * size, head, target)
+    exact = reference.token_scores(hidden * size, head, target)
+    torch.testing.assert_close(spread.log_odds, exact["log_odds"], rtol=1e-12, atol=1e-9)
+    gradient = torch.autograd.grad(mle_loss(hidden * size, head, target), hidden)[0]
+    truth = torch.autograd.grad(reference.mle(hidden * size, head, target), hidden)[0]
+    torch.testing.assert_close(gradient, truth, rtol=1e-9, atol=1e-6)
+
+
+def test_tokens_that_the_bias_rules_out():
+    """A padded vocabulary: entries at −inf have probability 0 and no gradient, also through the entropy."""
+    hidden, head, target, _ = batch((2, 5, 13, 4), head="bias")
+    bias = head.bias.detach().clone()
+    bias[9:] = -torch.inf
+    target = target.clamp(max=8)
+    ours = linear_logprob(hidden, LMHead(head.weight, bias), target, entropy=True)
+    small_head = LMHead(head.weight[:9].detach().requires_grad_(), bias[:9])
+    exact = linear_logprob(hidden, small_head, target, entropy=True)
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b)
+    made = torch.autograd.grad(ours.logp.sum() + ours.entropy.sum(), [hidden, head.weight])
+    truth = torch.autograd.grad(exact.logp.sum() + exact.entropy.sum(), [hidden, small_head.weight])
+    torch.testing.assert_close(made[0], truth[0])
+    torch.testing.assert_close(made[1][:9], truth[1])
+    assert not made[1][9:].any()
+
+
+@pytest.mark.parametrize("name", sorted(reference.LOSSES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_masked_is_a_differentiable_zero(name, dtype):
+    hidden, head, target, ref_logits = batch((2, 3, 7, 4), dtype, head="bias")
+    ours, _ = arguments(name, ref_logits, target)
+    for reduction in ("mean", "none"):
+        loss = fused_loss(hidden, head, torch.full_like(target, -100), objective=name, reduction=reduction, **ours)
+        assert not loss.any()
+        for gradient in torch.autograd.grad(loss.sum(), leaves(hidden, head)):
+            assert not gradient.any()
+
+
+def test_no_tokens_at_all():
+    head = torch.randn(7, 4, requires_grad=True)
+    hidden = torch.randn(0, 4, requires_grad=True)
+    scores = linear_logprob(hidden, head, torch.zeros(0, dtype=torch.int64))
+    assert scores.logp.shape == (0,)
+    empty = mle_loss(torch.randn(2, 0, 4, requires_grad=True), head, torch.zeros(2, 0, dtype=torch.int64))
+    assert empty == 0
+    assert not torch.autograd.grad(empty, head)[0].any()
+
+
+@pytest.mark.parametrize("name", sorted(reference.LOSSES))
+def test_a_vocabulary_of_one(name):
+    """V = 1: p = 1 whatever happens; log p is 0 and so is every gradient. Only log(1 − p) is −inf, as it should be."""
+    hidden, head, target, ref_logits = batch((2, 3, 1, 4), masked=False)
+    ours, _ = arguments(name, ref_logits, target)
+    for path in PATHS:
+        loss, gradients = run_path(path, name, hidden, head, target, **ours)
+        assert loss == torch.inf if name == "unlikelihood" else torch.isfinite(loss)
+        for gradient in gradients:
+            assert not gradient.any()
+    assert not linear_logprob(hidden, head, target, entropy=True).entropy.any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_preferred_or_no_rejected_response(sign):
+    hidden, head, target, ref_logits = batch((3, 4, 9, 4))
+    label = torch.full((3,), sign)
+    loss, metrics = bnf_loss(hidden, head, target, label, ref=ref_scores(ref_logits, target), return_metrics=True)
+    exact = reference.bnf(hidden, head, target, label=label, ref_logits=ref_logits)
+    torch.testing.assert_close(loss, exact)
+    assert math.isnan(metrics["logps/rejected" if sign > 0 else "logps/chosen"])
+
+
+# -- the plan
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_names_the_cheapest_path():
+    head = sizes(32000, 512, torch.float32, torch.float32, "cpu")
+    assert plan(2048, head, couples="token").path == "single"
+    assert plan(2048, head, couples="token").units == 3
+    assert plan(2048, head, couples="batch")[0::2] == ("two_pass", 4, *plan(2048, head, couples="batch")[4::2])
+    assert plan(2048, head, couples="token", scalar=False).path == "two_pass"
+    assert plan(2048, head, weight_grad=False).units == 2
+    assert plan(2048, head, hidden_grad=False, weight_grad=False).units == 1
+    llama = sizes(128256, 4096, torch.bfloat16, torch.bfloat16, "cuda")
+    small_space, large_space = (plan(8192, llama, couples="token", workspace=w) for w in (512 << 20, 4 << 30))
+    assert (small_space.path, large_space.path) == ("two_pass", "single")
+    assert "sum of dW" in small_space.reason
+    assert plan(8192, llama, couples="token", half=True, workspace=8 << 30).path == "two_pass"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_plan_stays_inside_the_workspace_for_any_number_of_tokens(dtype, device):
+    for vocab, width in ((32000, 512), (128256, 4096), (1, 1)):
+        head = sizes(vocab, width, dtype, dtype, device)
+        for couples in ("token", "batch"):
+            held = {
+                plan(tokens, head, couples=couples, workspace=64 << 20).extra_bytes for tokens in (1 << 14, 1 << 20)
+            }
+            assert max(held) <= 64 << 20

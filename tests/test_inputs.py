@@ -1,0 +1,254 @@
+"""Bad input: a ValueError that names the argument, what was expected and what came, before any work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from rgpb import OBJECTIVES, FusedLoss, LMHead, TokenScores, fused_loss, linear_logprob, objective, pairs
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss
+
+B, T, V, H = 4, 3, 7, 5
+
+
+def good():
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    target = torch.randint(V, (B, T))
+    scores = linear_logprob(hidden.detach(), weight.detach() * 0.5, target)
+    return {"hidden": hidden, "head": weight, "target": target, "ref": scores, "label": torch.tensor([1, 1, -1, -1])}
+
+
+def label_of(values):
+    return {"label": torch.tensor(values)}
+
+
+def nan_hidden():
+    hidden = torch.randn(B, T, H)
+    hidden[1, 2, 3] = torch.nan
+    return {"hidden": hidden}
+
+
+CASES = {
+    "hidden size": (
+        lambda: {"hidden": torch.randn(B, T, H + 1)},
+        r"hidden: expected shape \[\.\.\., H=5\].*got \[4, 3, 6\]",
+    ),
+    "hidden dtype": (
+        lambda: {"hidden": torch.ones(B, T, H, dtype=torch.int64)},
+        "hidden: expected dtype float64, float32",
+    ),
+    "weight rank": (lambda: {"head": torch.randn(H)}, r"head\.weight: expected shape \[V, H\].*got \[5\]"),
+    "empty vocabulary": (lambda: {"head": torch.randn(0, H)}, r"head\.weight: expected .*got \[0, 5\]"),
+    "weight dtype": (
+        lambda: {"head": torch.randn(V, H, dtype=torch.float64)},
+        r"head\.weight: expected the dtype of hidden, torch\.float32 .* got torch\.float64",
+    ),
+    "weight device": (
+        lambda: {"head": torch.randn(V, H, device="meta")},
+        r"head\.weight: expected device cpu as hidden, got meta",
+    ),
+    "bias": (
+        lambda: {"head": LMHead(torch.randn(V, H), torch.randn(V + 1))},
+        r"head\.bias: expected shape \[V=7\] and dtype torch.float32, got \[8\]",
+    ),
+    "softcap": (
+        lambda: {"head": LMHead(torch.randn(V, H), softcap=0.0)},
+        r"head\.softcap: expected a positive number or None, got 0\.0",
+    ),
+    "target shape": (
+        lambda: {"target": torch.zeros(B, T + 1, dtype=torch.int64)},
+        r"target: expected shape \[4, 3\].*got \[4, 4\]",
+    ),
+    "target dtype": (
+        lambda: {"target": torch.zeros(B, T, dtype=torch.int32)},
+        r"target: expected dtype int64, got torch\.int32",
+    ),
+    "target too large": (
+        lambda: {"target": torch.tensor([[0, 1, V], *[[0] * T] * (B - 1)])},
+        r"target: expected values in \[0, 7\) or ignore_index=-100, got 7 at flat position 2",
+    ),
+    "target negative": (
+        lambda: {"target": torch.full((B, T), -1)},
+        r"target: expected values in \[0, 7\).*got -1 at flat position 0",
+    ),
+    "NaN hidden": (nan_hidden, r"hidden: expected finite values, got NaN or infinity at flat position 5"),
+    "label missing": (lambda: {"label": None}, r"label: expected \[B=4\] bool or ±1 for bnf, got None"),
+    "label shape": (lambda: label_of([1, -1]), r"label: expected shape \[B=4\], got \[2\]"),
+    "label values": (lambda: label_of([1, 0, 1, 0]), r"label: expected bool or values of ±1, got \[0, 0\]"),
+    "label strange": (
+        lambda: label_of([1.0, float("nan"), 1.0, 1.0]),
+        r"label: expected bool or values of ±1, got \[nan\]",
+    ),
+    "ref missing": (lambda: {"ref": None}, "ref: expected the reference's scores for bnf, got None"),
+    "ref sums": (
+        lambda: {"ref": torch.randn(B)},
+        r"ref: expected scores per token, \[4, 3\], for bnf, got one sum per response, \[4\]",
+    ),
+    "ref shape": (lambda: {"ref": torch.randn(B, T + 1)}, r"ref: expected a floating-point tensor of shape \[4, 3\]"),
+    "ref type": (lambda: {"ref": "model"}, "ref: expected TokenScores, a tensor.* got str"),
+    "ref head": (
+        lambda: {"ref": (torch.randn(B, T, H), torch.randn(V, H + 1))},
+        r"hidden: expected shape \[\.\.\., H=6\]",
+    ),
+    "reduction": (lambda: {"reduction": "avg"}, r"reduction: expected one of \('mean', 'sum', 'none'\), got 'avg'"),
+    "impl": (lambda: {"impl": "cuda"}, "impl: expected one of .* got 'cuda'"),
+    "workspace": (lambda: {"workspace": 10}, "workspace: expected at least .* got 10"),
+    "workspace sign": (lambda: {"workspace": -1}, "workspace: expected a positive number of bytes, got -1"),
+    "option": (lambda: {"beta": 0.1}, r"options of bnf: expected a subset of \[\], got \['beta'\]"),
+    "flat without cu_seqlens": (
+        lambda: {"hidden": torch.randn(T, H), "target": torch.zeros(T, dtype=torch.int64)},
+        r"target: expected shape \[B, T\], or \[N\] with cu_seqlens, got \[3\]",
+    ),
+    "padded with cu_seqlens": (
+        lambda: {"cu_seqlens": torch.tensor([0, 3])},
+        r"target: expected packed shape \[N\] together with cu_seqlens, got \[4, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bnf_refuses(case):
+    change, message = CASES[case]
+    arguments = {**good(), **change()}
+    with pytest.raises(ValueError, match=message):
+        bnf_loss(
+            arguments.pop("hidden"), arguments.pop("head"), arguments.pop("target"), arguments.pop("label"), **arguments
+        )
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2, 1, 6], "cu_seqlens: expected not decreasing from 0 to N=6"),
+        ([0, 2, 5], "cu_seqlens: expected not decreasing from 0 to N=6"),
+        ([1, 2, 6], "cu_seqlens: expected not decreasing from 0 to N=6"),
+        ([0], r"cu_seqlens: expected int32 or int64 of shape \[B\+1\]"),
+        ([0.0, 6.0], r"cu_seqlens: expected int32 or int64 of shape \[B\+1\], got torch.float32"),
+    ],
+)
+def test_packed_offsets(offsets, message):
+    hidden, target = torch.randn(6, H), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        mle_loss(hidden, torch.randn(V, H), target, cu_seqlens=torch.tensor(offsets))
+
+
+def test_pairs_need_an_even_number_of_responses():
+    given = good()
+    with pytest.raises(ValueError, match=r"target: expected an even number of responses.* for dpo, got 3"):
+        dpo_loss(given["hidden"][:3], given["head"], given["target"][:3], ref=torch.zeros(3, T))
+
+
+def test_surplus_arguments():
+    given = good()
+    tensors = given["hidden"], given["head"], given["target"]
+    with pytest.raises(ValueError, match="ref: expected None, since mle has no reference"):
+        mle_loss(*tensors, ref=given["ref"])
+    with pytest.raises(ValueError, match="label: expected None, since dpo has no use for it"):
+        dpo_loss(*tensors, ref=given["ref"], label=given["label"])
+    with pytest.raises(TypeError, match="mle_loss\\(\\) takes 3 positional arguments but 4 were given"):
+        mle_loss(*tensors, given["label"])
+
+
+def test_masked_rows_may_hold_anything():
+    given = good()
+    hidden, target = given["hidden"].detach().clone(), given["target"].clone()
+    target[1, 2] = -100
+    clean = mle_loss(hidden, given["head"], target)
+    hidden[1, 2] = torch.nan
+    assert mle_loss(hidden, given["head"], target) == clean
+    weight = given["head"].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(mle_loss(hidden, weight, target), weight)
+    assert torch.isfinite(gradient).all()
+
+
+def test_unknown_objective_and_registration():
+    with pytest.raises(ValueError, match=r"objective: expected a function or one of \['bnf', .* got 'nope'"):
+        FusedLoss("nope")
+    with pytest.raises(ValueError, match="couples: expected one of .* got 'group'"):
+        objective(couples="group")
+    with pytest.raises(ValueError, match="name: expected a name that isn't taken, got 'dpo'"):
+        objective("dpo")(lambda responses: responses.logps())
+
+
+def test_the_ways_to_give_a_reference_agree():
+    given = good()
+    hidden, head, target, scores, label = (given[k] for k in ("hidden", "head", "target", "ref", "label"))
+    pair = (hidden.detach(), head.detach() * 0.5)
+    for other in (scores.logp, pair):
+        torch.testing.assert_close(
+            bnf_loss(hidden, head, target, label, ref=other), bnf_loss(hidden, head, target, label, ref=scores)
+        )
+    for other in (scores.logp, scores.logp.sum(1), pair):
+        torch.testing.assert_close(
+            dpo_loss(hidden, head, target, ref=other), dpo_loss(hidden, head, target, ref=scores)
+        )
+    as_bool = bnf_loss(hidden, head, target, label > 0, ref=scores)
+    assert as_bool == bnf_loss(hidden, head, target, label, ref=scores)
+
+
+def test_own_objectives_from_outside():
+    """A bare function, and a registered one: same value; the registered one is allowed the single pass."""
+    from rgpb.fused import call_plan
+    from rgpb.objectives import resolve
+
+    def hinge(responses, *, delta=1.0):
+        chosen, rejected = pairs(responses.logps(length_normalize=True))
+        return (delta - chosen + rejected).clamp(min=0)
+
+    given = good()
+    hidden, head, target = given["hidden"], given["head"], given["target"]
+    bare = fused_loss(hidden, head, target, objective=hinge, delta=2.0)
+    assert call_plan(hidden, LMHead(head), resolve(hinge), "mean", 1 << 29, {}).path == "two_pass"
+    objective("hinge_of_this_test", couples="pair")(hinge)
+    try:
+        named = fused_loss(hidden, head, target, objective="hinge_of_this_test", delta=2.0)
+        assert call_plan(hidden, LMHead(head), resolve(hinge), "mean", 1 << 29, {}).path == "single"
+        torch.testing.assert_close(named, bare)
+        for a, b in zip(*(torch.autograd.grad(x, [hidden, head]) for x in (named, bare))):
+            torch.testing.assert_close(a, b)
+    finally:
+        del OBJECTIVES["hinge_of_this_test"]
+
+
+def test_module_and_metrics():
+    given = good()
+    hidden, head, target, scores = (given[k] for k in ("hidden", "head", "target", "ref"))
+    module = FusedLoss("dpo", beta=0.3, return_metrics=True)
+    loss, metrics = module(hidden, head, target, ref=scores)
+    assert loss == dpo_loss(hidden, head, target, ref=scores, beta=0.3)
+    assert repr(module) == "FusedLoss('dpo', beta=0.3, return_metrics=True)"
+    logps = linear_logprob(hidden, head, target).logp.detach().double().sum(1)
+    delta = 0.3 * (logps - scores.logp.double().sum(1))
+    expected = {
+        "logps/chosen": logps[:2].mean(),
+        "logps/rejected": logps[2:].mean(),
+        "rewards/chosen": delta[:2].mean(),
+        "rewards/rejected": delta[2:].mean(),
+        "rewards/margins": (delta[:2] - delta[2:]).mean(),
+        "rewards/accuracies": (delta[:2] > delta[2:]).double().mean(),
+        "perplexity": (-logps[:2] / T).exp().mean(),
+        "agility": ((logps[:2] / T).exp() - (logps[2:] / T).exp()).mean(),
+    }
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.float(), msg=name)
+        assert not metrics[name].requires_grad
+
+
+def test_token_scores_without_entropy():
+    given = good()
+    scores = linear_logprob(given["hidden"], given["head"], given["target"])
+    assert isinstance(scores, TokenScores)
+    assert scores.entropy is None
+    assert scores.other_entropy is None
+
+
+def test_documented_signatures_show_what_is_needed():
+    import inspect
+
+    assert list(inspect.signature(bnf_loss).parameters)[:5] == ["hidden", "head", "target", "label", "ref"]
+    assert inspect.signature(dpo_loss).parameters["beta"].default == 0.1
+    assert "ref" not in inspect.signature(mle_loss).parameters
+    assert re.search(r"Eq\. 4 and 6", bnf_loss.__doc__ or "")
