@@ -291,7 +291,7 @@ def texts_of(preferences: Preferences) -> Iterator[str]:
         for text in (row.prompt, *row.completions):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{row.where}: expected strings, since a tokenizer learnt from data has no chat template; got a chat"
+                    f"{row.where}: expected strings, since a tokenizer learnt here has no chat template; got a chat"
                 )
             yield text
 

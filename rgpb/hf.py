@@ -56,9 +56,7 @@ _LOUD = 50.0  # the size `check_head` raises logits to, so that any soft-cap in 
 _passed: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
 
 
-def hidden_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor:
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     """The backbone's last hidden states, differentiable: what the head of `read_head` turns into logits.
 
     Args:
@@ -103,9 +101,9 @@ def read_head(model: nn.Module) -> LMHead:
     linear, name = model.get_output_embeddings(), _name(model)
     # A subclass of Linear or of Parameter means an adapted, quantised or sharded head: its weight is not W.
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-        weight = getattr(linear, "weight", None)
+        found, weight = f"{type(linear).__module__}.{_name(linear)}", getattr(linear, "weight", None)
         held = "" if weight is None else f" with a weight of type {type(weight).__name__}"
-        raise ValueError(f"model: expected a plain nn.Linear as head of {name}, got {_name(linear)}{held}")
+        raise ValueError(f"model: expected a plain nn.Linear as head of {name}, got {found}{held}")
     weight, bias = linear.weight, linear.bias
     if weight.dtype not in _FLOATS or weight.dim() != 2 or weight.is_meta:
         found = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
@@ -215,9 +213,7 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-def token_scores(
-    model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any
-) -> TokenScores:
+def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any) -> TokenScores:
     """`linear_logprob` of a batch's labels under a transformers model.
 
     Args:
@@ -274,9 +270,7 @@ def loss(
     return fused_loss(hidden, head, target, objective=objective, **inputs, **options)
 
 
-def _forward(
-    model: PreTrainedModel, batch: Mapping[str, Any]
-) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:
+def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:
     """Hidden states [B, T, H], head, targets [B, T], None; when packed [N, H], head, [N], cu_seqlens."""
     inputs = dict(batch)
     ids, labels = inputs.get("input_ids"), inputs.get("labels")

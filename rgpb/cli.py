@@ -1,0 +1,52 @@
+"""The command `rgpb`: a table of subcommands.
+
+Each subcommand is a module with `add_parser(subparsers)`, which sets `run`, a function of the arguments, in its parser.
+Only the module of the subcommand that is called gets imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("rgpb.train", "train a model on preference data"),
+    "demo": ("rgpb.demo", "compare three losses on arithmetic pairs, in a few minutes"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit code: 0, 2 for input that can't be used, 130 when interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="rgpb", description="Losses that reward good and penalise bad examples.")
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    try:
+        for name, (module, text) in COMMANDS.items():
+            if name in argv[:1]:
+                importlib.import_module(module).add_parser(subparsers)
+            else:
+                subparsers.add_parser(name, help=text)
+        arguments = parser.parse_args(argv)
+        return arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        print(f"rgpb: error: {error}; `pip install rgpb[hf]` brings what training needs", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"rgpb: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrgpb: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

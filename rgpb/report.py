@@ -1,0 +1,237 @@
+"""What a run's `metrics.jsonl` says: a table before and after, and a picture; also of several runs side by side.
+
+Evaluation lines ("split": "eval") are averages over the whole evaluation set, training lines since the line before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS = {
+    "loss": "loss",
+    "perplexity": "perplexity of preferred responses",
+    "agility": "agility: p(preferred) − p(dispreferred) per token",
+    "rewards/margins": "reward margin",
+    "rewards/accuracies": "pairs with the higher reward on the preferred",
+    "logps/accuracies": "pairs with the higher likelihood per token on the preferred",
+    "logps/chosen": "log-likelihood of preferred responses",
+    "logps/rejected": "log-likelihood of dispreferred responses",
+}
+
+
+class Line(NamedTuple):
+    """One line of a table: a metric before and after training. None: not measured, or not finite."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+    @property
+    def change(self) -> float | None:
+        """After less before."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in a run's folder, in order.
+
+    Raises:
+        ValueError: no such file, or a line that isn't JSON.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"folder: expected one of a run, with metrics.jsonl, got {str(folder)!r}")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:40]!r} ({error})") from None
+    return records
+
+
+def lines(records: list[dict[str, Any]]) -> list[Line]:
+    """First against last evaluation, for every metric of `METRICS` that was measured."""
+    evaluations = [record for record in records if record["split"] == "eval"]
+    if not evaluations:
+        raise ValueError("metrics.jsonl: expected at least one evaluation, got none")
+    first, last = evaluations[0], evaluations[-1]
+    return [Line(name, first.get(name), last.get(name)) for name in METRICS if name in first or name in last]
+
+
+def write(folder: str | Path) -> None:
+    """Write `report.md` and `report.png` into a run's folder.
+
+    Raises:
+        ValueError: as `read_metrics`.
+    """
+    folder = Path(folder)
+    records = read_metrics(folder)
+    note, result = ((_json(folder / name)) for name in ("run.json", "result.json"))
+    settings = note.get("settings", {})
+    text = [f"# {settings.get('loss', 'run')}: {records[-1]['step']} steps", "", *_table(records), ""]
+    text += [f"{name}: {value}  " for name, value in costs(records).items()]
+    if note:
+        held_out = note["sources"]["eval_data"]
+        text += ["", f"Trained on {note['sources']['data']}, evaluated on {held_out or 'a part of the same data'}."]
+        text += [f"Settings: {', '.join(f'{k}={v}' for k, v in settings.items() if k not in ('data', 'eval_data'))}."]
+    for title, key in (("Training data", "counts"), ("Evaluation data", "eval_counts")):
+        if key in result:
+            text += ["", f"{title}: " + "; ".join(f"{name}: {count}" for name, count in result[key].items()) + "."]
+    _write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
+    plot({settings.get("loss", folder.name): records}, folder / "report.png")
+
+
+def compare(
+    runs: Mapping[str, str | Path],
+    out: str | Path,
+    extra: Mapping[str, Mapping[str, str]] | None = None,
+    note: str = "",
+) -> str:
+    """Runs side by side: `report.md` and `report.png` in `out`.
+
+    Args:
+        runs: a name and a folder for each.
+        out: folder for the two files; made if it isn't there.
+        extra: further lines of the table: name → run → text.
+        note: a paragraph below the table.
+
+    Returns:
+        The text of `report.md`.
+
+    Raises:
+        ValueError: no runs, or as `read_metrics`.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one, got none")
+    records = {name: read_metrics(folder) for name, folder in runs.items()}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = ["# Runs side by side", "", *_markdown(comparison(records, extra))]
+    text += ["", "In brackets: the change from before training."]
+    text += ["", note] if note else []
+    whole = "\n".join([*text, "", "![curves](report.png)", ""])
+    _write_text(out / "report.md", whole)
+    plot(records, out / "report.png")
+    return whole
+
+
+def comparison(
+    records: Mapping[str, list[dict[str, Any]]], extra: Mapping[str, Mapping[str, str]] | None = None
+) -> list[list[str]]:
+    """The table of `compare`, header first. Losses are left out: those of different objectives don't compare."""
+    found = {run: {line.name: line for line in lines(rows)} for run, rows in records.items()}
+    table = [["", *records]]
+    table += [[name, *(values.get(run, "–") for run in records)] for name, values in (extra or {}).items()]
+    for name, title in METRICS.items():
+        if name != "loss" and any(name in metrics for metrics in found.values()):
+            cells = [metrics.get(name, Line(name, None, None)) for metrics in found.values()]
+            table.append([title, *(f"{number(c.after)} ({number(c.change, sign=True)})" for c in cells)])
+    spent = {run: costs(rows) for run, rows in records.items()}
+    table += [[name, *(spent[run][name] for run in records)] for name in next(iter(spent.values()))]
+    return table
+
+
+def costs(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Time and memory of a run, as text."""
+    peak = max(record["peak_bytes"] for record in records)
+    return {"seconds": f"{records[-1]['seconds']:.1f}", "peak memory": f"{peak / 2**20:.0f} MiB"}
+
+
+def number(value: float | None, sign: bool = False) -> str:
+    """Four significant digits; "–" for what wasn't measured."""
+    return "–" if value is None else f"{value:{'+' if sign else ''}.4g}"
+
+
+def show(table: list[list[str]], title: str) -> None:
+    """Print a table, header first, to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title)
+    for i, name in enumerate(table[0]):
+        shown.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in table[1:]:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def rows(folder: str | Path) -> list[list[str]]:
+    """The table of one run, header first."""
+    records = read_metrics(folder)
+    body = [
+        [METRICS[line.name], number(line.before), number(line.after), number(line.change, sign=True)]
+        for line in lines(records)
+    ]
+    return [["", "before", "after", "change"], *body, *([k, "", v, ""] for k, v in costs(records).items())]
+
+
+def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """A grid of curves over the steps, one colour per run: training thin, evaluation with dots."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[str, list[str]]] = [
+        ("loss", ["loss"]),
+        ("reward margin", ["rewards/margins"]),
+        ("perplexity of preferred", ["perplexity"]),
+        ("agility", ["agility"]),
+        ("log-likelihood since the start\n(dashed: dispreferred)", ["logps/chosen", "logps/rejected"]),
+        ("pairs ranked rightly, by likelihood", ["logps/accuracies"]),
+    ]
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels):
+        seen: list[float] = []
+        for i, (run, records) in enumerate(runs.items()):
+            for name, style in zip(names, ("-", "--")):
+                shift = name.startswith("logps/") and not name.endswith("accuracies")
+                for split in ("train", "eval"):
+                    points = [(r["step"], r[name]) for r in records if r["split"] == split and r.get(name) is not None]
+                    if not points or (shift and split == "train"):
+                        continue
+                    steps, values = zip(*points)
+                    values = tuple(v - values[0] for v in values) if shift else values
+                    look = {"marker": "o", "markersize": 3} if split == "eval" else {"alpha": 0.35, "linewidth": 0.8}
+                    label = run if split == "eval" and style == "-" else None
+                    axes.plot(steps, values, style, color=f"C{i}", label=label, **look)
+                    seen += values
+        if title.startswith("perplexity") and seen and max(seen) > 20 * min(seen):
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.grid(alpha=0.3)
+        if not seen:
+            axes.text(0.5, 0.5, "not measured by this objective", ha="center", transform=axes.transAxes, fontsize=9)
+        elif len(runs) > 1:
+            axes.legend(fontsize=8)
+    place = path.with_name(path.name + ".tmp")
+    figure.savefig(place, dpi=100, format="png")
+    os.replace(place, path)
+
+
+def _table(records: list[dict[str, Any]]) -> list[str]:
+    body = [
+        [METRICS[line.name], number(line.before), number(line.after), number(line.change, sign=True)]
+        for line in lines(records)
+    ]
+    return _markdown([["", "before", "after", "change"], *body])
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in table)
+    return [head, "|---" + "|---:" * (len(table[0]) - 1) + "|", *body]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_text(path: Path, text: str) -> None:
+    place = path.with_name(path.name + ".tmp")
+    place.write_text(text, encoding="utf-8")
+    os.replace(place, path)
