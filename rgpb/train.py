@@ -507,7 +507,7 @@ class Stage:
             max_grad_norm=config.max_grad_norm,
             bf16=config.bf16,
             gradient_checkpointing=config.gradient_checkpointing,
-            use_cpu=config.cpu,
+            use_cpu=_device(config).type == "cpu",
             seed=config.seed,
             logging_steps=config.log_steps,
             logging_nan_inf_filter=False,

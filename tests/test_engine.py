@@ -274,6 +274,31 @@ def test_autocast_scores_as_the_weight_is():
     assert gradient.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("head", HEADS)
+def test_sixteen_bit_operands_as_on_cuda(monkeypatch, dtype, path, head):
+    """The arrangement for CUDA (16-bit dlogits in the logits' own bytes, float32 results), its products emulated here."""
+    from rgpb.engine import chunked
+    from rgpb.engine import plan as planning
+
+    def emulated(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype == dtype
+        product = (a.float() @ b.float()).to(out.dtype)
+        out.copy_(out + product if accumulate else product)
+
+    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, compute: compute)
+    monkeypatch.setattr(chunked, "mm", emulated)
+    hidden, lm_head, target, ref_logits = batch(SHAPES["V and H off every tile"], dtype, head)
+    ours, oracle = arguments("bnf", ref_logits, target)
+    loss, gradients = run_path(path, "bnf", hidden, lm_head, target, **ours)
+    exact, exact_gradients = oracle_in(torch.float64, "bnf", hidden, lm_head, target, oracle)
+    assert abs(loss - exact) < 1e-5
+    _, naive_gradients = oracle_in(dtype, "bnf", hidden, lm_head, target, oracle)
+    for gradient, rough, truth in zip(gradients, naive_gradients, exact_gradients):
+        assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
+
+
 # -- adversarial values
 # ----------------------------------------------------------------------------------------------------
 

@@ -189,9 +189,7 @@ def test_saturated_token_spoils_only_the_printed_form():
         assert value.dtype == dtype
         grads[loss.__name__, dtype] = weight.grad
     assert grads["bnf_as_printed", torch.float32].isnan().all()
-    torch.testing.assert_close(
-        grads["bnf", torch.float32].double(), grads["bnf", torch.float64], rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(grads["bnf", torch.float32].double(), grads["bnf", torch.float64], rtol=1e-6, atol=1e-6)
     robust = bnf(x, eye(2, torch.float32), y, ref=torch.tensor([[-0.55, 0.0]]), label=label)
     assert robust.isfinite(), "a reference log-prob that has rounded to 0"
 
@@ -286,6 +284,4 @@ def test_bad_input(name, change, message):
 @pytest.mark.parametrize("ends", [[0, 4, 3, 6], [1, 6], [0, 5], [0], []])
 def test_bad_cu_seqlens(ends):
     with pytest.raises(ValueError, match="cu_seqlens: expected to rise from 0 to 6"):
-        LOSSES["mle"](
-            HIDDEN.flatten(0, 1), eye(), TARGET.flatten(), cu_seqlens=torch.tensor(ends, dtype=torch.int32)
-        )
+        LOSSES["mle"](HIDDEN.flatten(0, 1), eye(), TARGET.flatten(), cu_seqlens=torch.tensor(ends, dtype=torch.int32))

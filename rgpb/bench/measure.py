@@ -1,4 +1,4 @@
-"""How it is measured: times in interleaved rounds, memory as the allocator sees it, and on what machine."""
+"""How it is measured: times in interleaved rounds, memory as the allocator sees it, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from torch.profiler import ProfilerActivity, profile
 import rgpb
 from rgpb.bench.cases import Result
 
-# The profiler reports its own start and stop on stderr, below this level.
+# The profiler announces its own start and stop on stderr, at a level below this one.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def quantiles(values: list[float]) -> list[float]:
     """[median, 20 per cent, 80 per cent] of at least one value, interpolated."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
+    return torch.tensor(values).double().quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
 
 
 def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Seconds of each run in each round. One warm-up round, then `rounds` in which each runs once.
+    """Seconds of each run in each round: one round to warm up, then `rounds` in which each runs once.
 
-    What disturbs the machine for a while disturbs all contestants of a round, so their ratios stand. The order turns by one
-    place from round to round.
+    What disturbs the machine for a while disturbs all runs of a round, so ratios within a round stand. The order turns
+    by one place from round to round.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(rounds + 1):
-        shift = turn % len(names)
+        shift = turn % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
             _wait(device)
             start = time.perf_counter()
@@ -54,18 +54,18 @@ def _wait(device: str) -> None:
 
 
 class Memory(NamedTuple):
-    """Bytes held at the worst moment: of all that was allocated, and of that without the gradients returned."""
+    """Bytes held at the worst moment: beyond the inputs, and beyond inputs and the gradients returned."""
 
     peak: int
     extra: int
 
 
 def peak_memory(run: Callable[[], Result], device: str) -> Memory:
-    """The most that `run` holds at once beyond its inputs, as torch's allocator knows it.
+    """The most that `run` holds at once, as torch's allocator knows it; scratch space inside the BLAS isn't in it.
 
-    On a CPU the running sum of every allocation and release, which the profiler records with their addresses, so that `extra`
-    is exact. On CUDA `max_memory_allocated`, and `extra` is the peak less the gradients' bytes (less than the truth, for
-    whoever has its peak before the gradients exist). Scratch space inside the BLAS library is in neither.
+    On a CPU the running sum of all allocations and releases, which the profiler records with their addresses, so that
+    `extra` is exact. On CUDA `max_memory_allocated`; `extra` is then the peak less the gradients' bytes, which is too
+    little for whoever has its peak before the gradients exist.
     """
     run()  # what is made once and stays (workspaces, caches) doesn't count
     if device == "cuda":
@@ -73,56 +73,52 @@ def peak_memory(run: Callable[[], Result], device: str) -> Memory:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = run()
-        torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         return Memory(peak, peak - sum(g.nbytes for g in result.gradients))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = run()
     gradients = {g.untyped_storage().data_ptr() for g in result.gradients}
-    allocations = _allocations(recorded)
-    made_at = {address: at for at, (address, size) in enumerate(allocations) if size > 0 and address in gradients}
-    held = peak = without = extra = 0
-    for at, (address, size) in enumerate(allocations):
+    changes = _allocations(recorded)
+    made_at = {address: at for at, (address, size) in enumerate(changes) if size > 0 and address in gradients}
+    held = peak = beyond = extra = 0
+    for at, (address, size) in enumerate(changes):
         held += size
-        without += 0 if made_at.get(address) == at else size
-        peak, extra = max(peak, held), max(extra, without)
+        beyond += 0 if made_at.get(address) == at else size
+        peak, extra = max(peak, held), max(extra, beyond)
     return Memory(peak, extra)
 
 
 def _allocations(recorded: profile) -> list[tuple[int, int]]:
     """(address, bytes) in order of time; a release has negative bytes."""
-    found, stack = [], list(recorded.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    while stack:
-        event = stack.pop()
-        stack += event.children
+    events = list(recorded.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    found: list[tuple[int, int, int]] = []
+    while events:
+        event = events.pop()
+        events += event.children
         kind, fields = event.typed
         if kind == _EventType.Allocation:
-            found.append((event.start_time_ns, len(found), fields.ptr, fields.alloc_size))
-    return [(address, size) for *_, address, size in sorted(found)]
+            found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found)]
 
 
 def provenance(device: str, **options: object) -> dict[str, object]:
-    """Where numbers come from: machine, versions, date, commit (None outside a checkout) and the options of the run."""
+    """Machine, versions, date and commit (None outside a checkout), and `options`."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "cpu": _cpu_model(),
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "rgpb": rgpb.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **options,
     }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -133,7 +129,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this file's checkout, "-dirty" with changes; None where this file isn't tracked or there is no git."""
+    """The commit of this checkout, "-dirty" with changes; None where there is no git, or this file isn't tracked."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -141,7 +137,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # else a repository around the environment would answer
+        git("ls-files", "--error-unmatch", here.name)  # a repository around an installed package is none of ours
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -12,16 +12,17 @@ class Row(NamedTuple):
     """One contestant at one shape. What wasn't measured is None; a row that isn't "ok" has no time.
 
     Attributes:
-        loss, path, impl, units: as `Contestant`; "gemm" for the bare products.
+        loss, path, impl, units: as in `Contestant`; impl "gemm" for the bare products.
         dtype, tokens, width, vocab: the case.
-        status: "ok", "FAILED" (its errors are over the tolerance) or "out of memory".
-        value_error: largest abs error of the loss or log-probs; gradient_error: of a gradient; gradient_error_relative: largest
-            ‖error‖ / ‖gradient‖. All against float64.
-        planned_bytes: what the plan foretold for `extra_bytes`.
-        peak_bytes: held beyond inputs; extra_bytes: beyond inputs and gradients.
-        seconds: median over the rounds, and the 20 and 80 per cent quantiles.
-        over_floor: median (and quantiles) of the rounds' ratios to the bare products of as many units; over_naive: to the naive
-            form of the same job.
+        status: "ok", "FAILED" (off float64 by more than the tolerance), "out of memory", or why the plan takes another
+            path.
+        value_error: largest error of the loss or the log-probs; gradient_error: of a gradient;
+            gradient_error_relative: largest ‖error‖ / ‖gradient‖; all against float64.
+        planned_bytes: what the plan foretells for extra_bytes.
+        peak_bytes: held beyond the inputs; extra_bytes: beyond inputs and gradients.
+        seconds: median over the rounds; seconds_20, seconds_80: quantiles.
+        over_floor: median of the rounds' ratios to the bare products of as many units; over_naive: to the naive form of
+            the same job.
     """
 
     loss: str
@@ -43,54 +44,36 @@ class Row(NamedTuple):
     seconds_20: float | None = None
     seconds_80: float | None = None
     over_floor: float | None = None
-    over_floor_20: float | None = None
-    over_floor_80: float | None = None
     over_naive: float | None = None
 
 
-class Point(NamedTuple):
-    """Memory beyond inputs and gradients at one N."""
-
-    loss: str
-    path: str
-    impl: str
-    dtype: str
-    tokens: int
-    width: int
-    vocab: int
-    extra_bytes: int
-
-
 class Report(NamedTuple):
-    """All of a run."""
+    """All of a run; `points` are rows that have only extra_bytes, at several N."""
 
     provenance: dict[str, Any]
     rows: list[Row]
-    points: list[Point]
+    points: list[Row]
 
 
 HEADERS = (
-    "N, H, V", "dtype", "loss", "path", "", "time (20–80 %)", "× floor", "× naive", "peak", "extra", "error", "gradient error",
+    "N,H,V", "dtype", "loss", "path", "", "ms (20–80 %)", "× floor", "× naive", "peak MiB", "extra MiB", "error",
+    "gradient error",
 )  # fmt: skip
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    """The row as texts under `HEADERS`. "error" is absolute, "gradient error" relative to the gradient's norm."""
+    """The row under `HEADERS`. The error is absolute, the gradient's relative to its norm."""
 
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else form.format(value)
+    def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else format(value * scale, form)
 
-    def mebibytes(value: int | None) -> str:
-        return "" if value is None else f"{value / 2**20:,.1f} MiB"
-
-    time = row.status
-    if row.seconds is not None and row.seconds_20 is not None and row.seconds_80 is not None:
-        time = f"{row.seconds * 1e3:,.1f} ms ({row.seconds_20 * 1e3:,.1f}–{row.seconds_80 * 1e3:,.1f})"
+    low, time, high = (shown(s, ",.1f", 1e3) for s in (row.seconds_20, row.seconds, row.seconds_80))
+    floor = shown(row.over_floor, ".2f")
     return (
-        f"{row.tokens}, {row.width}, {row.vocab}", row.dtype, row.loss, row.path, row.impl, time,
-        shown(row.over_floor, "{:.2f}") + (f" of {row.units}U" if row.over_floor else ""), shown(row.over_naive, "{:.2f}"),
-        mebibytes(row.peak_bytes), mebibytes(row.extra_bytes), shown(row.value_error, "{:.0e}"),
-        shown(row.gradient_error_relative, "{:.0e}") if row.path != "forward" else "",
+        f"{row.tokens},{row.width},{row.vocab}", row.dtype, row.loss, row.path, row.impl,
+        f"{time} ({low}–{high})" if time else row.status, f"{floor} of {row.units}U" if floor else "",
+        shown(row.over_naive, ".2f"), shown(row.peak_bytes, ",.1f", 2**-20), shown(row.extra_bytes, ",.1f", 2**-20),
+        shown(row.value_error, ".0e"), "" if row.path == "forward" else shown(row.gradient_error_relative, ".0e"),
     )  # fmt: skip
 
 
@@ -107,34 +90,28 @@ def markdown(report: Report) -> str:
 
 
 def show(report: Report) -> None:
-    """The table on the terminal."""
+    """The table on the terminal, a section for each group of contestants."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*HEADERS, caption=summary(report.provenance))
-    previous = None
-    for row in report.rows:
-        group = (row[3:7], row.loss)
-        if row.impl == "gemm" and previous not in (None, group):
-            table.add_section()
-        previous = group
-        table.add_row(*cells(row), style="bold red" if row.status != "ok" else "bold" if row.impl == "fused" else "dim")
+    for row, following in zip(report.rows, [*report.rows[1:], None]):
+        last = following is None or following.impl == "gemm" != row.impl
+        style = "red" if row.status != "ok" else "bold" if row.impl == "fused" else None
+        table.add_row(*cells(row), style=style, end_section=last)
     Console().print(table)
 
 
 def write(report: Report, folder: Path) -> None:
-    """results.json, results.csv (each line with its provenance) and results.png in `folder`, which is made."""
+    """results.json, results.csv (provenance in each line) and results.png in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "provenance": report.provenance,
-        "rows": [row._asdict() for row in report.rows],
-        "points": [point._asdict() for point in report.points],
-    }
-    (folder / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    rows, points = ([row._asdict() for row in part] for part in (report.rows, report.points))
+    content = json.dumps({"provenance": report.provenance, "rows": rows, "points": points}, indent=1, allow_nan=False)
+    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         lines = csv.DictWriter(file, [*Row._fields, *report.provenance])
         lines.writeheader()
-        lines.writerows({**row._asdict(), **report.provenance} for row in report.rows)
+        lines.writerows({**row, **report.provenance} for row in rows)
     plot(report, folder / "results.png")
 
 
@@ -142,13 +119,13 @@ def read(path: Path) -> Report:
     """A report from its results.json.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: no such file, or another kind of file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows, points = ([kind(**x) for x in content[key]] for kind, key in ((Row, "rows"), (Point, "points")))
+        rows, points = ([Row(**row) for row in content[key]] for key in ("rows", "points"))
         return Report(content["provenance"], rows, points)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"render: expected a results.json of `rgpb bench`, got {path} ({error})") from error
 
 
@@ -156,28 +133,27 @@ def plot(report: Report, path: Path) -> None:
     """Left, time over the floor; right, memory beyond inputs and gradients over N."""
     from matplotlib.figure import Figure
 
+    colours = {"fused": "tab:blue", "naive": "tab:gray"}
     timed = [row for row in report.rows if row.over_floor is not None]
     figure = Figure(figsize=(13, 1.5 + max(4, 0.28 * len(timed))), layout="constrained")
-    bars, lines = figure.subplots(1, 2)
-    colours = {"fused": "tab:blue", "naive": "tab:gray"}
-    for place, row in enumerate(timed):
-        low, high = row.over_floor - row.over_floor_20, row.over_floor_80 - row.over_floor  # type: ignore[operator]
-        bars.barh(place, row.over_floor, xerr=[[low], [high]], color=colours[row.impl])
-    names = [f"{r.loss} {r.path}, {r.impl}  {r.tokens},{r.width},{r.vocab} {r.dtype}" for r in timed]
-    bars.set_yticks(range(len(timed)), names, fontsize=7)
-    bars.invert_yaxis()
-    bars.axvline(1.0, color="black", linewidth=0.8)
-    bars.set_xlabel("time over the bare products of as many flops")
-    series: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
-    for p in report.points:
-        series.setdefault((p.loss, p.path, p.impl, p.width, p.vocab, p.dtype), []).append((p.tokens, p.extra_bytes / 2**20))
-    for (loss, job, impl, width, vocab, dtype), places in series.items():
-        style = {"color": colours[impl], "linestyle": "-" if dtype == "fp32" else "--"}
-        lines.plot(*zip(*sorted(places)), marker="o", markersize=3, **style)
-        lines.annotate(f"{loss} {job} {width},{vocab} {dtype}", max(places), fontsize=6)
-    if series:
-        lines.set_xscale("log", base=2)
-        lines.set_yscale("log", base=2)
-    lines.set_xlabel("tokens N")
-    lines.set_ylabel("MiB beyond inputs and gradients")
+    left, right = figure.subplots(1, 2)
+    left.barh(range(len(timed)), [row.over_floor for row in timed], color=[colours[row.impl] for row in timed])
+    names = [f"{r.loss} {r.path}, {r.impl}   {r.tokens},{r.width},{r.vocab} {r.dtype}" for r in timed]
+    left.set_yticks(range(len(timed)), names, fontsize=7)
+    left.invert_yaxis()
+    left.axvline(1.0, color="black", linewidth=0.8)
+    left.set_xlabel("time over the bare products of as many flops")
+    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for r in report.points:
+        name = f"{r.loss} {r.path}, {r.impl}   {r.width},{r.vocab} {r.dtype}"
+        lines.setdefault((name, r.impl, r.dtype), []).append((r.tokens, (r.extra_bytes or 0) / 2**20))
+    for (name, impl, dtype), places in lines.items():
+        style = "-" if dtype == "fp32" else "--"
+        right.plot(*zip(*sorted(places)), marker="o", markersize=3, color=colours[impl], linestyle=style)
+        right.annotate(name, max(places), fontsize=6, ha="right", va="bottom")
+    if lines:
+        right.set_xscale("log", base=2)
+        right.set_yscale("log", base=2)
+    right.set_xlabel("tokens N")
+    right.set_ylabel("MiB beyond inputs and gradients")
     figure.savefig(path, dpi=150)

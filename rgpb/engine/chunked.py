@@ -61,6 +61,7 @@ class Kept:
     """The positions that aren't ignored, in order. Where all are kept nothing is gathered: rows are views."""
 
     def __init__(self, target_P: Tensor, ignore_index: int):
+        self.device = target_P.device
         index = (target_P != ignore_index).nonzero().squeeze(1)
         self.count = len(index)
         self.index = None if self.count == len(target_P) else index
@@ -70,13 +71,12 @@ class Kept:
         if self.index is None:
             if len(ranges) == 1:
                 return slice(*ranges[0])
-            return torch.cat([torch.arange(*r) for r in ranges])
+            return torch.cat([torch.arange(*r, device=self.device) for r in ranges])
         return torch.cat([self.index[start:stop] for start, stop in ranges])
 
 
 class Products:
-    """The matrix products of one sweep, with their buffers. Results are in the accumulator's dtype, or 16-bit on
-    CUDA."""
+    """The matrix products of one sweep, with their buffers."""
 
     def __init__(self, p: Problem, rows: int):
         self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
@@ -135,7 +135,7 @@ class HeadSum:
     def __init__(self, p: Problem, products: Products, weight: bool, bias: bool, chunks: int):
         self.p, self.products, self.fresh = p, products, True
         self.dweight = torch.empty_like(p.weight) if weight else None
-        self.dbias = p.hidden.new_zeros(p.weight.shape[0], dtype=p.acc_dtype) if bias else None
+        self.dbias = p.hidden.new_empty(p.weight.shape[0], 1, dtype=p.acc_dtype) if bias else None
         self.sum = self.dweight
         if weight and products.sizes.accumulate and chunks > 1:
             self.sum = torch.empty_like(p.weight, dtype=torch.float32)
@@ -143,7 +143,7 @@ class HeadSum:
     def add(self, e_CV: Tensor, r: Tensor, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
         if self.dbias is not None:
-            self.dbias.addmv_(e_CV.to(self.dbias.dtype).t(), r)
+            mm(e_CV.t(), r[:, None].to(e_CV.dtype), self.dbias, accumulate=not self.fresh)
         if self.sum is not None:
             x = (self.p.hidden[rows] * r[:, None]).to(e_CV.dtype)
             if self.sum.dtype == e_CV.dtype or self.products.half:
@@ -154,11 +154,12 @@ class HeadSum:
         self.fresh = False
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.fresh and self.sum is not None:
-            self.sum.zero_()
+        for never_written in (self.sum, self.dbias) if self.fresh else ():
+            if never_written is not None:
+                never_written.zero_()
         if self.dweight is not None and self.sum is not None and self.sum is not self.dweight:
             self.dweight.copy_(self.sum)
-        return self.dweight, None if self.dbias is None else self.dbias.to(self.p.weight.dtype)
+        return self.dweight, None if self.dbias is None else self.dbias.view(-1).to(self.p.weight.dtype)
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -189,7 +190,8 @@ def check_rows(p: Problem, kept: Kept) -> None:
     vocab = p.weight.shape[0]
     outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != p.ignore_index)
     rows = kept.rows((0, kept.count))
-    finite = torch.isfinite(p.hidden).all(1)[rows] if kept.count else outside.new_ones(0)
+    least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+    finite = ((least > -torch.inf) & (most < torch.inf))[rows]
     ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
     if not ok[0]:
         at = int(outside.nonzero()[0])
@@ -277,12 +279,12 @@ def head_gradient(
     """dW [V, H] and db [V]: logits again for a slice of V, all rows; each slice of dW is complete when it is left."""
     kept = Kept(p.target, p.ignore_index)
     vocab, width = p.weight.shape
+    dtype, acc, epilogue = p.gemm_dtype, p.acc_dtype, p.epilogue()
     if not kept.count:
         return torch.zeros_like(p.weight) if need_weight else None, p.weight.new_zeros(vocab) if need_bias else None
     dweight = torch.empty_like(p.weight) if need_weight else None
-    dbias = p.hidden.new_zeros(vocab, dtype=p.acc_dtype) if need_bias else None
+    dbias = p.hidden.new_empty(vocab, 1, dtype=acc) if need_bias else None
     rows_step, slice_step, _ = slice_chunk(p.sizes, p.workspace, kept.count)
-    dtype, acc, epilogue = p.gemm_dtype, p.acc_dtype, p.epilogue()
     buffer = p.hidden.new_empty(rows_step * slice_step, dtype=acc)
     for part in spans(vocab, slice_step):
         weight = p.weight[part].to(dtype)
@@ -301,10 +303,10 @@ def head_gradient(
             if dw is not None:
                 mm(e.t(), (x * r[:, None]).to(dtype), dw, accumulate=chunk.start > 0)
             if dbias is not None:
-                dbias[part].addmv_(e.to(acc).t(), r)
+                mm(e.t(), r[:, None].to(e.dtype), dbias[part], accumulate=chunk.start > 0)
         if dweight is not None and dw is not None and not in_place:
             dweight[part] = dw
-    return dweight, None if dbias is None else dbias.to(p.weight.dtype)
+    return dweight, None if dbias is None else dbias.view(-1).to(p.weight.dtype)
 
 
 def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> Tensor:
