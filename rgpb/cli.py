@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("rgpb.train", "train a model on preference data"),
+    "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
+    "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
     "demo": ("rgpb.demo", "compare three losses on arithmetic pairs, in a few minutes"),
 }
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         return arguments.run(arguments)
     except ModuleNotFoundError as error:
-        print(f"rgpb: error: {error}; `pip install rgpb[hf]` brings what training needs", file=sys.stderr)
+        print(f"rgpb: error: {error}; `pip install rgpb[hf,bench]` brings what the commands need", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"rgpb: error: {error}", file=sys.stderr)

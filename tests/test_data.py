@@ -84,7 +84,7 @@ class TestRead:
             ([PAIR, "{bad"], 2, "expected one JSON object, got '{bad'"),
             ([PAIR, "[1, 2]"], 2, r"expected an object with the keys .* got \[1, 2\]"),
             ([{"prompt": "p", "chosen": "c"}], 1, "expected the keys of one form .*, got chosen, prompt"),
-            ([{**PAIR, "rejected": None}], 1, r"got chosen, prompt, rejected \(null\)"),
+            ([{**PAIR, "rejected": None}], 1, r"expected the keys of .* rejected \(null\)"),
             ([{**PAIR, **LABELLED}], 1, "expected the keys of one form"),
             ([PAIR, {**PAIR, "prompt": 3}], 2, "prompt: expected a string or a list .*, got 3"),
             ([{**PAIR, "chosen": ""}], 1, "chosen: expected some text, got ''"),

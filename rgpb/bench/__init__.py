@@ -44,7 +44,8 @@ def check(batch: Batch, contestants: list[Contestant], shape: Shape, dtype: str)
         if c.plan is not None:
             row = row._replace(planned_bytes=c.plan.extra_bytes)
             if c.plan.path != c.path:
-                rows.append(row._replace(status=f"{c.plan.path} instead: {c.plan.reason}"))
+                print(f"{loss} {c.path}: the plan takes {c.plan.path}, {c.plan.reason}", file=sys.stderr)
+                rows.append(row._replace(status=f"plan: {c.plan.path}"))
                 continue
         try:
             found = cases.errors(c.run(), truth)
@@ -62,7 +63,7 @@ def check(batch: Batch, contestants: list[Contestant], shape: Shape, dtype: str)
 def run_group(
     batch: Batch, contestants: list[Contestant], shape: Shape, dtype: str, repeats: int, device: str
 ) -> list[Row]:
-    """One loss at one shape: all are checked; those that passed are weighed, then timed along with the bare products."""
+    """One loss at one shape: all are checked; those that passed are weighed, then timed with the bare products."""
     rows = dict(zip(contestants, check(batch, contestants, shape, dtype)))
     passed = [c for c in contestants if rows[c].status == "ok"]
     for c in passed:
@@ -85,14 +86,14 @@ def run_group(
         rival = rivals.get(cases.naive_path(c.path))
         if c.impl == "fused" and rival is not None:
             rows[c] = rows[c]._replace(over_naive=ratio(c, rival))
-    floors = [timed(Row(contestants[0].loss, "products", "gemm", dtype, *shape, n), n) for n in units]
+    floors = [timed(Row("products", f"{n}U", "gemm", dtype, *shape, n), n) for n in units]
     return floors + list(rows.values())
 
 
 def run_shape(
     shape: Shape, dtype: str, losses: list[str], paths: list[str], repeats: int, workspace: int, impl: str, device: str
 ) -> tuple[list[Row], list[Row]]:
-    """The rows of a shape, and memory at an eighth, a quarter, a half and all of N for the first path of each loss.
+    """The rows of a shape, and memory at an eighth, a quarter, a half and all of N for the first loss.
 
     Raises:
         ValueError: an odd N, or a `workspace` too small for one row.
@@ -101,20 +102,20 @@ def run_shape(
     backward = [path for path in paths if path != "forward"]
     groups = [(loss, backward) for loss in losses if backward] + [(LOG_PROB, ["forward"])] * ("forward" in paths)
     rows: list[Row] = []
-    points: list[Row] = []
     for loss, its_paths in groups:
         print(f"{loss} {shape} {dtype}: {', '.join(its_paths)}", file=sys.stderr, flush=True)
-        made = run_group(batch, line_up(batch, loss, its_paths, impl, workspace), shape, dtype, repeats, device)
-        rows += made
-        passed = {(row.impl, row.path) for row in made if row.status == "ok"}
-        for part in (8, 4, 2, 1):
-            smaller = shape._replace(tokens=shape.tokens // part)
-            if shape.tokens % (2 * part) == 0:
-                its_batch = make_batch(smaller, DTYPES[dtype], device) if part > 1 else batch
-                for c in line_up(its_batch, loss, its_paths[:1], impl, workspace):
-                    if (c.impl, c.path) in passed:
-                        extra = peak_memory(c.run, device).extra
-                        points.append(Row(loss, c.path, c.impl, dtype, *smaller, c.units, extra_bytes=extra))
+        rows += run_group(batch, line_up(batch, loss, its_paths, impl, workspace), shape, dtype, repeats, device)
+    loss, its_paths = groups[0]
+    points = [Row(*row[:8], extra_bytes=row.extra_bytes) for row in rows if row.loss == loss and row.status == "ok"]
+    passed = {(point.impl, point.path) for point in points}
+    for smaller in (
+        shape._replace(tokens=shape.tokens // part) for part in (2, 4, 8) if shape.tokens % (2 * part) == 0
+    ):
+        its_batch = make_batch(smaller, DTYPES[dtype], device)
+        for c in line_up(its_batch, loss, its_paths, impl, workspace):
+            if (c.impl, c.path) in passed:
+                extra = peak_memory(c.run, device).extra
+                points.append(Row(loss, c.path, c.impl, dtype, *smaller, c.units, extra_bytes=extra))
     return rows, points
 
 
@@ -179,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("device: expected a CUDA GPU, got torch.cuda.is_available() = False")
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    report = Report(provenance(a.device, repeats=a.repeats, workspace=a.workspace, impl=a.impl), [], [])
+    report = Report(provenance(a.device, repeats=a.repeats, workspace=a.workspace, kernels=a.impl), [], [])
     for shape in a.shape or [SMALL, LARGE]:
         for dtype in a.dtype:
             rows, points = run_shape(shape, dtype, a.loss, a.path, a.repeats, a.workspace, a.impl, a.device)

@@ -243,7 +243,8 @@ class Floor:
             if units >= 2:
                 torch.mm(z, self.weight, out=dx)
             if units >= 3:
-                self.dweight.addmm_(z.t(), x, beta=float(x.data_ptr() != self.x.data_ptr()))
+                first = x.data_ptr() == self.x.data_ptr()
+                torch.addmm(self.dweight, z.t(), x, beta=0.0 if first else 1.0, out=self.dweight)
 
 
 def exact(batch: Batch, loss: str, weight_grad: bool) -> Result:

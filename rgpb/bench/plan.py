@@ -14,7 +14,7 @@ from rgpb.engine.plan import plan, sizes
 from rgpb.objectives import OBJECTIVES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def parse_bytes(text: str) -> int:
@@ -24,9 +24,10 @@ def parse_bytes(text: str) -> int:
         ValueError: anything else, or less than one byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
-    if not match or match[2] not in BYTES or float(match[1]) * BYTES[match[2]] < 1:
+    size = int(float(match[1]) * BYTES.get(match[2].lower(), 0)) if match else 0
+    if size < 1:
         raise ValueError(f"expected bytes, as 512MiB, 4GiB or 1000000, got {text!r}")
-    return int(float(match[1]) * BYTES[match[2]])
+    return size
 
 
 def positive(text: str) -> int:

@@ -14,8 +14,8 @@ class Row(NamedTuple):
     Attributes:
         loss, path, impl, units: as in `Contestant`; impl "gemm" for the bare products.
         dtype, tokens, width, vocab: the case.
-        status: "ok", "FAILED" (off float64 by more than the tolerance), "out of memory", or why the plan takes another
-            path.
+        status: "ok", "FAILED" (off float64 by more than the tolerance), "out of memory", or "plan: …" and the path that
+            the plan takes instead.
         value_error: largest error of the loss or the log-probs; gradient_error: of a gradient;
             gradient_error_relative: largest ‖error‖ / ‖gradient‖; all against float64.
         planned_bytes: what the plan foretells for extra_bytes.
@@ -55,10 +55,7 @@ class Report(NamedTuple):
     points: list[Row]
 
 
-HEADERS = (
-    "N,H,V", "dtype", "loss", "path", "", "ms (20–80 %)", "× floor", "× naive", "peak MiB", "extra MiB", "error",
-    "gradient error",
-)  # fmt: skip
+HEADERS = ("", "", "ms (20–80 %)", "× floor", "× naive", "peak MiB", "extra MiB", "error", "gradient’s")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -70,11 +67,19 @@ def cells(row: Row) -> tuple[str, ...]:
     low, time, high = (shown(s, ",.1f", 1e3) for s in (row.seconds_20, row.seconds, row.seconds_80))
     floor = shown(row.over_floor, ".2f")
     return (
-        f"{row.tokens},{row.width},{row.vocab}", row.dtype, row.loss, row.path, row.impl,
-        f"{time} ({low}–{high})" if time else row.status, f"{floor} of {row.units}U" if floor else "",
-        shown(row.over_naive, ".2f"), shown(row.peak_bytes, ",.1f", 2**-20), shown(row.extra_bytes, ",.1f", 2**-20),
-        shown(row.value_error, ".0e"), "" if row.path == "forward" else shown(row.gradient_error_relative, ".0e"),
+        f"{row.loss} {row.path}", row.impl, f"{time} ({low}–{high})" if time else row.status,
+        f"{floor} of {row.units}U" if floor else "", shown(row.over_naive, ".2f"),
+        shown(row.peak_bytes, ",.1f", 2**-20), shown(row.extra_bytes, ",.1f", 2**-20), shown(row.value_error, ".0e"),
+        "" if row.path == "forward" else shown(row.gradient_error_relative, ".0e"),
     )  # fmt: skip
+
+
+def sections(report: Report) -> list[tuple[str, list[Row]]]:
+    """The rows of each case under its title."""
+    found: dict[str, list[Row]] = {}
+    for row in report.rows:
+        found.setdefault(f"N = {row.tokens}, H = {row.width}, V = {row.vocab}, {row.dtype}", []).append(row)
+    return list(found.items())
 
 
 def summary(provenance: dict[str, Any]) -> str:
@@ -83,23 +88,33 @@ def summary(provenance: dict[str, Any]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The table for a README, provenance below it."""
-    lines = [HEADERS, ("---",) * len(HEADERS), *map(cells, report.rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{summary(report.provenance)}\n"
+    """Tables for a README, provenance below them."""
+    lines = []
+    for title, rows in sections(report):
+        table = [HEADERS, ("---",) * 2 + ("---:",) * (len(HEADERS) - 2), *map(cells, rows)]
+        lines += [f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in table), ""]
+    return "\n".join([*lines, summary(report.provenance), ""])
 
 
 def show(report: Report) -> None:
-    """The table on the terminal, a section for each group of contestants."""
+    """Tables on the terminal."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*HEADERS, caption=summary(report.provenance))
-    for row, following in zip(report.rows, [*report.rows[1:], None]):
-        last = following is None or following.impl == "gemm" != row.impl
-        style = "red" if row.status != "ok" else "bold" if row.impl == "fused" else None
-        table.add_row(*cells(row), style=style, end_section=last)
-    Console().print(table)
+    console = Console()
+    console.width = max(
+        console.width, 110
+    )  # what the columns need: a narrow terminal wraps lines, and no number is cut
+    for title, rows in sections(report):
+        table = Table(*HEADERS, title=title, box=SIMPLE, title_justify="left")
+        for at, column in enumerate(table.columns):
+            column.no_wrap, column.justify = True, "right" if at > 1 else "left"
+        for row in rows:
+            style = "red" if row.status != "ok" else "bold" if row.impl == "fused" else None
+            table.add_row(*cells(row), style=style)
+        console.print(table)
+    console.print(summary(report.provenance))
 
 
 def write(report: Report, folder: Path) -> None:
@@ -130,30 +145,35 @@ def read(path: Path) -> Report:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Left, time over the floor; right, memory beyond inputs and gradients over N."""
+    """A pair of panels for each case: time over the floor, and memory beyond inputs and gradients over N."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    colours = {"fused": "tab:blue", "naive": "tab:gray"}
-    timed = [row for row in report.rows if row.over_floor is not None]
-    figure = Figure(figsize=(13, 1.5 + max(4, 0.28 * len(timed))), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.barh(range(len(timed)), [row.over_floor for row in timed], color=[colours[row.impl] for row in timed])
-    names = [f"{r.loss} {r.path}, {r.impl}   {r.tokens},{r.width},{r.vocab} {r.dtype}" for r in timed]
-    left.set_yticks(range(len(timed)), names, fontsize=7)
-    left.invert_yaxis()
-    left.axvline(1.0, color="black", linewidth=0.8)
-    left.set_xlabel("time over the bare products of as many flops")
-    lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
-    for r in report.points:
-        name = f"{r.loss} {r.path}, {r.impl}   {r.width},{r.vocab} {r.dtype}"
-        lines.setdefault((name, r.impl, r.dtype), []).append((r.tokens, (r.extra_bytes or 0) / 2**20))
-    for (name, impl, dtype), places in lines.items():
-        style = "-" if dtype == "fp32" else "--"
-        right.plot(*zip(*sorted(places)), marker="o", markersize=3, color=colours[impl], linestyle=style)
-        right.annotate(name, max(places), fontsize=6, ha="right", va="bottom")
-    if lines:
-        right.set_xscale("log", base=2)
-        right.set_yscale("log", base=2)
-    right.set_xlabel("tokens N")
-    right.set_ylabel("MiB beyond inputs and gradients")
-    figure.savefig(path, dpi=150)
+    cases = [(title, [row for row in rows if row.over_floor is not None]) for title, rows in sections(report)]
+    heights = [1 + max(10, len(timed)) / 4 for _, timed in cases]
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    panels = figure.subplots(max(len(cases), 1), 2, squeeze=False, gridspec_kw={"height_ratios": heights or [1]})
+    for (title, timed), (left, right) in zip(cases, panels):
+        colours = ["tab:blue" if row.impl == "fused" else "tab:gray" for row in timed]
+        left.barh(range(len(timed)), [row.over_floor for row in timed], color=colours)
+        left.set_yticks(range(len(timed)), [f"{row.loss} {row.path}, {row.impl}" for row in timed], fontsize=8)
+        left.invert_yaxis()
+        left.axvline(1.0, color="black", linewidth=0.8)
+        left.set(title=title, xlabel="time over the bare products of as many flops")
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for p in report.points:
+            if timed and (p.dtype, p.width, p.vocab) == (timed[0].dtype, timed[0].width, timed[0].vocab):
+                lines.setdefault(f"{p.loss} {p.path}, {p.impl}", []).append((p.tokens, (p.extra_bytes or 0) / 2**20))
+        for name, places in lines.items():
+            style = "-" if name.endswith("fused") else "--"
+            right.plot(*zip(*sorted(places)), style, marker="o", markersize=4, label=name)
+        if lines:
+            right.set_xscale("log", base=2)
+            right.set_xticks(sorted({n for places in lines.values() for n, _ in places}))
+            right.set_yscale("log", base=2)
+            for axis in (right.xaxis, right.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axis.set_minor_formatter(NullFormatter())
+            right.legend(fontsize=8)
+        right.set(xlabel="tokens N", ylabel="MiB beyond inputs and gradients")
+    figure.savefig(path, dpi=120)

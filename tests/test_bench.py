@@ -1,0 +1,271 @@
+"""`rgpb bench` and `rgpb plan`: the counters count what they say, and no speed is shown for a wrong result."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rgpb import bench
+from rgpb.bench import cases, measure, report
+from rgpb.bench import plan as plan_command
+from rgpb.bench.cases import DTYPES, NAIVE, Floor, Result, Shape, make_batch
+from rgpb.bench.measure import interleaved, peak_memory, quantiles
+
+MIB = 2**20
+TINY = Shape(32, 8, 128)
+# N = 128 tokens in float32 chunks far smaller than N: 8192 logits are 32 KiB a row
+SMALL = Shape(128, 16, 8192)
+
+
+def command(*arguments):
+    """The exit code of `rgpb` with these arguments."""
+    parser = argparse.ArgumentParser(prog="rgpb")
+    subparsers = parser.add_subparsers(required=True)
+    bench.add_parser(subparsers)
+    plan_command.add_parser(subparsers)
+    parsed = parser.parse_args([str(a) for a in arguments])
+    return parsed.run(parsed)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def known_peak():
+    """Holds 3 MiB, then 2 + 4, then 4 + 1; the last, a gradient, is there before the 4."""
+    a, b = torch.ones(MIB // 4), torch.ones(2 * MIB // 4)
+    gradient = a + 1
+    del a
+    c = torch.ones(4 * MIB // 4)
+    del b
+    return Result(c[:1].clone(), (gradient,))
+
+
+def test_peak_of_a_known_function():
+    peak, extra = peak_memory(known_peak, "cpu")
+    assert peak == 7 * MIB  # b, c, gradient
+    assert extra == 6 * MIB  # b, c
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc/self/clear_refs")
+def test_peak_agrees_with_the_kernel():
+    """Blocks of over 32 MiB are mapped and unmapped one by one, so the process's high-water mark shows them."""
+    size = 40 * MIB
+
+    def run():
+        a = torch.ones(size // 4)
+        b = a * 2
+        del a
+        return Result(b + 1, ())
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    counted = peak_memory(run, "cpu").peak
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    run()
+    assert counted == pytest.approx(2 * size, abs=100)  # and a scalar
+    assert abs(status("VmHWM") - before - counted) < 4 * MIB
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("loss", NAIVE)
+def test_memory_does_not_grow_with_the_tokens(loss, path, dtype):
+    """Twice the tokens: naive holds twice as much; the library the same but for a few numbers per token."""
+    loss = cases.LOG_PROB if path == "forward" else loss
+    workspace = 2 * MIB  # holds the float32 sum of dW, and about a fifth of N's logits
+    extra = {}
+    for tokens in (SMALL.tokens, 2 * SMALL.tokens):
+        batch = make_batch(SMALL._replace(tokens=tokens), DTYPES[dtype], "cpu")
+        ours = cases.fused(batch, loss, path, "auto", workspace)
+        assert ours.plan.path == path
+        assert ours.plan.rows < SMALL.tokens
+        naive = cases.naive(batch, loss, path)
+        extra[tokens] = peak_memory(ours.run, "cpu").extra, peak_memory(naive.run, "cpu").extra
+        foretold = cases.naive_bytes(tokens, SMALL.vocab, DTYPES[dtype].itemsize, gradient=path != "forward")
+        assert extra[tokens][1] == pytest.approx(foretold, rel=0.01)
+        assert extra[tokens][0] <= ours.plan.extra_bytes + 256 * tokens
+        assert ours.plan.extra_bytes <= workspace
+    (once, naive_once), (twice, naive_twice) = extra.values()
+    assert twice - once <= 256 * SMALL.tokens  # numbers per token; one row of logits has 32768 bytes
+    assert naive_twice > 1.9 * naive_once
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", NAIVE)
+def test_naive_equals_the_oracle(loss):
+    """Sign and scale of the formulas; in float64, so that nothing but the formula can differ."""
+    batch = make_batch(TINY, torch.float64, "cpu")
+    truth = cases.exact(batch, loss, weight_grad=True)
+    assert max(cases.errors(cases.naive(batch, loss, "single").run(), truth)) < 1e-12
+    frozen = cases.naive(batch, loss, "frozen").run()
+    assert len(frozen.gradients) == 1
+    assert max(cases.errors(frozen, truth._replace(gradients=truth.gradients[:1]))) < 1e-12
+
+
+def test_bnf_batch_has_tokens_on_both_sides_of_the_cap():
+    batch = make_batch(TINY, torch.float32, "cpu")
+    above = batch.logp > batch.ref
+    assert 0.2 < above.double().mean() < 0.8
+
+
+@pytest.mark.parametrize("units", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [512, 12])
+def test_floor_does_so_many_products(units, rows, monkeypatch):
+    monkeypatch.setitem(cases.FLOOR_ROWS, "cpu", rows)  # 12: the last chunk of 32 is a smaller one
+    batch = make_batch(TINY, torch.float64, "cpu")
+    floor = Floor(batch)
+    with FlopCounterMode(display=False) as counter:
+        floor.run(units)
+    assert counter.get_total_flops() == units * 2 * TINY.tokens * TINY.width * TINY.vocab
+    x, weight = floor.x, floor.weight
+    if units >= 2:
+        torch.testing.assert_close(floor.dx, x @ weight.t() @ weight)
+    if units >= 3:
+        torch.testing.assert_close(floor.dweight, (x @ weight.t()).t() @ x)
+
+
+def test_every_run_once_a_round():
+    calls = []
+    times = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 2, "cpu")
+    assert [sorted(calls[i : i + 3]) for i in (0, 3, 6)] == [list("abc")] * 3
+    assert len(calls) == 9
+    assert {len(seconds) for seconds in times.values()} == {2}
+    assert len({*map(tuple, (calls[:3], calls[3:6], calls[6:]))}) == 3
+
+
+def test_quantiles():
+    assert quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == pytest.approx([3.5, 2.0, 5.0])
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_bench_writes_and_renders(tmp_path, capsys):
+    sizes = ["--shape", "32,8,128", "--shape", "16,8,64", "--repeats", 2]
+    assert command("bench", *sizes, "--dtype", "fp32,bf16", "--threads", 1, "--out", tmp_path) == 0
+    shown = capsys.readouterr().out
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {"device", "cpu", "cores", "threads", "torch", "triton", "rgpb", "date", "commit"} <= set(
+        content["provenance"]
+    )
+    rows = [report.Row(**row) for row in content["rows"]]
+    # per case: 3 losses × (3 floors, 2 naive, 3 fused), log-prob: floor, naive, fused
+    assert len(rows) == 4 * (3 * 8 + 3)
+    assert {row.status for row in rows} == {"ok"}
+    for row in rows:
+        assert row.seconds_20 <= row.seconds <= row.seconds_80
+        if row.impl != "gemm":
+            assert row.over_floor > 0
+            assert row.peak_bytes >= row.extra_bytes > 0
+            assert row.value_error is not None
+        assert (row.over_naive is not None) == (row.impl == "fused")
+    assert {p["tokens"] for p in content["points"]} == {2, 4, 8, 16, 32}
+    with (tmp_path / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["impl"] for line in lines] == [row.impl for row in rows]
+    assert {line["torch"] for line in lines} == {torch.__version__}
+    first = (tmp_path / "results.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    (tmp_path / "results.png").unlink()
+    assert command("bench", "--render", tmp_path / "results.json") == 0
+    rendered = capsys.readouterr().out
+    assert rendered.count("\n| ") == 2 * 4 + len(rows)  # two lines of heading per case
+    for row in rows:
+        assert "| " + " | ".join(report.cells(row)) + " |" in rendered
+        assert report.cells(row)[2] in shown
+    assert (tmp_path / "results.png").exists()
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_no_speed_for_a_wrong_result(wrong, tmp_path, capsys, monkeypatch):
+    fused = cases.fused
+
+    def broken(batch, loss, path, *more):
+        contestant = fused(batch, loss, path, *more)
+
+        def run():
+            value, gradients = contestant.run()
+            if wrong == "gradient":
+                return Result(value, (gradients[0], gradients[1] * 1.01))
+            return Result(value + (0.01 if wrong == "value" else torch.nan), gradients)
+
+        return contestant._replace(run=run) if path == "single" else contestant
+
+    monkeypatch.setattr(cases, "fused", broken)
+    arguments = ("--shape", "32,8,128", "--repeats", 1, "--loss", "mle", "--path", "single,two_pass", "--threads", 1)
+    assert command("bench", *arguments, "--out", tmp_path) == 1
+    rows = {row.path: row for row in report.read(tmp_path / "results.json").rows}
+    assert rows["single"].status == "FAILED"
+    assert rows["single"].seconds is rows["single"].over_floor is rows["single"].over_naive is None
+    assert rows["two_pass"].seconds > 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "single" in line]
+    assert "FAILED" in line
+    assert "U" not in line
+
+
+def test_a_path_that_the_plan_does_not_take(tmp_path, capsys):
+    """In bfloat16 a small workspace doesn't hold the float32 sum of dW: no row may claim a single pass."""
+    arguments = ("--shape", "64,64,512", "--dtype", "bf16", "--loss", "bnf", "--path", "single", "--threads", 1)
+    assert command("bench", *arguments, "--repeats", 1, "--workspace", "300KiB", "--out", tmp_path) == 0
+    (row,) = [row for row in report.read(tmp_path / "results.json").rows if row.impl == "fused"]
+    assert row.status == "plan: two_pass"
+    assert row.seconds is None
+    assert "the float32 sum of dW doesn't fit" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(ValueError, match=r"needs matplotlib: pip install 'rgpb\[bench\]'"):
+        command("bench")
+
+
+def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
+    """An installed copy may lie in somebody else's repository."""
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))
+    assert measure.provenance("cpu")["commit"] is None
+
+
+def test_plan_prints_path_reason_and_memory(capsys):
+    arguments = ("--tokens", 8192, "--hidden", 4096, "--vocab", 128256)
+    assert command("plan", *arguments, "--loss", "bnf") == 0
+    small = capsys.readouterr().out
+    assert "two_pass: the float32 sum of dW doesn't fit the workspace" in small
+    assert "512.0 MiB allowed" in small
+    assert "12,024.0 MiB" in small  # 3 · 8192 · 128256 · 4 bytes
+    assert command("plan", *arguments, "--loss", "bnf", "--workspace", "4GiB") == 0
+    assert "single: " in capsys.readouterr().out
+    assert command("plan", *arguments, "--frozen-head") == 0
+    assert f"2 × 2·N·V·H = {4 * 8192 * 4096 * 128256 / 1e12:.1f} TFLOP" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="workspace: expected at least"):
+        command("plan", *arguments, "--workspace", "1KiB")
+
+
+def test_sizes_are_parsed():
+    texts = {"512MiB": 512 * MIB, "4GiB": 4 << 30, "1.5 kib": 1536, "2MB": 2_000_000, "77": 77, "1b": 1}
+    assert {text: plan_command.parse_bytes(text) for text in texts} == texts
+    for text in ("", "MiB", "-1", "0", "0.1B", "5 parsecs", "1e3"):
+        with pytest.raises(ValueError, match="expected bytes, as 512MiB"):
+            plan_command.parse_bytes(text)
+    assert bench.parse_shape("2048,512,32000") == Shape(2048, 512, 32000)
+    for text in ("", "1,2", "3,4,5", "0,1,1", "2,x,1"):
+        with pytest.raises(ValueError, match="expected N,H,V with N even"):
+            bench.parse_shape(text)
+
+
+@pytest.mark.parametrize("arguments", [("--dtype", "fp8"), ("--loss", "bnf,x"), ("--path", ""), ("--repeats", "0")])
+def test_bad_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command("bench", *arguments)
+    assert "expected" in capsys.readouterr().err

@@ -1,0 +1,385 @@
+"""Training: the loss of a step, reference scores and their cache, interrupted runs, refusals, and the report's numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import rgpb.train as module
+from rgpb import cli, hf, report
+from rgpb.data import Collator, read_preferences, reference_of, tokenise
+from rgpb.demo import arithmetic_pairs
+from rgpb.objectives import OBJECTIVES
+from rgpb.train import PreferenceTrainer, Stage, TrainConfig, train
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    """The built-in model, smaller: only the wiring is tested here."""
+    monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def unpaired(rows):
+    return [
+        {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+        for row in rows
+        for key in ("chosen", "rejected")
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "pairs.jsonl", arithmetic_pairs(24, seed=1))
+
+
+def config(data, output, **changes):
+    settings = {"loss": "dpo", "steps": 4, "batch_size": 3, "lr": 3e-3, "vocab_size": 258, "log_steps": 2, "cpu": True}
+    return TrainConfig(data=data, output=str(output), progress=False, **{**settings, **changes})
+
+
+def records(folder):
+    """Metrics without what differs from run to run."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in report.read_metrics(folder)]
+
+
+class TestObjectives:
+    @pytest.mark.parametrize("loss", sorted(OBJECTIVES))
+    def test_every_objective_trains(self, data, tmp_path, loss):
+        """Two batches of one small set, again and again: the loss of that set must fall."""
+        result = train(config(data, tmp_path / "run", loss=loss, steps=16, batch_size=12, schedule="constant"))
+        assert result["after"]["loss"] < result["before"]["loss"]
+        assert all(v is not None for r in records(tmp_path / "run") for v in r.values())
+        weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+        assert all(w.isfinite().all() for w in weights.values())
+
+    def test_unpaired_rows(self, tmp_path):
+        path = write(tmp_path / "u.jsonl", unpaired(arithmetic_pairs(12, seed=1)))
+        result = train(config(path, tmp_path / "bnf", loss="bnf"))
+        assert result["counts"]["units"] == 24
+        assert result["after"]["logps/rejected"] < 0
+        result = train(config(path, tmp_path / "mle", loss="mle"))
+        assert result["counts"]["left out as dispreferred"] == 12
+        with pytest.raises(ValueError, match=r"u\.jsonl:1: expected pairs .* since dpo compares two responses"):
+            train(config(path, tmp_path / "dpo"))
+
+    def test_rewarded_rows(self, tmp_path):
+        rows = [
+            {"prompt": "a", "completions": [" x", " y", " z"], "rewards": [0.1, float(i % 2), 0.1]} for i in range(6)
+        ]
+        rows.append({"prompt": "b", "completions": [" x", " y"], "rewards": [1, 1]})
+        result = train(config(write(tmp_path / "k.jsonl", rows), tmp_path / "run", pairing="all"))
+        assert result["counts"]["rows left out, all rewards equal"] == 1
+        assert result["counts"]["units"] == 12
+
+    def test_trainers_metrics_are_those_of_fused_loss(self, data, tmp_path):
+        """Evaluation computes its averages over the whole set by itself: compare with the losses' own, in one batch."""
+        train(config(data, tmp_path / "run", batch_size=24))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+        pairs = tokenise(read_preferences(data), tokenizer)
+        scores = module.score_references(model, pairs, pad=0, batch_size=5)
+        assert scores.logp.max() < 0
+        pairs = pairs.with_ref(load_reference(tmp_path / "run"))
+        batch = Collator(0)([pairs[i] for i in range(24)])
+        inputs = {k: v for k, v in batch.items() if k != "label" and not k.startswith("ref")}
+        loss, own = hf.loss(model, inputs, "dpo", ref=reference_of(batch), return_metrics=True)
+        after = records(tmp_path / "run")[-1]
+        assert after["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert set(own) <= set(after)
+        for name, value in own.items():
+            assert after[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+def load_reference(folder):
+    return module.RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
+
+
+class TestStep:
+    """The gradient of one optimizer step."""
+
+    @pytest.fixture
+    def gradient(self, data, tmp_path):
+        """A function of loss, batch size, batches and packing: the gradient that the optimizer gets, and the logged loss."""
+        whole = config(data, tmp_path / "run", loss="bnf", steps=1)
+        train(whole)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+        pairs = tokenise(read_preferences(data), tokenizer).first(7)
+
+        def of(loss, batch_size, grad_accum=1, packing=False):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+            used = pairs if OBJECTIVES[loss].ref is None else pairs.with_ref(load_reference(tmp_path / "run"))
+            caught = {}
+
+            class Catch(TrainerCallback):
+                def on_pre_optimizer_step(self, args, state, control, **keywords):
+                    caught.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+            name = f"{loss}-{batch_size}-{packing}"
+            sizes = {"batch_size": batch_size, "grad_accum": grad_accum, "packing": packing}
+            settings = config(data, tmp_path / name, max_grad_norm=0.0, steps=1, log_steps=1, **sizes)
+            stage = Stage(tmp_path / name, settings, OBJECTIVES[loss], {}, "")
+            monkey = pytest.MonkeyPatch()
+            start = PreferenceTrainer.__init__
+            monkey.setattr(
+                PreferenceTrainer, "__init__", lambda self, **k: (start(self, **k), self.add_callback(Catch()))[0]
+            )
+            with monkey.context():
+                stage.fit(model, tokenizer, 0, used, used, 1.0, 1, None)
+            monkey.undo()
+            return caught, next(r["loss"] for r in records(tmp_path / name) if r["split"] == "train")
+
+        return of
+
+    @pytest.mark.parametrize("loss", ["bnf", "dpo"])
+    def test_accumulation_is_one_big_batch(self, gradient, loss):
+        """7 pairs as 3 + 3 + 1: a mean of the batches' means would be off."""
+        whole, accumulated = gradient(loss, 7), gradient(loss, 3, 3)
+        assert accumulated[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
+        for name in whole[0]:
+            torch.testing.assert_close(accumulated[0][name], whole[0][name], rtol=1e-3, atol=1e-6)
+
+    @pytest.mark.parametrize("loss", ["bnf", "simpo"])
+    def test_packing_changes_nothing(self, gradient, loss):
+        padded, packed = gradient(loss, 7), gradient(loss, 7, packing=True)
+        assert packed[1] == pytest.approx(padded[1], rel=1e-5, abs=1e-6)
+        for name in padded[0]:
+            torch.testing.assert_close(packed[0][name], padded[0][name], rtol=1e-3, atol=1e-6)
+
+
+class TestReference:
+    def test_scores_are_computed_once(self, data, tmp_path, monkeypatch):
+        settings = config(data, tmp_path / "run", eval_data=data)
+        calls = []
+        compute = module.score_references
+        monkeypatch.setattr(module, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
+        train(settings)
+        assert len(calls) == 1  # training and evaluation data are the same tokens
+        (cache,) = (tmp_path / "run").glob("ref-*.safetensors")
+        (tmp_path / "run" / "result.json").unlink()
+        for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        again = train(settings)
+        assert len(calls) == 1
+        # Any change of model or data is another file.
+        cache.unlink()
+        (tmp_path / "run" / "result.json").unlink()
+        assert train(settings)["after"]["loss"] == again["after"]["loss"]
+        assert len(calls) == 2
+        assert cache.exists()
+
+    def test_of_another_model(self, data, tmp_path):
+        train(config(data, tmp_path / "one", loss="mle", steps=8))
+        result = train(config(data, tmp_path / "two", ref_model=str(tmp_path / "one" / "model")))
+        model, ref = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "one" / name) for name in ("model", "checkpoint-8")
+        )
+        assert module.weights_fingerprint(model) == module.weights_fingerprint(ref)
+        assert result["before"]["rewards/chosen"] < -0.1  # the untrained policy is below the trained reference
+        scores = load_reference(tmp_path / "two")
+        assert scores.logp.dtype == torch.float32
+        trained = records(tmp_path / "one")[-1]["logps/chosen"]
+        chosen = [scores.logp[scores.starts[r] : scores.starts[r + 1]].sum().item() for r in range(0, 48, 2)]
+        assert sum(chosen) / 24 == pytest.approx(trained, rel=1e-5)
+
+    def test_fine_tuning_comes_first_and_becomes_the_reference(self, data, tmp_path):
+        result = train(config(data, tmp_path / "run", loss="bnf", sft_epochs=1.0, sft_lr=1e-2, eval_steps=2))
+        tuned = records(tmp_path / "run" / "sft")
+        assert tuned[-1]["perplexity"] < 0.8 * tuned[0]["perplexity"]
+        assert result["before"]["perplexity"] == tuned[-1]["perplexity"]
+        assert abs(result["before"]["rewards/margins"]) < 1e-4
+        assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "eval"] == [0, 2, 4]
+
+
+class TestInterrupted:
+    SETTINGS = {"loss": "bnf", "steps": 30, "grad_accum": 2, "save_steps": 4, "log_steps": 3, "eval_steps": 5}
+
+    def test_killed_run_ends_as_if_it_had_not_been(self, data, tmp_path, monkeypatch):
+        """Log, evaluation and checkpoint steps interleave, so averages reach over the interruption, and an epoch ends in it."""
+        train(config(data, tmp_path / "whole", **self.SETTINGS))
+        folder = tmp_path / "killed"
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in self.SETTINGS.items()]
+        command = ["train", "--data", data, "--output", str(folder), *flags]
+        command += ["--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--cpu", "--quiet"]
+        program = (
+            "import sys, torch, rgpb.train as t; from rgpb.cli import main; torch.set_num_threads(1);"
+            "torch.use_deterministic_algorithms(True);"
+            f"t.BUILT_IN['tiny-llama'] = ('LlamaConfig', {SMALL}); sys.exit(main(sys.argv[1:]))"
+        )
+        process = subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE)
+        while not any(folder.glob("checkpoint-*/progress.json")):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (folder / "result.json").exists()
+        steps = [int(path.parent.name.partition("-")[2]) for path in folder.glob("checkpoint-*/progress.json")]
+        # A save that the kill cut short, and lines after the checkpoint, must not count.
+        shutil.copytree(folder / f"checkpoint-{max(steps)}", folder / "checkpoint-29")
+        (folder / "checkpoint-29" / "progress.json").unlink()
+        (folder / "checkpoint-29" / "model.safetensors").write_bytes(b"half")
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write('{"split": "train", "st')
+        computed = []
+        monkeypatch.setattr(module, "score_references", lambda *a, **k: computed.append(1))
+        values = {**self.SETTINGS, "save_steps": 4}
+        result = train(config(data, folder, **values))
+        assert result["resumed"] in steps
+        assert not computed
+        assert records(folder) == records(tmp_path / "whole")
+        one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_killed_after_the_last_checkpoint(self, data, tmp_path):
+        settings = config(data, tmp_path / "run")
+        first = train(settings)
+        before = records(tmp_path / "run")
+        (tmp_path / "run" / "result.json").unlink()
+        shutil.rmtree(tmp_path / "run" / "model")
+        again = train(settings)
+        assert (again["resumed"], records(tmp_path / "run")) == (4, before)
+        assert again["after"]["loss"] == first["after"]["loss"]
+        assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+    def test_finished_run(self, data, tmp_path, capsys):
+        train(config(data, tmp_path / "run"))
+        (tmp_path / "run" / "report.md").unlink()
+        stamp = os.stat(tmp_path / "run" / "model" / "model.safetensors").st_mtime_ns
+        assert cli.main(self.flags(data, tmp_path / "run")) == 0
+        assert "is finished already" in capsys.readouterr().out
+        assert (tmp_path / "run" / "report.md").exists()
+        assert os.stat(tmp_path / "run" / "model" / "model.safetensors").st_mtime_ns == stamp
+
+    def test_other_settings(self, data, tmp_path, capsys):
+        train(config(data, tmp_path / "run"))
+        assert cli.main([*self.flags(data, tmp_path / "run"), "--lr", "1e-4"]) == 2
+        assert "lr is 0.003 there and 0.0001 now (" in capsys.readouterr().err
+        other = write(tmp_path / "other.jsonl", arithmetic_pairs(3, seed=5))
+        with pytest.raises(ValueError, match=r"data is '\w+' there and '\w+' now \("):
+            train(config(other, tmp_path / "run"))
+        moved = shutil.copy(data, tmp_path / "moved.jsonl")  # the same rows elsewhere are the same data
+        assert train(config(str(moved), tmp_path / "run", save_steps=7))["resumed"] is None
+        assert train(config(other, tmp_path / "run", overwrite=True))["counts"]["rows"] == 3
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("")
+        with pytest.raises(ValueError, match="output: expected a new or empty folder .* with other files"):
+            train(config(data, tmp_path / "mine", overwrite=True))
+        assert (tmp_path / "mine" / "thesis.txt").exists()
+
+    def flags(self, data, folder):
+        flags = ["--loss=dpo", "--steps=4", "--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--log-steps=2"]
+        return ["train", "--data", data, "--output", str(folder), *flags, "--cpu", "--quiet"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"loss": "nope"}, r"loss: expected one of \['bnf', .*\], got 'nope'"),
+            ({"loss_option": {"gamma": 1.0}}, r"loss_option: expected one of \['beta', .*\] for dpo, got 'gamma'"),
+            ({"loss_option": {"beta": True}}, "loss_option: expected beta to be a float for dpo, got True"),
+            ({"pairing": "x"}, "pairing: expected one of"),
+            ({"batch_size": 0}, "batch_size: expected a positive whole number, got 0"),
+            ({"warmup": 2.0}, "warmup: expected a part of the steps, from 0 to 1, got 2.0"),
+            ({"lr": float("nan")}, "lr: expected a positive number, got nan"),
+            ({"model": "nowhere"}, r"model: expected a folder with a config.json, or one of .*, got 'nowhere'"),
+            ({"ref_model": "nowhere"}, "ref_model: expected a folder with a config.json, got 'nowhere'"),
+            ({"vocab_size": 100}, "vocab_size: expected at least 258, got 100"),
+        ],
+    )
+    def test_settings(self, data, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            train(config(data, tmp_path / "run", **changes))
+        assert not list(tmp_path.glob("run/checkpoint*"))
+
+    def test_positions_and_vocabulary(self, data, tmp_path):
+        train(config(data, tmp_path / "run"))
+        folder = tmp_path / "run" / "model"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        pairs = tokenise(read_preferences(data), tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.config.max_position_embeddings = 5
+        with pytest.raises(ValueError, match="max_length: expected at most 5, the positions of m; got"):
+            module._check_tokens(model, "m", [pairs])
+        pairs.tokens[0] = 999
+        with pytest.raises(ValueError, match="model: expected a vocabulary for token 999, got 258 in m"):
+            module._check_tokens(model, "m", [pairs])
+
+    def test_the_command_says_what_is_wrong(self, tmp_path, capsys):
+        path = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
+        assert cli.main(["train", "--data", path, "--output", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"rgpb: error: .*d\.jsonl:1: expected the keys of one form .*\n", error)
+        assert not (tmp_path / "run").exists()
+        assert cli.main(["train", "--data", path, "--output", "x", "--loss-option", "beta"]) == 2
+        assert "loss_option: expected KEY=VALUE, got 'beta'" in capsys.readouterr().err
+
+    def test_several_processes(self, data, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="WORLD_SIZE: expected one process, got 2"):
+            train(config(data, tmp_path / "run"))
+
+    def test_options_of_the_command(self):
+        given = module.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
+        assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
+        checked = module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
+        assert checked == {"tau": 1.0, "length_normalize": False}
+
+    def test_importing_the_package_leaves_transformers_alone(self):
+        program = "import sys, rgpb, rgpb.cli, rgpb.data; sys.exit('transformers' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+class TestReport:
+    def test_numbers_are_those_of_the_metrics(self, data, tmp_path):
+        train(config(data, tmp_path / "run", eval_steps=2))
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [line for line in lines if line["split"] == "eval"]
+        text = (tmp_path / "run" / "report.md").read_text()
+        for name, title in report.METRICS.items():
+            first, last = evaluations[0][name], evaluations[-1][name]
+            assert f"| {title} | {first:.4g} | {last:.4g} | {last - first:+.4g} |" in text
+        assert f"seconds: {lines[-1]['seconds']:.1f}" in text
+        assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_side_by_side(self, data, tmp_path, capsys):
+        for loss in ("bnf", "simpo"):
+            train(config(data, tmp_path / loss, loss=loss))
+        runs = {loss: tmp_path / loss for loss in ("bnf", "simpo")}
+        text = report.compare(runs, tmp_path / "both", extra={"extra": {"bnf": "1"}}, note="A note.")
+        assert (tmp_path / "both" / "report.md").read_text() == text
+        assert (tmp_path / "both" / "report.png").read_bytes().startswith(b"\x89PNG")
+        last = [records(folder)[-1] for folder in runs.values()]
+        assert "| extra | 1 | – |" in text
+        assert "| reward margin | " in text  # simpo has no reference, so a dash for it
+        assert re.search(rf"\| agility.* \| {last[0]['agility']:.4g} \(.*\) \| {last[1]['agility']:.4g} \(", text)
+        assert re.search(r"\| reward margin \| .* \| – \(–\) \|", text)
+        assert "A note." in text
+        report.show(report.rows(tmp_path / "bnf"), "title")
+        assert f"{last[0]['perplexity']:.4g}" in capsys.readouterr().out
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(ValueError, match=r"folder: expected one of a run, with metrics.jsonl"):
+            report.write(tmp_path)
+        (tmp_path / "metrics.jsonl").write_text('{"split": "train"}\n{"spl')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl:2: expected a JSON object"):
+            report.write(tmp_path)
+        with pytest.raises(ValueError, match="runs: expected at least one, got none"):
+            report.compare({}, tmp_path)
