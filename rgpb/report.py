@@ -73,15 +73,14 @@ def write(folder: str | Path) -> None:
     records = read_metrics(folder)
     note, result = ((_json(folder / name)) for name in ("run.json", "result.json"))
     settings = note.get("settings", {})
-    text = [f"# {settings.get('loss', 'run')}: {records[-1]['step']} steps", "", *_table(records), ""]
-    text += [f"{name}: {value}  " for name, value in costs(records).items()]
+    text = [f"# {settings.get('loss', 'run')}: {records[-1]['step']} steps", "", *_markdown(table(records))]
     if note:
         held_out = note["sources"]["eval_data"]
         text += ["", f"Trained on {note['sources']['data']}, evaluated on {held_out or 'a part of the same data'}."]
         text += [f"Settings: {', '.join(f'{k}={v}' for k, v in settings.items() if k not in ('data', 'eval_data'))}."]
     for title, key in (("Training data", "counts"), ("Evaluation data", "eval_counts")):
         if key in result:
-            text += ["", f"{title}: " + "; ".join(f"{name}: {count}" for name, count in result[key].items()) + "."]
+            text += ["", f"{title}: {counted(result[key])}."]
     _write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot({settings.get("loss", folder.name): records}, folder / "report.png")
 
@@ -91,7 +90,7 @@ def compare(
     out: str | Path,
     extra: Mapping[str, Mapping[str, str]] | None = None,
     note: str = "",
-) -> str:
+) -> None:
     """Runs side by side: `report.md` and `report.png` in `out`.
 
     Args:
@@ -99,9 +98,6 @@ def compare(
         out: folder for the two files; made if it isn't there.
         extra: further lines of the table: name → run → text.
         note: a paragraph below the table.
-
-    Returns:
-        The text of `report.md`.
 
     Raises:
         ValueError: no runs, or as `read_metrics`.
@@ -114,32 +110,36 @@ def compare(
     text = ["# Runs side by side", "", *_markdown(comparison(records, extra))]
     text += ["", "In brackets: the change from before training."]
     text += ["", note] if note else []
-    whole = "\n".join([*text, "", "![curves](report.png)", ""])
-    _write_text(out / "report.md", whole)
+    _write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot(records, out / "report.png")
-    return whole
 
 
 def comparison(
     records: Mapping[str, list[dict[str, Any]]], extra: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[list[str]]:
-    """The table of `compare`, header first. Losses are left out: those of different objectives don't compare."""
+    """The table of `compare`, header first, without losses and reward margins: objectives and β of their own differ."""
     found = {run: {line.name: line for line in lines(rows)} for run, rows in records.items()}
-    table = [["", *records]]
-    table += [[name, *(values.get(run, "–") for run in records)] for name, values in (extra or {}).items()]
+    rows = [["", *records]]
+    rows += [[name, *(values.get(run, "–") for run in records)] for name, values in (extra or {}).items()]
     for name, title in METRICS.items():
-        if name != "loss" and any(name in metrics for metrics in found.values()):
+        if name not in ("loss", "rewards/margins") and any(name in metrics for metrics in found.values()):
             cells = [metrics.get(name, Line(name, None, None)) for metrics in found.values()]
-            table.append([title, *(f"{number(c.after)} ({number(c.change, sign=True)})" for c in cells)])
+            rows.append([title, *(f"{number(c.after)} ({number(c.change, sign=True)})" for c in cells)])
     spent = {run: costs(rows) for run, rows in records.items()}
-    table += [[name, *(spent[run][name] for run in records)] for name in next(iter(spent.values()))]
-    return table
+    kinds = dict.fromkeys(kind for values in spent.values() for kind in values)
+    return rows + [[kind, *(spent[run].get(kind, "–") for run in records)] for kind in kinds]
 
 
 def costs(records: list[dict[str, Any]]) -> dict[str, str]:
-    """Time and memory of a run, as text."""
+    """Time and memory of a run, as text. On a CPU the memory is that of the whole process, libraries included."""
     peak = max(record["peak_bytes"] for record in records)
-    return {"seconds": f"{records[-1]['seconds']:.1f}", "peak memory": f"{peak / 2**20:.0f} MiB"}
+    owner = "the process" if records[-1]["device"] == "cpu" else "tensors"
+    return {"seconds": f"{records[-1]['seconds']:.1f}", f"peak memory of {owner}": f"{peak / 2**20:.0f} MiB"}
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """What became of the rows; reasons that applied to none are left out."""
+    return "; ".join(f"{name}: {n}" for name, n in counts.items() if n or name in ("rows", "units"))
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -147,27 +147,30 @@ def number(value: float | None, sign: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if sign else ''}.4g}"
 
 
-def show(table: list[list[str]], title: str) -> None:
+def show(rows: list[list[str]], title: str) -> None:
     """Print a table, header first, to the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     shown = Table(title=title)
-    for i, name in enumerate(table[0]):
+    for i, name in enumerate(rows[0]):
         shown.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in table[1:]:
+    for row in rows[1:]:
         shown.add_row(*row)
     Console().print(shown)
 
 
-def rows(folder: str | Path) -> list[list[str]]:
+def table(records: list[dict[str, Any]]) -> list[list[str]]:
     """The table of one run, header first."""
-    records = read_metrics(folder)
     body = [
         [METRICS[line.name], number(line.before), number(line.after), number(line.change, sign=True)]
         for line in lines(records)
     ]
-    return [["", "before", "after", "change"], *body, *([k, "", v, ""] for k, v in costs(records).items())]
+    return [
+        ["", "before", "after", "change"],
+        *body,
+        *([name, "", value, ""] for name, value in costs(records).items()),
+    ]
 
 
 def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -177,7 +180,7 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
 
     panels: list[tuple[str, list[str]]] = [
         ("loss", ["loss"]),
-        ("reward margin", ["rewards/margins"]),
+        ("reward margin" + ", each with its own β" * (len(runs) > 1), ["rewards/margins"]),
         ("perplexity of preferred", ["perplexity"]),
         ("agility", ["agility"]),
         ("log-likelihood since the start\n(dashed: dispreferred)", ["logps/chosen", "logps/rejected"]),
@@ -214,17 +217,9 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     os.replace(place, path)
 
 
-def _table(records: list[dict[str, Any]]) -> list[str]:
-    body = [
-        [METRICS[line.name], number(line.before), number(line.after), number(line.change, sign=True)]
-        for line in lines(records)
-    ]
-    return _markdown([["", "before", "after", "change"], *body])
-
-
-def _markdown(table: list[list[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in table)
-    return [head, "|---" + "|---:" * (len(table[0]) - 1) + "|", *body]
+def _markdown(rows: list[list[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]
 
 
 def _json(path: Path) -> dict[str, Any]:

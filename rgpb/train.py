@@ -4,14 +4,14 @@
 
 Everything of a run lies in its output folder:
 
-    run.json             the settings; another run with other settings is refused
-    metrics.jsonl        one line per log: "split" train or eval
-    checkpoint-<step>/   model, optimizer, random states, and `progress.json`, written last: a checkpoint without it is
-                         incomplete and not used
+    run.json                 the settings; another run with other settings is refused
+    metrics.jsonl            one line per log: "split" train or eval
+    checkpoint-<step>/       model, optimizer, random states, metrics so far, and `progress.json`, written last:
+                             a checkpoint without it is incomplete and not used
     ref-<hash>.safetensors   reference scores of every response token, by hash of reference model and tokens
-    tokenizer/           where it was learnt from the data
-    sft/                 the fine-tuning stage, a run of its own
-    model/               the trained model and its tokenizer
+    tokenizer/               where it was learnt from the data
+    sft/                     the fine-tuning stage, a run of its own
+    model/                   the trained model and its tokenizer
     result.json, report.md, report.png
 
 The same command again goes on after the last complete checkpoint, and ends with the same weights as a run that was
@@ -21,12 +21,11 @@ never interrupted (bitwise on a CPU).
 from __future__ import annotations
 
 import argparse
-import contextlib
+import gc
 import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -59,22 +58,18 @@ from rgpb.data import (
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.fused import make_layout
 from rgpb.layout import Responses, TokenScores
-from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES, Objective, unit_values
 
 EVAL_SAMPLE = 200  # units of the training data evaluated on where there is no evaluation data
 
 BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
+    "nano-llama": (
+        "LlamaConfig",
+        {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
     "tiny-llama": (
         "LlamaConfig",
-        {
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": False,
-        },
+        {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     ),
     "tiny-pythia": (
         "GPTNeoXConfig",
@@ -84,6 +79,12 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
 FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress")
+
+# What a run writes, and `overwrite` removes.
+OWN = (
+    *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "sft", "model"),
+    *("checkpoint-*", "ref-*.safetensors"),
+)
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -164,6 +165,10 @@ class TrainConfig:
             _expect(name, getattr(self, name), "0 or more", lambda x: 0 <= x < math.inf)
         _expect("warmup", self.warmup, "a part of the steps, from 0 to 1", lambda x: 0 <= x <= 1)
         _expect("max_length", self.max_length, "at least 2", lambda x: x >= 2)
+        if spec.ref is None and self.ref_model is not None:
+            raise ValueError(f"ref_model: expected none, since {self.loss} has no reference; got {self.ref_model!r}")
+        if not self.sft_epochs and self.sft_lr is not None:
+            raise ValueError(f"sft_lr: expected none without sft_epochs, got {self.sft_lr}")
         return spec, check_options(spec, self.loss_option)
 
 
@@ -228,11 +233,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         eval_set = tokenise(held_out, tokenizer, pairing=config.pairing, **lengths)
     model = _model(config, family, tokenizer)
     _check_tokens(model, config.model, (train_set, eval_set))
+    hf.check_head(model)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    if config.progress:
+        for name, data in (("training", train_set), ("evaluation", eval_set)):
+            print(f"{name} data: {report.counted(data.counts)}")
     if config.sft_epochs:
         stage = Stage(folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning")
         stage.fit(model, tokenizer, pad, train_set.preferred(), eval_set, config.sft_epochs, None, config.sft_lr)
+        del model
+        gc.collect()  # Trainer and its callbacks hold each other, and the model on the GPU
         model = AutoModelForCausalLM.from_pretrained(folder / "sft" / "model", dtype=torch.float32)
     if spec.ref is not None:
         train_set, eval_set = _with_reference(config, folder, model, pad, train_set, eval_set)
@@ -292,10 +303,11 @@ def _open(folder: Path, config: TrainConfig, preferences: Preferences, held_out:
         raise ValueError(
             f"output: expected a new or empty folder or one of an earlier run, got {folder} with other files"
         )
-    if found and config.overwrite:
-        for path in found:
+    own = [path for path in found if any(path.match(pattern) for pattern in OWN)]
+    if config.overwrite or not any(path.name not in ("run.json", "tokenizer") for path in own):
+        for path in own:  # a run that got no further than its settings binds nobody
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif found:
+    else:
         earlier = json.loads(note.read_text())["settings"]
         differing = [
             f"{name} is {earlier.get(name)!r} there and {value!r} now"
@@ -533,7 +545,7 @@ class Stage:
             self.metrics.unlink(missing_ok=True)
             trainer.evaluate()
         else:
-            trainer.restore(json.loads((checkpoint / "progress.json").read_text()))
+            trainer.restore(checkpoint)
         if done < total:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:
@@ -609,32 +621,28 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Σ of the batch's values over the number of units in the whole step."""
-        spec, batch = self.stage.spec, dict(inputs)
-        ref, label = reference_of(batch), batch.pop("label")
-        batch = {name: value for name, value in batch.items() if not name.startswith("ref_")}
-        units = self.units(inputs)
+        spec, label, units = self.stage.spec, inputs["label"], self.units(inputs)
         with self.accelerator.autocast():
             loss, metrics = hf.loss(
                 model,
-                batch,
+                model_inputs(inputs),
                 spec.name,
                 label=label if spec.label else None,
-                ref=ref,
+                ref=reference_of(inputs),
                 reduction="sum",
                 return_metrics=True,
                 workspace=self.stage.config.workspace,
                 **self.stage.options,
             )
-        if model.training:
-            good = units if spec.unit == "pair" else int(label.sum())
-            weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
-            self._add("loss", loss.detach() / units, units)
-            for name, value in metrics.items():
-                self._add(name, value, weights.get(name.rpartition("/")[2], units))
+        good = units if spec.unit == "pair" else label.sum()
+        weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
+        self._add("loss", loss.detach() / units, units)
+        for name, value in metrics.items():
+            self._add(name, value, weights.get(name.rpartition("/")[2], units))
         loss = loss / (num_items_in_batch or units)
         return (loss, {}) if return_outputs else loss
 
-    def _add(self, name: str, value: Tensor, weight: float) -> None:
+    def _add(self, name: str, value: Tensor, weight: float | Tensor) -> None:
         """Into the averages of the next log; a batch without such responses (nan) counts for nothing."""
         value = value.double()
         missing = value.isnan() & (name != "loss")
@@ -659,6 +667,7 @@ class PreferenceTrainer(Trainer):
             **values,
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
+            "device": self.args.device.type,
         }
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.stage.metrics, "a", encoding="utf-8") as file:
@@ -668,15 +677,15 @@ class PreferenceTrainer(Trainer):
         """What a checkpoint needs beside Trainer's own files."""
         return {
             "step": self.state.global_step,
-            "metrics_bytes": self.stage.metrics.stat().st_size,
             "sums": {name: [float(x) for x in entry] for name, entry in self._sums.items()},
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
         }
 
-    def restore(self, progress: dict[str, Any]) -> None:
+    def restore(self, checkpoint: Path) -> None:
         """Metrics as they were at a checkpoint."""
-        os.truncate(self.stage.metrics, progress["metrics_bytes"])
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        _save_file(self.stage.metrics, lambda place: shutil.copyfile(checkpoint / "metrics.jsonl", place))
         self._sums = progress["sums"]
         self._started = time.monotonic() - progress["seconds"]
         self._peak = progress["peak_bytes"]
@@ -706,6 +715,11 @@ class PreferenceTrainer(Trainer):
         return named
 
 
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of `Collator` without what only the objective reads."""
+    return {name: value for name, value in batch.items() if name not in ("label", "ref_logp", "ref_log_odds")}
+
+
 def score_batch(
     model: nn.Module, batch: dict[str, Tensor], spec: Objective, options: dict[str, Any], workspace: int
 ) -> dict[str, Tensor]:
@@ -716,12 +730,9 @@ def score_batch(
         `ratio`, the sum less the reference's; `value` of the objective, [B], or [B / 2] for pairs.
     """
     label, ref, cu_seqlens = batch["label"], reference_of(batch), batch.get("cu_seqlens")
-    others = ("label", "labels", "cu_seqlens", "ref_logp", "ref_log_odds")
-    hidden = hf.hidden_states(model, **{name: value for name, value in batch.items() if name not in others})
-    target = hf.aligned_targets(batch["labels"], cu_seqlens)
-    if cu_seqlens is not None:
-        hidden, target = hidden[0], target[0]
-    scores = linear_logprob(hidden, hf.read_head(model), target, entropy=spec.entropy, workspace=workspace)
+    inputs = model_inputs(batch)
+    scores = hf.token_scores(model, inputs, entropy=spec.entropy, workspace=workspace)
+    target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(scores.logp.shape)
     layout = make_layout(target, cu_seqlens, IGNORE)
     flat = None if ref is None else _flat(ref)
     responses = Responses(
@@ -787,9 +798,9 @@ class _Checkpoints(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        _write_json(
-            Path(args.output_dir) / f"checkpoint-{state.global_step}" / "progress.json", self.trainer.progress()
-        )
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        shutil.copyfile(self.trainer.stage.metrics, folder / "metrics.jsonl")
+        _write_json(folder / "progress.json", self.trainer.progress())
 
 
 class _Bar(TrainerCallback):
@@ -830,23 +841,29 @@ def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def reset_peak(device: torch.device) -> None:
-    """Start measuring peak memory anew. On a CPU that takes Linux; elsewhere the peak is since the process began."""
+def reset_peak(device: torch.device) -> bool:
+    """Start measuring peak memory anew; False where that can't be done: on a CPU it takes Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
+        return True
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak since `reset_peak`: of the tensors on a GPU, of the whole process's memory on a CPU."""
+    """Peak since `reset_peak`, or since the process began where that returns False: on a GPU that of the tensors, on a
+    CPU that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    import resource  # not on Windows, where nothing else here is missing
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -937,6 +954,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{config.output} is finished already; wrote its report again")
     elif result["resumed"]:
         print(f"went on after step {result['resumed']}")
-    report.show(report.rows(Path(config.output)), title=f"{config.loss}: {result['steps']} steps")
+    report.show(report.table(report.read_metrics(config.output)), title=f"{config.loss}: {result['steps']} steps")
     print(f"report: {Path(config.output) / 'report.md'}, model: {Path(config.output) / 'model'}")
     return 0

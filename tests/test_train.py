@@ -1,4 +1,4 @@
-"""Training: the loss of a step, reference scores and their cache, interrupted runs, refusals, and the report's numbers."""
+"""Training: the loss of a step, reference scores and their cache, interrupted runs, refusals, reports, and the demo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import rgpb.train as module
 from rgpb import cli, hf, report
+from rgpb import demo as demo_module
 from rgpb.data import Collator, read_preferences, reference_of, tokenise
 from rgpb.demo import arithmetic_pairs
 from rgpb.objectives import OBJECTIVES
@@ -27,9 +29,11 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 @pytest.fixture(autouse=True)
-def small_model(monkeypatch):
-    """The built-in model, smaller: only the wiring is tested here."""
+def small_model(monkeypatch, request):
+    """The built-in model, smaller: only the wiring is tested here. Pictures are drawn where they are tested."""
     monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+    if request.cls not in (TestReport, TestDemo):
+        monkeypatch.setattr(report, "plot", lambda runs, path: None)
 
 
 def write(path, rows):
@@ -117,13 +121,13 @@ class TestStep:
 
     @pytest.fixture
     def gradient(self, data, tmp_path):
-        """A function of loss, batch size, batches and packing: the gradient that the optimizer gets, and the logged loss."""
+        """A function of loss, batch size and other settings: the optimizer's gradient, and the logged loss."""
         whole = config(data, tmp_path / "run", loss="bnf", steps=1)
         train(whole)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
         pairs = tokenise(read_preferences(data), tokenizer).first(7)
 
-        def of(loss, batch_size, grad_accum=1, packing=False):
+        def of(loss, batch_size, **changes):
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
             used = pairs if OBJECTIVES[loss].ref is None else pairs.with_ref(load_reference(tmp_path / "run"))
             caught = {}
@@ -132,9 +136,9 @@ class TestStep:
                 def on_pre_optimizer_step(self, args, state, control, **keywords):
                     caught.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-            name = f"{loss}-{batch_size}-{packing}"
-            sizes = {"batch_size": batch_size, "grad_accum": grad_accum, "packing": packing}
-            settings = config(data, tmp_path / name, max_grad_norm=0.0, steps=1, log_steps=1, **sizes)
+            name = f"{loss}-{batch_size}-{'-'.join(changes)}"
+            changes = {"batch_size": batch_size, "max_grad_norm": 0.0, "steps": 1, "log_steps": 1, **changes}
+            settings = config(data, tmp_path / name, **changes)
             stage = Stage(tmp_path / name, settings, OBJECTIVES[loss], {}, "")
             monkey = pytest.MonkeyPatch()
             start = PreferenceTrainer.__init__
@@ -151,7 +155,7 @@ class TestStep:
     @pytest.mark.parametrize("loss", ["bnf", "dpo"])
     def test_accumulation_is_one_big_batch(self, gradient, loss):
         """7 pairs as 3 + 3 + 1: a mean of the batches' means would be off."""
-        whole, accumulated = gradient(loss, 7), gradient(loss, 3, 3)
+        whole, accumulated = gradient(loss, 7), gradient(loss, 3, grad_accum=3)
         assert accumulated[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
         for name in whole[0]:
             torch.testing.assert_close(accumulated[0][name], whole[0][name], rtol=1e-3, atol=1e-6)
@@ -162,6 +166,22 @@ class TestStep:
         assert packed[1] == pytest.approx(padded[1], rel=1e-5, abs=1e-6)
         for name in padded[0]:
             torch.testing.assert_close(packed[0][name], padded[0][name], rtol=1e-3, atol=1e-6)
+
+    def test_gradient_checkpointing_changes_nothing(self, gradient):
+        kept, recomputed = gradient("bnf", 7), gradient("bnf", 7, gradient_checkpointing=True)
+        for name in kept[0]:
+            torch.testing.assert_close(recomputed[0][name], kept[0][name], rtol=1e-4, atol=1e-7)
+
+    def test_bf16_is_used(self, data, tmp_path):
+        """Autocast reaches a backbone that is called without Trainer's wrapped forward; weights stay float32."""
+        exact, rounded = (
+            train(config(data, tmp_path / str(bf16), loss="simpo", steps=1, bf16=bf16))["before"]["loss"]
+            for bf16 in (False, True)
+        )
+        assert rounded != exact
+        assert rounded == pytest.approx(exact, rel=2e-3)
+        weights = load_file(tmp_path / "True" / "model" / "model.safetensors")
+        assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
 class TestReference:
@@ -209,10 +229,10 @@ class TestReference:
 
 
 class TestInterrupted:
-    SETTINGS = {"loss": "bnf", "steps": 30, "grad_accum": 2, "save_steps": 4, "log_steps": 3, "eval_steps": 5}
+    SETTINGS: ClassVar = {"loss": "bnf", "steps": 30, "grad_accum": 2, "save_steps": 4, "log_steps": 3, "eval_steps": 5}
 
     def test_killed_run_ends_as_if_it_had_not_been(self, data, tmp_path, monkeypatch):
-        """Log, evaluation and checkpoint steps interleave, so averages reach over the interruption, and an epoch ends in it."""
+        """Log, evaluation and checkpoint steps interleave, so that averages reach over the interruption."""
         train(config(data, tmp_path / "whole", **self.SETTINGS))
         folder = tmp_path / "killed"
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in self.SETTINGS.items()]
@@ -239,8 +259,7 @@ class TestInterrupted:
             file.write('{"split": "train", "st')
         computed = []
         monkeypatch.setattr(module, "score_references", lambda *a, **k: computed.append(1))
-        values = {**self.SETTINGS, "save_steps": 4}
-        result = train(config(data, folder, **values))
+        result = train(config(data, folder, **self.SETTINGS))
         assert result["resumed"] in steps
         assert not computed
         assert records(folder) == records(tmp_path / "whole")
@@ -276,12 +295,20 @@ class TestInterrupted:
             train(config(other, tmp_path / "run"))
         moved = shutil.copy(data, tmp_path / "moved.jsonl")  # the same rows elsewhere are the same data
         assert train(config(str(moved), tmp_path / "run", save_steps=7))["resumed"] is None
+        (tmp_path / "run" / "thesis.txt").write_text("")
         assert train(config(other, tmp_path / "run", overwrite=True))["counts"]["rows"] == 3
+        assert (tmp_path / "run" / "thesis.txt").exists()
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("")
         with pytest.raises(ValueError, match="output: expected a new or empty folder .* with other files"):
             train(config(data, tmp_path / "mine", overwrite=True))
         assert (tmp_path / "mine" / "thesis.txt").exists()
+
+    def test_a_run_that_never_began_binds_nobody(self, data, tmp_path):
+        with pytest.raises(ValueError, match="vocab_size: expected at least 258"):
+            train(config(data, tmp_path / "run", vocab_size=100))
+        assert (tmp_path / "run" / "run.json").exists()
+        assert train(config(data, tmp_path / "run"))["resumed"] == 0
 
     def flags(self, data, folder):
         flags = ["--loss=dpo", "--steps=4", "--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--log-steps=2"]
@@ -301,6 +328,8 @@ class TestRefusals:
             ({"lr": float("nan")}, "lr: expected a positive number, got nan"),
             ({"model": "nowhere"}, r"model: expected a folder with a config.json, or one of .*, got 'nowhere'"),
             ({"ref_model": "nowhere"}, "ref_model: expected a folder with a config.json, got 'nowhere'"),
+            ({"loss": "simpo", "ref_model": "x"}, "ref_model: expected none, since simpo has no reference; got 'x'"),
+            ({"sft_lr": 1e-3}, "sft_lr: expected none without sft_epochs, got 0.001"),
             ({"vocab_size": 100}, "vocab_size: expected at least 258, got 100"),
         ],
     )
@@ -356,23 +385,23 @@ class TestReport:
         for name, title in report.METRICS.items():
             first, last = evaluations[0][name], evaluations[-1][name]
             assert f"| {title} | {first:.4g} | {last:.4g} | {last - first:+.4g} |" in text
-        assert f"seconds: {lines[-1]['seconds']:.1f}" in text
+        assert f"| seconds |  | {lines[-1]['seconds']:.1f} |  |" in text
+        assert f"| peak memory of the process |  | {max(x['peak_bytes'] for x in lines) / 2**20:.0f} MiB |  |" in text
         assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
     def test_side_by_side(self, data, tmp_path, capsys):
         for loss in ("bnf", "simpo"):
             train(config(data, tmp_path / loss, loss=loss))
         runs = {loss: tmp_path / loss for loss in ("bnf", "simpo")}
-        text = report.compare(runs, tmp_path / "both", extra={"extra": {"bnf": "1"}}, note="A note.")
-        assert (tmp_path / "both" / "report.md").read_text() == text
+        report.compare(runs, tmp_path / "both", extra={"extra": {"bnf": "1"}}, note="A note.")
+        text = (tmp_path / "both" / "report.md").read_text()
         assert (tmp_path / "both" / "report.png").read_bytes().startswith(b"\x89PNG")
         last = [records(folder)[-1] for folder in runs.values()]
         assert "| extra | 1 | – |" in text
-        assert "| reward margin | " in text  # simpo has no reference, so a dash for it
         assert re.search(rf"\| agility.* \| {last[0]['agility']:.4g} \(.*\) \| {last[1]['agility']:.4g} \(", text)
-        assert re.search(r"\| reward margin \| .* \| – \(–\) \|", text)
+        assert re.search(r"higher reward on the preferred \| .* \| – \(–\) \|", text)  # simpo has no reference
         assert "A note." in text
-        report.show(report.rows(tmp_path / "bnf"), "title")
+        report.show(report.table(report.read_metrics(tmp_path / "bnf")), "title")
         assert f"{last[0]['perplexity']:.4g}" in capsys.readouterr().out
 
     def test_no_run(self, tmp_path):
@@ -383,3 +412,88 @@ class TestReport:
             report.write(tmp_path)
         with pytest.raises(ValueError, match="runs: expected at least one, got none"):
             report.compare({}, tmp_path)
+
+
+class TestDemo:
+    def test_pairs(self):
+        rows = arithmetic_pairs(500, seed=3)
+        assert rows == arithmetic_pairs(500, seed=3) != arithmetic_pairs(500, seed=4)
+        assert len({row["prompt"] for row in rows}) == 500
+        for row in rows:
+            a, b = (int(number) for number in row["prompt"][:-1].split("+"))
+            ones, tens, result = row["chosen"].split(",")
+            for sum_ in (ones, tens):
+                left, right = sum_.split("=")
+                assert sum(int(digit) for digit in left.split("+")) == int(right)
+            assert int(result) == a + b
+            assert abs(int(row["rejected"].split(",")[2]) - (a + b)) == 10
+            differing = [i for i, (x, y) in enumerate(zip(row["chosen"], row["rejected"])) if x != y]
+            assert len(differing) == 2
+            assert len(row["chosen"]) == len(row["rejected"])
+        with pytest.raises(ValueError, match="n: expected 1 to 7000, got 0"):
+            arithmetic_pairs(0, seed=0)
+
+    def test_exact_answers_are_greedy_generation(self, tmp_path):
+        rows = arithmetic_pairs(12, seed=0)
+        half = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:5]]
+        path = write(tmp_path / "d.jsonl", [*half, *rows[5:]])
+        train(config(path, tmp_path / "run", loss="mle", steps=120, batch_size=6, lr=1e-2))
+        folder, asked = tmp_path / "run" / "model", write(tmp_path / "asked.jsonl", rows)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        found = []
+        for row in rows:
+            prompt = tokenizer(row["prompt"], return_tensors="pt")
+            text = model.generate(**prompt, do_sample=False, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :]
+            answer = tokenizer.decode(text)
+            found.append([answer == row[key] + "<|endoftext|>" for key in ("chosen", "rejected")])
+        rates = [sum(column) / 12 for column in zip(*found)]
+        assert min(rates) > 0  # it has learnt both
+        assert demo_module.exact_answers(folder, asked) == pytest.approx(rates)
+
+    def test_small(self, tmp_path, monkeypatch, capsys):
+        for name, value in {"NOISY": 40, "PAIRS": 30, "TEST": 10}.items():
+            monkeypatch.setattr(demo_module, name, value)
+        monkeypatch.setattr(demo_module, "STEP", {"responses": 4, "tokens": 8, "width": 16, "vocab": 100})
+        drawn = []
+        monkeypatch.setattr(report, "plot", lambda runs, path: drawn.append(sorted(runs)))
+        result = demo_module.demo(tmp_path / "demo", progress=False)
+        assert drawn == [["mle"], ["bnf"], ["dpo"], ["nll_pll"], ["BNF", "DPO", "NLL+PLL"]]
+        out, text = capsys.readouterr().out, (tmp_path / "demo" / "report.md").read_text()
+        for name in ("BNF", "DPO", "NLL+PLL"):
+            right, wrong = result["right"][name], result["wrong"][name]
+            assert f"{name} {right:.0%}" in result["summary"]
+            assert f"{right:.1%} ({right - result['before'][0]:+.1%})" in text
+            assert f"{wrong:.1%} ({wrong - result['before'][1]:+.1%})" in text
+        assert result["summary"] in text
+        assert result["summary"] in out
+        assert result["step"] in text
+        starts = [records(tmp_path / "demo" / loss)[0] for loss in demo_module.METHODS]
+        assert len({start["perplexity"] for start in starts}) == 1
+        again = demo_module.demo(tmp_path / "demo", progress=False)  # finished runs aren't run again
+        assert (again["right"], again["before"]) == (result["right"], result["before"])
+        with pytest.raises(ValueError, match="output: expected a new folder or that of an earlier demo"):
+            demo_module.demo(tmp_path)
+
+    def test_summary_follows_the_numbers(self):
+        def run(change):
+            lines = ({"split": "eval", "step": i, "logps/chosen": -2.0 + i * change} for i in range(2))
+            return list(lines)
+
+        text = demo_module.summarise({"A": run(-1.0), "B": run(0.5)}, {"A": 0.25, "B": 0.5}, 0.125)
+        assert "from 12% to: B 50%, A 25%" in text
+        assert "B +0.5, A -1: right answers became less likely with A." in text
+
+    def test_disagreement_is_not_hidden(self, monkeypatch):
+        monkeypatch.setattr(demo_module, "STEP", {"responses": 4, "tokens": 8, "width": 16, "vocab": 100})
+        right = demo_module.fused_loss
+        monkeypatch.setattr(demo_module, "fused_loss", lambda *a, **k: 1.01 * right(*a, **k))
+        with pytest.raises(RuntimeError, match="the fused BNF step and the one with full logits disagree"):
+            demo_module.one_step()
+
+    @pytest.mark.slow
+    def test_whole(self, tmp_path):
+        """The case that BNF's authors describe: pairs that differ in a digit or two."""
+        assert cli.main(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
+        result = demo_module.demo(tmp_path / "demo", progress=False)
+        right = result["right"]
+        assert right["BNF"] > max(right["DPO"], right["NLL+PLL"], result["before"][0])
