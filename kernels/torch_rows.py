@@ -27,7 +27,7 @@ from torch import Tensor
 
 # Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the
 # cache.
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 # Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
 LARGEST_RATIO = 1e16

@@ -46,9 +46,7 @@ def logits(hidden: Tensor, head: Tensor | LMHead) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def token_scores(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, ignore_index: int = -100
-) -> dict[str, Tensor]:
+def token_scores(hidden: Tensor, head: Tensor | LMHead, target: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
     """Statistics of the target token: `logp`, `log_odds`, `lse`, `entropy`, `other_entropy`.
 
     Args:
@@ -235,9 +233,7 @@ def bnf_as_printed(r: Response) -> Tensor:
     return -r.label * r.reduce((f * r.z.log_softmax(-1)).sum(-1), True)
 
 
-LOSSES: dict[str, Loss] = {
-    loss.__name__: loss for loss in (mle, nll_pll, unlikelihood, exmate, bnf, dpo, ipo, simpo)
-}
+LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (mle, nll_pll, unlikelihood, exmate, bnf, dpo, ipo, simpo)}
 
 
 @torch.no_grad()
