@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rgpb import fused_loss, reference, report
 from rgpb.data import IGNORE, Collator, read_preferences, tokenise
-from rgpb.train import TrainConfig, peak_bytes, reset_peak, train
+from rgpb.train import TrainConfig, train
+from rgpb.trainer import peak_bytes, reset_peak
 
 METHODS = {"bnf": "BNF", "dpo": "DPO", "nll_pll": "NLL+PLL"}
 NOISY, PAIRS, TEST = 6400, 1920, 300  # sums to learn from with mistakes, to compare answers of, and held out

@@ -278,7 +278,7 @@ def test_autocast_scores_as_the_weight_is():
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head", HEADS)
 def test_sixteen_bit_operands_as_on_cuda(monkeypatch, dtype, path, head):
-    """The arrangement for CUDA (16-bit dlogits in the logits' own bytes, float32 results), its products emulated here."""
+    """16-bit dlogits in the logits' own bytes and float32 results, as on CUDA; the products are emulated here."""
     from rgpb.engine import chunked
     from rgpb.engine import plan as planning
 

@@ -23,7 +23,8 @@ from rgpb import demo as demo_module
 from rgpb.data import Collator, read_preferences, reference_of, tokenise
 from rgpb.demo import arithmetic_pairs
 from rgpb.objectives import OBJECTIVES
-from rgpb.train import PreferenceTrainer, Stage, TrainConfig, train
+from rgpb.train import TrainConfig, train
+from rgpb.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
