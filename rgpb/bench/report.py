@@ -103,9 +103,7 @@ def show(report: Report) -> None:
     from rich.table import Table
 
     console = Console()
-    console.width = max(
-        console.width, 110
-    )  # what the columns need: a narrow terminal wraps lines, and no number is cut
+    console.width = max(console.width, 140)  # what the columns need: a narrow terminal wraps lines, no number is cut
     for title, rows in sections(report):
         table = Table(*HEADERS, title=title, box=SIMPLE, title_justify="left")
         for at, column in enumerate(table.columns):
