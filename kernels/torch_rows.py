@@ -7,12 +7,10 @@ Everything a loss needs follows from (z_y, lse_other, H_o): λ = z_y − lse_oth
 
 Vector-Jacobian product, for upstream gradients g_zy, g_lo, g_ho of these three:
     ∂L/∂z_y = g_zy        ∂L/∂z_k = q_k · (g_lo − g_ho · (H_o + log q_k)),  k ≠ y
-times J_k = (1 − (z_k/cap)²) · scale for the raw product. Nothing here cancels as p → 1: that is what the log-odds
-form is for.
+times J_k = (1 − (z_k/cap)²) · scale for the raw product. Nothing here cancels as p → 1: hence the log-odds form.
 
-A buffer of logits becomes E, and the gradients are D = diag(r) · E: the factor r of a row is left to the [C, H]
-sides of the
-products, which spares a pass over [C, V]. Weights E_k = exp(z_k − max) go in the same pass as the statistics.
+A buffer of logits becomes E, and the gradients are D = diag(r) · E: the factor r of a row is left to the [C, H] sides
+of the products, which spares a pass over [C, V]. Weights E_k = exp(z_k − max) go in the same pass as the statistics.
 
 Dimensions: C rows of the buffer, V vocabulary (or a slice of it), R rows of a block that stays in the cache.
 """

@@ -56,9 +56,9 @@ def fused_loss(
             response or pair.
         label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf).
         ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token
-            log-probabilities in the
-            shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or, where sums are enough
-            (dpo, ipo), [B] sums of log-probabilities.
+            log-probabilities in the shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or,
+            where sums are enough (dpo, ipo), [B] sums of log-probabilities. A `TokenScores` is exact also for confident
+            tokens; from a float32 log-probability of 0 nothing is known of 1 − p.
         cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
@@ -92,8 +92,8 @@ def fused_loss(
     chosen = call_plan(hidden, head, spec, reduction, workspace, options)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), _lengths(layout,
-            target), label,
+            hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1),
+            _lengths(layout, target), label,
             None if ref_scores is None else ref_scores.logp, None if ref_scores is None else ref_scores.log_odds,
             ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale,
             ignore_index, workspace, compute_dtype(hidden), hidden.requires_grad, head.weight.requires_grad,
@@ -122,12 +122,10 @@ def fused_loss(
 def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:
     """What goes with every objective, as detached 0-d tensors; nan where a batch has no such response.
 
-    `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus the mean token log-probability of the chosen,
-    per response,
-    averaged. `agility`: mean over pairs (or labels) of e^{S̄} of the chosen minus that of the rejected (Tuan & Wang
-    2024, §4).
+    `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus a chosen response's mean token log-probability,
+    averaged over responses. `agility`: mean e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §6).
     With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs `rewards/accuracies`; β = 1 where
-    there is none. Without labels or pairs all responses count as chosen.
+    the objective has none. Without labels or pairs all responses count as chosen.
     """
     total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
     count = responses.layout.tokens
@@ -248,6 +246,8 @@ def reference_scores(
             return None, ref.detach().double()
         _check_ref("ref", ref, target.shape, hidden)
         logp = ref.detach()
+        if not torch.compiler.is_compiling() and bool(((logp > 0) & (target != ignore_index)).any()):
+            raise ValueError(f"ref: expected log-probabilities, at most 0, got {logp.max().item():.4g}")
         # log(1 − p) from log p, each branch where it is exact
         complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
         scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
@@ -284,8 +284,7 @@ def _lengths(layout: Layout, target: Tensor) -> Tensor:
     return torch.full_like(layout.tokens, target.shape[1])
 
 
-# -- one function per objective
-# -----------------------------------------------------------------------------------------
+# -- one function per objective ---------------------------------------------------------------------------------------
 
 
 def _loss(name: str) -> Callable[..., Any]:

@@ -34,12 +34,11 @@ def linear_logprob(
     impl: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> TokenScores:
-    """Score each target token under softmax(head(hidden)), holding at most `workspace` bytes beyond inputs and
-    gradients.
+    """Score each target token under softmax(head(hidden)), without the logits.
 
-    Differentiable in `hidden`, the head's weight and its bias, for any upstream gradient on any of the scores; once:
-    a second
-    derivative is refused. Logits are formed and kept in float32 (float64 for float64 input) whatever the inputs' type.
+    Differentiable in `hidden`, the head's weight and its bias, for any upstream gradient on any of the scores; once: a
+    second derivative is refused. Logits are formed and kept in float32 (float64 for float64 input) whatever the inputs'
+    type.
 
     Args:
         hidden: [..., H] float64, float32, bfloat16 or float16; padded [B, T, H] or packed [N, H] alike.
@@ -48,7 +47,7 @@ def linear_logprob(
         ignore_index: positions with this target cost nothing and score 0.
         entropy: also fill `entropy` and `other_entropy`.
         impl: "torch", or "auto", which takes the fastest that is available.
-        workspace: bytes, default 512 MiB.
+        workspace: bytes held at most beyond inputs, gradients and a few numbers per token; default 512 MiB.
 
     Returns:
         TokenScores of float32 (float64) tensors in the shape of `target`.
@@ -148,8 +147,7 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     return head
 
 
-# -- operators
-# -----------------------------------------------------------------------------------------------------------
+# -- operators --------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("rgpb::score", mutates_args=())

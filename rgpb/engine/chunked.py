@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rgpb.engine.plan import Sizes, convert_rows, row_chunk, sizes, slice_chunk
+from rgpb.engine.plan import Sizes, convert_rows, row_chunk, single_chunk, sizes, slice_chunk
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream, statistics_, weights_, with_target_
 
 Rows = slice | Tensor
@@ -248,10 +248,8 @@ def single_pass(
     Returns:
         (z_y, lse_other, H_o) [P], dhidden [P, H], dweight [V, H], dbias [V]; None where `need` says so.
     """
-    head, tokens = p.sizes, kept.count
-    rows_that_fit, _ = row_chunk(head, p.workspace, tokens)
-    if head.accumulate and rows_that_fit < tokens:
-        rows_that_fit, _ = row_chunk(head, p.workspace, tokens, accumulator=True)
+    tokens = kept.count
+    rows_that_fit, _ = single_chunk(p.sizes, p.workspace, tokens)
     scores = empty_statistics(p, entropy)
     dhidden = torch.zeros_like(p.hidden) if need[0] else None
     products = Products(p, rows_that_fit)

@@ -118,6 +118,16 @@ def _rows_that_fit(workspace: int, fixed: int, row: int, logits: int, most: int,
     return rows, fixed + rows * row + 2 * min(rows, block) * logits
 
 
+def single_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int]:
+    """`row_chunk` of a single pass: with a float32 sum of dW where the weight is 16-bit and one chunk isn't all.
+
+    Raises:
+        ValueError: `workspace` doesn't hold one row, and that sum where it is needed.
+    """
+    rows, held = row_chunk(s, workspace, tokens)
+    return row_chunk(s, workspace, tokens, accumulator=True) if s.accumulate and rows < tokens else (rows, held)
+
+
 def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
     """(rows, slice, bytes held) of a sweep that finishes dW for a slice of V over all rows at a time."""
     column = s.width * (s.gemm * s.convert + s.acc * s.accumulate)
@@ -149,7 +159,7 @@ def plan(
         tokens: N, at most; masked ones are compacted away before the first product.
         head: from `sizes`.
         hidden_grad, weight_grad: which gradients will be asked for.
-        couples: what the objective couples: "token", "response", "pair" (known before the whole batch is scored) or
+        couples: what the objective couples: "token" or "pair" (known before the whole batch is scored) or
             "batch".
         scalar: whether the result is reduced to one number, so that coefficients are known up to a common factor.
         half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
@@ -179,7 +189,7 @@ def plan(
         )
     why = _not_single(head, couples, scalar, half, workspace, tokens)
     if why is None:
-        rows, held = row_chunk(head, workspace, tokens, accumulator=head.accumulate and rows < tokens)
+        rows, held = single_chunk(head, workspace, tokens)
         return made(
             "single", f"coefficients are known chunk by chunk (couples a {couples})", 2 + hidden_grad, rows, held
         )
@@ -195,10 +205,8 @@ def _not_single(head: Sizes, couples: str, scalar: bool, half: bool, workspace: 
         return "reduction='none': the upstream gradient of each result is not known in the forward"
     if half:
         return "float16 gradients: the loss scale has to come before the rounding"
-    rows, _ = row_chunk(head, workspace, tokens)
-    if head.accumulate and rows < tokens:
-        try:
-            row_chunk(head, workspace, tokens, accumulator=True)
-        except ValueError:
-            return "the float32 sum of dW doesn't fit the workspace"
+    try:
+        single_chunk(head, workspace, tokens)
+    except ValueError:
+        return "the float32 sum of dW doesn't fit the workspace"
     return None

@@ -1,9 +1,8 @@
 """`rgpb::single_pass`: the loss and its gradients in one sweep, 3 units of work instead of 4.
 
 A chunk of whole units (pairs; or any tokens, where the objective couples none) is scored, the objective gives its
-coefficients,
-and the logits at hand become gradients at once. The operator takes the objective by its registered name, so that
-`torch.compile` sees a tensor function.
+coefficients, and the logits at hand become gradients at once. The operator takes the objective by its registered name,
+so that `torch.compile` sees a tensor function.
 
 Dimensions: P positions, B responses, V vocabulary, H hidden size.
 """
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine import chunked
-from rgpb.engine.plan import row_chunk
+from rgpb.engine.plan import single_chunk
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import Layout, Responses, TokenScores
 from rgpb.logprob import is_traced, refuse_double_backward, token_scores
@@ -95,9 +94,7 @@ def single_pass(
         return of
 
     def chunks() -> Iterator[tuple[chunked.Rows, Callable[[Statistics], Upstream]]]:
-        step, _ = row_chunk(problem.sizes, workspace, kept.count)
-        if problem.sizes.accumulate and step < kept.count:
-            step, _ = row_chunk(problem.sizes, workspace, kept.count, accumulator=True)
+        step, _ = single_chunk(problem.sizes, workspace, kept.count)
         ends = count.cumsum(0)
         if spec.couples == "token":
             for chunk in chunked.spans(kept.count, step):
