@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Size of one block of rows, and of each of at most two scratch buffers: what passes over a block costs a read of the
+# Size of one block of rows, and of each of at most four scratch buffers: what passes over a block costs a read of the
 # cache.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 

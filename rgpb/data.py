@@ -124,7 +124,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{where}: expected UTF-8, got the bytes {line[error.start :][:8]!r}") from None
                 except json.JSONDecodeError as error:
                     start = line[:40].decode(errors="replace").rstrip()
-                    raise ValueError(f"{where}: expected one JSON object, got {start!r} … ({error})") from None
+                    raise ValueError(
+                        f"{where}: expected one JSON object, got {start!r} … ({error.msg}, column {error.colno})"
+                    ) from None
                 yield where, record
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {error}") from None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rgpb.engine.plan import DEFAULT_WORKSPACE, Plan, plan, sizes
 from rgpb.engine.single import encodable, encode_options
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, TokenScores, pairs
+from rgpb.layout import Layout, Responses, TokenScores, pairs, tokens_of_each
 from rgpb.logprob import check_inputs, compute_dtype, linear_logprob, raw_scores, token_scores
 from rgpb.objectives import OBJECTIVES, Objective, resolve, unit_values
 
@@ -105,6 +105,8 @@ def fused_loss(
             None if x is None else x.view(-1)
             for x in raw_scores(hidden, head, target, ignore_index, spec.entropy, spec.entropy_grad, workspace)
         )  # type: ignore[assignment]
+    if h_o is not None and not spec.entropy_grad:
+        h_o = h_o.detach()
     responses = Responses(
         token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False), ref_scores, ref_sums, label, layout
     )
@@ -172,7 +174,7 @@ def call_plan(
         weight_grad=grad and (head.weight.requires_grad or bias_grad),
         couples=spec.couples if registered else "batch",
         scalar=reduction != "none",
-        half=torch.float16 in (hidden.dtype, head.weight.dtype),
+        half=torch.float16 in (hidden.dtype, head.weight.dtype, compute_dtype(hidden)),
         entropy_grad=spec.entropy_grad,
         workspace=workspace,
     )
@@ -184,9 +186,11 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
     if cu_seqlens is None:
         if target.ndim != 2:
             raise ValueError(f"target: expected shape [B, T], or [N] with cu_seqlens, got {list(target.shape)}")
-        return Layout(target.shape[0], None, mask.sum(1), mask.view(-1))
+        return Layout(target.shape[0], None, mask.sum(1), mask.reshape(-1))
     if target.ndim != 1:
         raise ValueError(f"target: expected packed shape [N] together with cu_seqlens, got {list(target.shape)}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens: expected int32 or int64 of shape [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
@@ -201,8 +205,7 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
                 f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
                 f"got {cu_seqlens.tolist()[:8]} … {ends[2]}"
             )
-    count = torch.segment_reduce(mask.double(), "sum", lengths=lengths, axis=0, initial=0.0).long()
-    return Layout(len(cu_seqlens) - 1, lengths, count, mask)
+    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths), mask)
 
 
 def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
@@ -211,7 +214,9 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
         if spec.label:
             raise ValueError(f"label: expected [B={responses}] bool or ±1 for {spec.name}, got None")
         return None
-    if not spec.label and spec.name in OBJECTIVES:
+    if not isinstance(label, Tensor):
+        raise ValueError(f"label: expected a tensor, got {type(label).__name__}")
+    if not spec.label and OBJECTIVES.get(spec.name) is spec:
         raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
     if label.shape != (responses,):
         raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
@@ -233,7 +238,7 @@ def reference_scores(
         if spec.ref is not None:
             raise ValueError(f"ref: expected the reference's scores for {spec.name}, got None")
         return None, None
-    if spec.ref is None and spec.name in OBJECTIVES:
+    if spec.ref is None and OBJECTIVES.get(spec.name) is spec:
         raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
     if isinstance(ref, Tensor):
         if ref.shape == (layout.responses,) and (ref.shape != target.shape or spec.ref == "sums"):
@@ -245,9 +250,8 @@ def reference_scores(
             _check_ref("ref", ref, ref.shape, hidden)
             return None, ref.detach().double()
         _check_ref("ref", ref, target.shape, hidden)
-        logp = ref.detach()
-        if not torch.compiler.is_compiling() and bool(((logp > 0) & (target != ignore_index)).any()):
-            raise ValueError(f"ref: expected log-probabilities, at most 0, got {logp.max().item():.4g}")
+        _check_logp("ref", ref, target != ignore_index)
+        logp = ref.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
         # log(1 − p) from log p, each branch where it is exact
         complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
         scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
@@ -255,6 +259,8 @@ def reference_scores(
         scores = ref
         for name in ("logp", "log_odds"):
             _check_ref(f"ref.{name}", getattr(ref, name), target.shape, hidden)
+        scored = (scores.logp != 0) | (scores.log_odds != 0) | (scores.lse != 0)
+        _check_logp("ref.logp", torch.where(scored, scores.logp, torch.nan), target != ignore_index)
     elif isinstance(ref, tuple) and len(ref) == 2:
         with torch.no_grad():
             scores = linear_logprob(*ref, target, ignore_index=ignore_index, impl=impl, workspace=workspace)
@@ -267,6 +273,18 @@ def reference_scores(
         *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
     )
     return flat, layout.sum(flat.logp)
+
+
+def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
+    """Log-probabilities wherever the mask says; NaN stands for a position that was never scored."""
+    wrong = mask & ~(given <= 1e-3)
+    if not torch.compiler.is_compiling() and bool(wrong.any()):
+        at = int(wrong.reshape(-1).nonzero()[0])
+        value = given.reshape(-1)[at].item()
+        raise ValueError(
+            f"{name}: expected a log-probability, at most 0, wherever target isn't ignored, "
+            f"got {value:.4g} at flat position {at}"
+        )
 
 
 def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:

@@ -40,4 +40,6 @@ class LMHead(NamedTuple):
 
 def as_head(head: Tensor | LMHead) -> LMHead:
     """A bare weight [V, H] is a head without bias, soft-cap or scale."""
-    return head if isinstance(head, LMHead) else LMHead(head)
+    if isinstance(head, LMHead | Tensor):
+        return head if isinstance(head, LMHead) else LMHead(head)
+    raise ValueError(f"head: expected a weight [V, H] or an LMHead, got {type(head).__name__}")

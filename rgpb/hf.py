@@ -438,7 +438,10 @@ def _unwrap(model: nn.Module, argument: str = "model") -> PreTrainedModel:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(f"{argument}: expected adapters inside the model, got PEFT's prompt learning")
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"{argument}: expected a bare transformers PreTrainedModel, got {_name(inner)}")
+        raise ValueError(
+            f"{argument}: expected a bare transformers PreTrainedModel, got {_name(inner)} "
+            "(compile the training step or the backbone, not the model; take it out of DDP or FSDP)"
+        )
     return inner
 
 

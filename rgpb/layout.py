@@ -52,8 +52,8 @@ class Layout(NamedTuple):
         """Σ over each response's unmasked tokens. [P] → float64 [B]."""
         values = per_token.double() if self.mask is None else torch.where(self.mask, per_token.double(), 0.0)
         if self.lengths is None:
-            return values.view(self.responses, -1).sum(1)
-        return torch.segment_reduce(values, "sum", lengths=self.lengths, axis=0, initial=0.0)
+            return values.view(self.responses, len(values) // max(self.responses, 1)).sum(1)
+        return sum_of_each(values, self.lengths)
 
     def mean(self, per_token: Tensor) -> Tensor:
         """`sum` over the whole response's token count; 0 for a response without tokens. [P] → float64 [B]."""
@@ -100,6 +100,18 @@ class Responses(NamedTuple):
             raise ValueError("ref: expected reference scores, since this objective compares with a reference; got None")
         delta = self.sum(self.policy.logp) - self.ref_sums
         return delta / self.n if length_normalize else delta
+
+
+def sum_of_each(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive runs of the given lengths: [P], [B] → [B]. Deterministic on every device."""
+    if not len(lengths):
+        return values.sum().expand(0)
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
+
+
+def tokens_of_each(mask: Tensor, lengths: Tensor) -> Tensor:
+    """Unmasked tokens of each response: bool [P], int64 [B] → int64 [B]."""
+    return sum_of_each(mask.double(), lengths).long()
 
 
 def pairs(per_response: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,6 +102,8 @@ def token_scores(
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The operands' type of the products: autocast's where it is on, else that of the hidden states."""
     device = hidden.device.type
+    if hidden.dtype == torch.float64:  # autocast leaves it alone
+        return hidden.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
@@ -109,6 +111,9 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     """The door: everything that can be refused from shapes, dtypes and devices alone."""
     head = as_head(head)
     weight, bias = head.weight, head.bias
+    for name, given in (("hidden", hidden), ("head.weight", weight), ("target", target)):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     if hidden.dtype not in DTYPES:
@@ -140,10 +145,12 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-    if head.softcap is not None and not head.softcap > 0:
+    if head.softcap is not None and not 0 < head.softcap < 1e30:
         raise ValueError(f"head.softcap: expected a positive number or None, got {head.softcap}")
-    if workspace <= 0:
-        raise ValueError(f"workspace: expected a positive number of bytes, got {workspace}")
+    if not isinstance(head.scale, float | int) or not abs(head.scale) < 1e30:
+        raise ValueError(f"head.scale: expected a finite number, got {head.scale}")
+    if not isinstance(workspace, int) or workspace <= 0:
+        raise ValueError(f"workspace: expected a positive whole number of bytes, got {workspace}")
     return head
 
 

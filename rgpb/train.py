@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rgpb import hf, report
+from rgpb.bench.plan import argument, parse_bytes
 from rgpb.data import (
     PAIRINGS,
     PreferenceDataset,
@@ -127,7 +128,9 @@ class TrainConfig:
     bf16: bool = _option(False, "bfloat16 autocast; weights stay float32")
     gradient_checkpointing: bool = _option(False, "recompute the backbone's activations instead of keeping them")
     cpu: bool = _option(False, "don't use a GPU")
-    workspace: int = _option(DEFAULT_WORKSPACE, "bytes the loss may hold beyond its inputs and gradients")
+    workspace: int = _option(
+        DEFAULT_WORKSPACE, "bytes the loss may hold beyond its inputs and gradients: 512MiB", type=argument(parse_bytes)
+    )
     seed: int = _option(0, "of the weights of a new model, the order of the data and dropout")
     log_steps: int = _option(10, "steps between two lines of metrics")
     eval_steps: int | None = _option(None, "steps between two evaluations; default: only before and after")
@@ -439,7 +442,7 @@ def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:
         shown = "" if required or entry.default is None else f" (default: {entry.default})"
         parser.add_argument(
             flag,
-            type={"int": int, "float": float}.get(kind.partition(" ")[0], str),
+            type=meta.get("type") or {"int": int, "float": float}.get(kind.partition(" ")[0], str),
             choices=sorted(OBJECTIVES) if choices == "objectives" else choices,
             required=required,
             default=None if required else entry.default,

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rgpb import bench
+from rgpb import LMHead, bench, linear_logprob
 from rgpb.bench import cases, measure, report
 from rgpb.bench import plan as plan_command
 from rgpb.bench.cases import DTYPES, NAIVE, Floor, Result, Shape, make_batch
 from rgpb.bench.measure import interleaved, peak_memory, quantiles
+from rgpb.fused import dpo_loss
 
 MIB = 2**20
 TINY = Shape(32, 8, 128)
@@ -98,6 +99,38 @@ def test_memory_does_not_grow_with_the_tokens(loss, path, dtype):
     (once, naive_once), (twice, naive_twice) = extra.values()
     assert twice - once <= 256 * SMALL.tokens  # numbers per token; one row of logits has 32768 bytes
     assert naive_twice > 1.9 * naive_once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("width", "vocab", "softcap", "entropy"),
+    [
+        (512, 64, None, False),  # the [rows, H] sides outweigh the logits
+        (512, 64, None, True),  # the entropy's own sweeps
+        (16, 16384, 2.0, False),  # the soft-cap's temporaries outweigh all else
+    ],
+)
+@pytest.mark.parametrize("path", ["single", "two_pass", "frozen"])
+def test_the_workspace_bounds_what_is_held(path, width, vocab, softcap, entropy, dtype):
+    """Odd shapes, and one masked token, so that rows are gathered."""
+    workspace, tokens = 8 * MIB, 6000 if vocab < 100 else 600
+    hidden = torch.randn(2, tokens // 2, width).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width).to(dtype).requires_grad_(path != "frozen")
+    target = torch.randint(vocab, hidden.shape[:2])
+    target[0, 0] = -100
+
+    def run():
+        head = LMHead(weight, softcap=softcap)
+        if entropy:
+            scores = linear_logprob(hidden, head, target, entropy=True, workspace=workspace)
+            value = scores.logp.sum() + scores.entropy.sum()
+        else:
+            reduction = "none" if path == "two_pass" else "mean"
+            value = dpo_loss(hidden, head, target, ref=torch.zeros(2), reduction=reduction, workspace=workspace).sum()
+        wanted = [x for x in (hidden, weight) if x.requires_grad]
+        return cases.Result(value.detach(), torch.autograd.grad(value, wanted))
+
+    assert peak_memory(run, "cpu").extra <= workspace + 256 * tokens
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -218,7 +251,7 @@ def test_no_speed_for_a_wrong_result(wrong, tmp_path, capsys, monkeypatch):
 def test_a_path_that_the_plan_does_not_take(tmp_path, capsys):
     """In bfloat16 a small workspace doesn't hold the float32 sum of dW: no row may claim a single pass."""
     arguments = ("--shape", "64,64,512", "--dtype", "bf16", "--loss", "bnf", "--path", "single", "--threads", 1)
-    assert command("bench", *arguments, "--repeats", 1, "--workspace", "300KiB", "--out", tmp_path) == 0
+    assert command("bench", *arguments, "--repeats", 1, "--workspace", "150KiB", "--out", tmp_path) == 0
     (row,) = [row for row in report.read(tmp_path / "results.json").rows if row.impl == "fused"]
     assert row.status == "plan: two_pass"
     assert row.seconds is None

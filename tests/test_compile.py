@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from rgpb import LMHead, TokenScores, fused_loss, linear_logprob
-from rgpb.fused import bnf_loss, dpo_loss
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, H, V = 4, 6, 8, 13
 
@@ -113,6 +113,30 @@ def test_operators_pass_opcheck(given):
         torch.ops.rgpb.finish_hidden_,
         (torch.randn(B * T, H), weight.detach(), target.view(-1), z_y, *g[:2], *tail[:4]),
     )
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpointing_runs_the_region_once_more(given, selective):
+    """The single pass's own small autograd must not go through the checkpoint's hooks, chunk by chunk."""
+    from torch.utils import checkpoint
+
+    hidden, weight, _, target, _ = given
+    runs = []
+
+    def region(hidden, weight):
+        runs.append(None)
+        return mle_loss(torch.tanh(hidden), weight, target, workspace=2000)
+
+    options = {}
+    if selective:
+        save = checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        options["context_fn"] = lambda: checkpoint.create_selective_checkpoint_contexts(lambda *a, **k: save)
+    loss = checkpoint.checkpoint(region, hidden, weight, use_reentrant=False, **options)
+    assert len(runs) == 1
+    made = torch.autograd.grad(loss, [hidden, weight])
+    assert len(runs) == 2
+    for a, b in zip(made, torch.autograd.grad(region(hidden, weight), [hidden, weight])):
+        torch.testing.assert_close(a, b)
 
 
 def test_small_autograd_works_under_a_dispatch_mode(given):

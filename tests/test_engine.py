@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 
-from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
+from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
 from rgpb.engine.plan import plan, sizes
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
@@ -86,7 +86,7 @@ def assert_in_budget(ours, naive, exact, dtype, scale=0.0):
 def small(shape, dtype=torch.float64):
     _, _, V, H = shape
     size = 8 if dtype == torch.float64 else 4
-    return size * (3 * V + 4 * H) * 2 + (0 if size == 8 or dtype == torch.float32 else V * (H + 1) * 4 + V * H * 8)
+    return size * (5 * V + 6 * H) * 2 + (0 if size == 8 or dtype == torch.float32 else V * (H + 1) * 4 + V * H * 8)
 
 
 PATHS = ("single", "single in chunks", "two_pass", "two_pass in chunks", "frozen")
@@ -260,6 +260,49 @@ def test_bitwise_the_same_again():
         runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
     for a, b in zip(*runs):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("path", ["single", "two_pass", "frozen"])
+def test_rows_of_the_head_with_a_large_part_in_common(path):
+    """Σ q_k w_k − w_y nearly cancels then; rounding the sum to 16 bits first would lose it."""
+    dtype = torch.bfloat16
+    hidden, head, target, _ = batch((2, 8, 61, 16), dtype, masked=False)
+    weight = (0.2 * head.weight.detach().float() + 6 * torch.randn(16)).to(dtype).requires_grad_()
+    hidden = (0.1 * hidden.detach()).requires_grad_()
+    _, gradients = run_path(path, "mle", hidden, LMHead(weight), target)
+    _, truth = oracle_in(torch.float64, "mle", hidden, LMHead(weight), target, {})
+    error = (gradients[0].double() / 1.5 - truth[0]).norm() / truth[0].norm()
+    assert error < 3 * torch.finfo(dtype).eps
+
+
+def test_parts_of_a_token_objective_with_a_reference_add_up():
+    hidden, head, target, ref_logits = batch((4, 9, 23, 5))
+    ref = ref_scores(ref_logits, target)
+    objective("ratio_of_this_test", couples="token", ref="tokens")(lambda r: -r.log_ratios())
+    try:
+        whole, parts = (
+            fused_loss(hidden, head, target, objective="ratio_of_this_test", ref=ref, workspace=w)
+            for w in (1 << 29, small((4, 9, 23, 5)))
+        )
+        torch.testing.assert_close(whole, parts)
+    finally:
+        del OBJECTIVES["ratio_of_this_test"]
+
+
+def test_bnf_of_an_impossible_token_is_finite():
+    hidden, head, target, ref_logits = batch((2, 3, 11, 4), head="bias", masked=False)
+    bias = head.bias.detach().clone()
+    bias[target[0, 0]] = -torch.inf
+    label = torch.tensor([1, -1])
+    loss = bnf_loss(hidden, LMHead(head.weight, bias), target, label, ref=ref_scores(ref_logits, target))
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, head.weight)[0]).all()
+
+
+def test_autocast_leaves_float64_alone():
+    hidden, head, target, _ = batch((2, 5, 31, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_logprob(hidden, head, target).logp.dtype == torch.float64
 
 
 def test_autocast_scores_as_the_weight_is():

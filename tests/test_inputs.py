@@ -30,6 +30,13 @@ def nan_hidden():
     return {"hidden": hidden}
 
 
+def other_mask():
+    given = good()
+    target = given["target"].clone()
+    target[1, 1] = -100
+    return {**given, "ref": linear_logprob(given["hidden"].detach(), given["head"].detach(), target)}
+
+
 CASES = {
     "hidden size": (
         lambda: {"hidden": torch.randn(B, T, H + 1)},
@@ -92,10 +99,31 @@ CASES = {
         lambda: {"ref": (torch.randn(B, T, H), torch.randn(V, H + 1))},
         r"hidden: expected shape \[\.\.\., H=6\]",
     ),
+    "target list": (lambda: {"target": [[0] * T] * B}, "target: expected a tensor, got list"),
+    "label list": (lambda: {"label": [1, 1, -1, -1]}, "label: expected a tensor, got list"),
+    "head module": (
+        lambda: {"head": torch.nn.Linear(H, V)},
+        r"head: expected a weight \[V, H\] or an LMHead, got Linear",
+    ),
+    "workspace text": (
+        lambda: {"workspace": "64MiB"},
+        "workspace: expected a positive whole number of bytes, got 64MiB",
+    ),
+    "softcap infinite": (
+        lambda: {"head": LMHead(torch.randn(V, H), softcap=float("inf"))},
+        r"head\.softcap: expected a positive number or None, got inf",
+    ),
+    "scale": (
+        lambda: {"head": LMHead(torch.randn(V, H), scale=float("nan"))},
+        r"head\.scale: expected a finite number, got nan",
+    ),
+    "ref NaN": (lambda: {"ref": torch.full((B, T), torch.nan)}, "ref: expected a log-probability, at most 0.* got nan"),
+    "ref NLL": (lambda: {"ref": torch.full((B, T), 2.0)}, "ref: expected a log-probability, at most 0.* got 2"),
+    "ref of another mask": (other_mask, r"ref\.logp: expected a log-probability, .* at flat position 4"),
     "reduction": (lambda: {"reduction": "avg"}, r"reduction: expected one of \('mean', 'sum', 'none'\), got 'avg'"),
     "impl": (lambda: {"impl": "cuda"}, "impl: expected one of .* got 'cuda'"),
     "workspace": (lambda: {"workspace": 10}, "workspace: expected at least .* got 10"),
-    "workspace sign": (lambda: {"workspace": -1}, "workspace: expected a positive number of bytes, got -1"),
+    "workspace sign": (lambda: {"workspace": -1}, "workspace: expected a positive whole number of bytes, got -1"),
     "option": (lambda: {"beta": 0.1}, r"options of bnf: expected a subset of \[\], got \['beta'\]"),
     "flat without cu_seqlens": (
         lambda: {"hidden": torch.randn(T, H), "target": torch.zeros(T, dtype=torch.int64)},
@@ -170,6 +198,77 @@ def test_unknown_objective_and_registration():
         objective(couples="group")
     with pytest.raises(ValueError, match="name: expected a name that isn't taken, got 'dpo'"):
         objective("dpo")(lambda responses: responses.logps())
+    with pytest.raises(ValueError, match="unit: expected 'pair' with couples='pair', got 'response'"):
+        objective(couples="pair", unit="response")
+    with pytest.raises(ValueError, match="ref: expected 'tokens' or None with couples='token'"):
+        objective(couples="token", ref="sums")
+    with pytest.raises(ValueError, match=r"options: expected names that `fused_loss` doesn't have, got \['ref'\]"):
+
+        @objective
+        def mine(responses, *, ref=1.0):
+            return responses.logps()
+
+
+def test_registering_again_replaces():
+    given = good()
+    try:
+        for factor in (1.0, 2.0):
+
+            @objective
+            def of_this_test(responses, *, factor=factor):
+                return -factor * responses.logps()
+
+        twice = fused_loss(given["hidden"], given["head"], given["target"], objective="of_this_test")
+        once = mle_loss(given["hidden"], given["head"], given["target"], length_normalize=False)
+        torch.testing.assert_close(twice, 2 * once)
+    finally:
+        del OBJECTIVES["of_this_test"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda r: r.logps().sum(),
+        lambda r: r.logps()[:3],
+        lambda r: r.logps()[:, None],
+        lambda r: r.policy.logp,
+        lambda r: None,
+    ],
+)
+def test_an_objective_returns_one_value_per_response_or_pair(wrong):
+    given = good()
+    with pytest.raises(ValueError, match=r"objective: expected <lambda> to return \(4,\) or \(2,\) values, got"):
+        fused_loss(given["hidden"], given["head"], given["target"], objective=wrong, reduction="none")
+
+
+def test_an_own_function_with_a_taken_name():
+    given = good()
+
+    def mle(responses):
+        return -responses.log_ratios()
+
+    loss = fused_loss(given["hidden"], given["head"], given["target"], objective=mle, ref=given["ref"])
+    own = linear_logprob(given["hidden"], given["head"], given["target"]).logp - given["ref"].logp
+    torch.testing.assert_close(loss, -own.sum(1).mean())
+
+
+def test_strange_options_and_strides():
+    import numpy
+
+    given = good()
+    hidden, head, target, ref = (given[k] for k in ("hidden", "head", "target", "ref"))
+    plain = dpo_loss(hidden, head, target, ref=ref, beta=0.25)
+    assert dpo_loss(hidden, head, target, ref=ref, beta=numpy.float64(0.25)) == plain
+    strided = target.t().contiguous().t()
+    assert dpo_loss(hidden, head, strided, ref=ref, beta=0.25) == plain
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_responses(reduction):
+    given = good()
+    loss = dpo_loss(given["hidden"][:0], given["head"], given["target"][:0], ref=torch.zeros(0, T), reduction=reduction)
+    assert not loss.any()
+    assert not torch.autograd.grad(loss.sum(), given["head"])[0].any()
 
 
 def test_the_ways_to_give_a_reference_agree():

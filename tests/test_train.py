@@ -463,8 +463,8 @@ class TestDemo:
         for name in ("BNF", "DPO", "NLL+PLL"):
             right, wrong = result["right"][name], result["wrong"][name]
             assert f"{name} {right:.0%}" in result["summary"]
-            assert f"{right:.1%} ({right - result['before'][0]:+.1%})" in text
-            assert f"{wrong:.1%} ({wrong - result['before'][1]:+.1%})" in text
+            assert f"{right:.1%} ({100 * (right - result['before'][0]):+.1f} points)" in text
+            assert f"{wrong:.1%} ({100 * (wrong - result['before'][1]):+.1f} points)" in text
         assert result["summary"] in text
         assert result["summary"] in out
         assert result["step"] in text

@@ -59,8 +59,8 @@ def add_parser(subparsers: Any) -> None:
     for name, text in (("tokens", "N, response tokens"), ("hidden", "H"), ("vocab", "V")):
         parser.add_argument(f"--{name}", type=argument(positive), required=True, help=text)
     parser.add_argument("--loss", choices=sorted(OBJECTIVES), default="bnf")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
+    parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     parser.add_argument("--frozen-head", action="store_true", help="the head has no gradient, as with LoRA")
     parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
     parser.set_defaults(run=run)
@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         couples=spec.couples, half=dtype == torch.float16, entropy_grad=spec.entropy_grad, workspace=a.workspace,
     )  # fmt: skip
     naive, units = naive_bytes(a.tokens, a.vocab, dtype.itemsize), 2 if a.frozen_head else 3
+    print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
     print(f"path    {chosen.path}: {chosen.reason}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
     print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows of logits at a time")

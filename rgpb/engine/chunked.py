@@ -1,12 +1,12 @@
 """The chunk loops: library products into one reused buffer, row kernels between them.
 
-    score            Z = X Wᵀ → (z_y, lse_other, H_o), and O = Q W where the hidden gradient will be asked for
+    score            Z = X Wᵀ → (z_y, lse_other, H_o), and O = Q W − w_y where the hidden gradient will be asked for
     single_pass      the same, and at once D from the chunk's coefficients: dX = D W, dW += Dᵀ X
     head_gradient    Z again, slice by slice of V: dW = Dᵀ X finished per slice
     hidden_gradient  Z again, dX = D W (only where the entropy has a gradient)
 
-D = diag(r) E as the row kernels leave it. Q is the softmax over the other tokens; with it dX = g_zy · w_y + g_lo · O
-needs no second look at the logits.
+D = diag(r) E as the row kernels leave it. With Q the softmax over the other tokens and O = Q W − w_y,
+dX = g_lo · O + (g_zy + g_lo) · w_y needs no second look at the logits.
 All loops run without autograd and without autocast, over the rows that aren't ignored.
 
 Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
@@ -82,7 +82,7 @@ class Products:
         self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
         vocab, width = p.weight.shape
         self.logits_buffer = p.hidden.new_empty(rows, vocab, dtype=p.acc_dtype)
-        self.converted = p.hidden.new_empty(convert_rows(self.sizes), width, dtype=self.dtype)
+        self.converted = p.hidden.new_empty(convert_rows(self.sizes, p.workspace), width, dtype=self.dtype)
         self.half = self.dtype.itemsize == 2
         self.epilogue = p.epilogue()
 
@@ -190,8 +190,10 @@ def check_rows(p: Problem, kept: Kept) -> None:
     vocab = p.weight.shape[0]
     outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != p.ignore_index)
     rows = kept.rows((0, kept.count))
-    least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
-    finite = ((least > -torch.inf) & (most < torch.inf))[rows]
+    finite = outside.new_ones(0)
+    if kept.count:
+        least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+        finite = ((least > -torch.inf) & (most < torch.inf))[rows]
     ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
     if not ok[0]:
         at = int(outside.nonzero()[0])
@@ -217,21 +219,25 @@ def score(p: Problem, entropy: bool, accumulate: bool) -> tuple[Tensor, Tensor, 
         rows = kept.rows((chunk.start, chunk.stop))
         weights, total = products.statistics(rows, scores)
         if accumulate:
-            products.hidden_rows(accumulated, rows, weights, torch.where(total > 0, 1 / total, 0))
+            r, j_y = torch.where(total > 0, 1 / total, 0), products.epilogue.jacobian(scores.z_y[rows])
+            r = with_target_(weights, p.target[rows], r, -torch.ones_like(r) * j_y)
+            products.hidden_rows(accumulated, rows, weights, r)
     return *scores[:2], scores.z_y.new_empty(0) if scores.h_o is None else scores.h_o, accumulated
 
 
 def finish_hidden_(p: Problem, accumulated: Tensor, z_y: Tensor, g_zy: Tensor, g_lo: Tensor) -> None:
-    """O → dX = g_zy · w_y + g_lo · O in place, a few rows at a time. [P, H]"""
-    if p.softcap is not None:
-        g_zy = g_zy * (1 - (z_y / p.softcap) ** 2)
+    """O → dX = g_lo · O + (g_zy + g_lo) · w_y in place, a few rows at a time. [P, H]
+
+    The second term is 0 for a loss of p alone, so nothing of the rounding of O is blown up by a difference.
+    """
     kept = p.target != p.ignore_index
-    g_zy, g_lo = torch.where(kept, g_zy * p.scale, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
+    rest = (g_zy + g_lo) * p.epilogue().jacobian(z_y)
+    rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
     target = torch.where(kept, p.target, 0)
     step = max(1, min(1 << 24, p.workspace) // (4 * 8 * p.weight.shape[1]))
     for rows in spans(len(target), step):
         dx = accumulated[rows].to(p.acc_dtype).mul_(g_lo[rows])
-        accumulated[rows] = dx.addcmul_(p.weight[target[rows]].to(p.acc_dtype), g_zy[rows])
+        accumulated[rows] = dx.addcmul_(p.weight[target[rows]].to(p.acc_dtype), rest[rows])
 
 
 def single_pass(

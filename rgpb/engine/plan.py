@@ -83,9 +83,9 @@ def sizes(vocab: int, width: int, weight_dtype: torch.dtype, compute_dtype: torc
     return Sizes(vocab, width, acc, gemm.itemsize, gemm != weight_dtype, weight_dtype.itemsize < 4, device_type)
 
 
-def convert_rows(s: Sizes) -> int:
+def convert_rows(s: Sizes, workspace: int) -> int:
     """Rows of the weight converted at a time, 0 where no conversion is needed."""
-    return min(s.vocab, max(1, CONVERT_BYTES // (s.width * s.gemm))) if s.convert else 0
+    return min(s.vocab, max(1, min(CONVERT_BYTES, workspace // 8) // (s.width * s.gemm))) if s.convert else 0
 
 
 def row_chunk(s: Sizes, workspace: int, tokens: int, accumulator: bool = False) -> tuple[int, int]:
@@ -94,28 +94,33 @@ def row_chunk(s: Sizes, workspace: int, tokens: int, accumulator: bool = False) 
     Raises:
         ValueError: `workspace` doesn't hold one row.
     """
-    fixed = convert_rows(s) * s.width * (s.gemm + s.acc * s.accumulate)
+    fixed = convert_rows(s, workspace) * s.width * (s.gemm + s.acc * s.accumulate)
     if accumulator:
         fixed += s.vocab * (s.width + 1) * 4
-    row = s.vocab * s.acc + s.width * (s.gemm + s.acc)
+    row = s.vocab * s.acc + _row_sides(s)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
     return _rows_that_fit(workspace, fixed, row, s.vocab * s.acc, most, s)
 
 
 def _rows_that_fit(workspace: int, fixed: int, row: int, logits: int, most: int, s: Sizes) -> tuple[int, int]:
-    """(rows, bytes held), at most `most` rows. `row`: bytes of one row, `logits` of them with scratch beside."""
+    """(rows, bytes held), at most `most` rows. `row`: bytes of one row, `logits` of them with four scratch blocks."""
     vocab = logits // s.acc
     block = torch_rows.block_rows(vocab, s.acc, s.device_type)
-    rows = (workspace - fixed) // (row + 2 * logits)
+    rows = (workspace - fixed) // (row + 4 * logits)
     if rows > block:
-        rows = (workspace - fixed - 2 * block * logits) // row
+        rows = (workspace - fixed - 4 * block * logits) // row
     if rows < 1:
         raise ValueError(
-            f"workspace: expected at least {fixed + row + 2 * logits} bytes "
+            f"workspace: expected at least {fixed + row + 4 * logits} bytes "
             f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
-    return rows, fixed + rows * row + 2 * min(rows, block) * logits
+    return rows, fixed + rows * row + 4 * min(rows, block) * logits
+
+
+def _row_sides(s: Sizes) -> int:
+    """Bytes of one row on the [C, H] sides: gathered, converted, times its factor, and a result."""
+    return s.width * (4 + 2 * s.gemm + s.acc)
 
 
 def single_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int]:
@@ -134,9 +139,9 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
     if column:
         step = max(1, min(step, workspace // 2 // column))
-    while step > 1 and workspace - step * column < step * s.acc * 3 + s.width * s.gemm:
+    while step > 1 and workspace - step * column < step * s.acc * 5 + _row_sides(s):
         step = -(-step // 2)
-    row = step * s.acc + s.width * s.gemm
+    row = step * s.acc + _row_sides(s)
     rows, held = _rows_that_fit(workspace, step * column, row, step * s.acc, max(tokens, 1), s)
     return rows, step, held
 

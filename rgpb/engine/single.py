@@ -10,6 +10,7 @@ Dimensions: P positions, B responses, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from rgpb.engine import chunked
 from rgpb.engine.plan import single_chunk
 from rgpb.kernels.torch_rows import Statistics, Upstream
-from rgpb.layout import Layout, Responses, TokenScores
+from rgpb.layout import Layout, Responses, TokenScores, tokens_of_each
 from rgpb.logprob import is_traced, refuse_double_backward, token_scores
 from rgpb.objectives import OBJECTIVES, unit_values
 
@@ -31,8 +32,10 @@ def encode_options(options: dict[str, Any]) -> str:
 
 
 def encodable(options: dict[str, Any]) -> bool:
-    """Whether `encode_options` can carry them."""
-    return all(value is None or isinstance(value, bool | int | float | str) for value in options.values())
+    """Whether `encode_options` can carry them: what a literal can say."""
+    return all(
+        type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)) for value in options.values()
+    )
 
 
 @contextmanager
@@ -43,6 +46,8 @@ def autograd_inside_operator() -> Iterator[None]:
         for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
+        # not through the caller's hooks: checkpointing would take these tensors for its own
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         yield
 
 
@@ -63,7 +68,7 @@ def single_pass(
     kept = chunked.Kept(target, ignore_index)
     chunked.check_rows(problem, kept)
     mask = target != ignore_index
-    count = torch.segment_reduce(mask.double(), "sum", lengths=lengths, axis=0, initial=0.0).long()
+    count = tokens_of_each(mask, lengths)
     units = len(count) // 2 if spec.unit == "pair" else len(count)
     total = hidden.new_zeros((), dtype=torch.float64)
 
@@ -78,7 +83,10 @@ def single_pass(
         def of(statistics: Statistics) -> Upstream:
             def value(z_y: Tensor, lse_other: Tensor) -> Tensor:
                 policy = token_scores(z_y, lse_other, statistics[2], mask=None, entropy=False)
-                seen = Responses(policy, ref, selected(ref_sums, responses), selected(label, responses), part)
+                sums = selected(ref_sums, responses)
+                if spec.couples == "token" and ref is not None:
+                    sums = part.sum(ref.logp)  # of this chunk: parts have to add up
+                seen = Responses(policy, ref, sums, selected(label, responses), part)
                 values = unit_values(spec, seen, chosen_options).sum()
                 return values / units if mean else values
 

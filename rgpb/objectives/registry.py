@@ -16,6 +16,17 @@ from rgpb.layout import Responses, pairs
 
 COUPLES = ("token", "pair", "batch")
 REFS = (None, "sums", "tokens")
+RESERVED = {
+    "objective",
+    "label",
+    "ref",
+    "cu_seqlens",
+    "ignore_index",
+    "reduction",
+    "return_metrics",
+    "impl",
+    "workspace",
+}
 
 
 class Objective(NamedTuple):
@@ -51,7 +62,7 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(
-    name: str | None = None,
+    name: str | Callable[..., Tensor] | None = None,
     *,
     couples: str = "batch",
     unit: str | None = None,
@@ -63,13 +74,16 @@ def objective(
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 
     Args:
-        name: default: the function's own name.
+        name: default: the function's own name. Registering the same function again (a notebook cell) replaces it.
         unit: default: "pair" for `couples="pair"`, else "response".
         couples, ref, label, entropy, entropy_grad: see `Objective`.
 
     Raises:
-        ValueError: a name that is taken, or an unknown value of `couples`, `unit` or `ref`.
+        ValueError: a name that is taken, an unknown value of `couples`, `unit` or `ref`, two that don't go together, or
+            an option that `fused_loss` has already.
     """
+    if callable(name):  # @objective without parentheses
+        return objective()(name)  # type: ignore[return-value]
     for argument, value, expected in (
         ("couples", couples, COUPLES),
         ("unit", unit, (None, "response", "pair")),
@@ -78,12 +92,22 @@ def objective(
         if value not in expected:
             raise ValueError(f"{argument}: expected one of {expected}, got {value!r}")
 
+    if couples == "pair" and unit == "response":
+        raise ValueError("unit: expected 'pair' with couples='pair', got 'response'")
+    if couples == "token" and ref == "sums":
+        raise ValueError("ref: expected 'tokens' or None with couples='token', since parts have to add up; got 'sums'")
+
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         key = name or function.__name__
-        if key in OBJECTIVES:
+        known = OBJECTIVES.get(key)
+        place = (function.__module__, function.__qualname__)
+        if known is not None and (known.function.__module__, known.function.__qualname__) != place:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         kind = unit or ("pair" if couples == "pair" else "response")
         options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[1:]}
+        taken = sorted(set(options) & RESERVED)
+        if taken:
+            raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
         OBJECTIVES[key] = Objective(
             key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, options
         )
@@ -107,11 +131,20 @@ def resolve(objective: str | Callable[..., Tensor]) -> Objective:
 
 
 def unit_values(spec: Objective, responses: Responses, options: dict[str, Any]) -> Tensor:
-    """The objective's values [U], exactly 0 (and without gradient) for units that have no token."""
+    """The objective's values [U], exactly 0 (and without gradient) for units that have no token.
+
+    Raises:
+        ValueError: the function doesn't return one value per response or pair.
+    """
     values = spec.function(responses, **options)
     count = responses.layout.tokens
-    if values.shape != count.shape:
-        if 2 * len(values) != len(count):
-            return values
+    whole, half = (len(count),), (len(count) // 2,)
+    expected = [whole, half] if spec.options is None else [half if spec.unit == "pair" else whole]
+    if not isinstance(values, Tensor) or tuple(values.shape) not in expected:
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"objective: expected {spec.name} to return {' or '.join(map(str, expected))} values, got {shape}"
+        )
+    if tuple(values.shape) != whole:
         count = sum(pairs(count))  # type: ignore[assignment]
     return torch.where(count > 0, values, 0.0)

@@ -62,6 +62,6 @@ def bnf(responses: Responses) -> Tensor:
     c = torch.where(log_odds >= ref.log_odds, 1.0, torch.exp(log_odds - ref.log_odds))
     f_others = -torch.expm1((scores.logp.detach() - ref.logp).clamp(max=0))
     others = torch.where(f_others > 0, f_others * (F.logsigmoid(-log_odds) - scores.other_entropy.detach()), 0.0)
-    value = (1 - f_others) * scores.logp.detach() + others
-    descent = c * scores.logp
-    return -responses.label * responses.mean(descent + (value - descent).detach())
+    own = torch.where(f_others < 1, (1 - f_others) * scores.logp.detach(), 0.0)
+    descent = torch.where(c > 0, c * scores.logp, 0.0)
+    return -responses.label * responses.mean(descent + (own + others - descent).detach())
