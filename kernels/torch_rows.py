@@ -122,12 +122,7 @@ def statistics_(
 
 
 def weights_(
-    z_CV: Tensor,
-    target_C: Tensor,
-    statistics: Statistics,
-    upstream: Upstream,
-    epilogue: Epilogue,
-    out: Tensor | None = None,
+    z_CV: Tensor, statistics: Statistics, upstream: Upstream, epilogue: Epilogue, out: Tensor | None = None
 ) -> Tensor:
     """Products become weights J_k q_k (with g_ho: the gradients themselves) from known statistics; returns r for them.
 

@@ -150,6 +150,16 @@ def test_log_probs_of_any_dtype_are_right_to_1e_5(dtype):
         assert (ours.double() - exact[field]).abs().max() <= 1e-5, field
 
 
+def test_log_probs_of_large_logits_are_right_to_their_rounding():
+    """float32 logits of size 200 have a spacing of 1.5e-5; nothing beyond a few of those is added."""
+    hidden, head, target, _ = batch((4, 9, 1009, 64), torch.float32)
+    hidden = hidden.detach() * 5
+    h, w = hidden.double(), head.weight.detach().double()
+    assert 150 < reference.logits(h, w).abs().max() < 400
+    ours = linear_logprob(hidden, head, target).logp
+    assert (ours.double() - reference.token_scores(h, w, target)["logp"]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_of_every_score(head):
     """gradcheck, with the entropy's gradient, non-uniform and stride-0 upstream gradients, in many chunks."""

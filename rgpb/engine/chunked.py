@@ -336,15 +336,15 @@ def recomputed_(
     y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
     scores, gradients = statistics.at(rows), upstream.at(rows)
     half = z.view(p.gemm_dtype)[:, : z.shape[1]] if p.sizes.gemm == 2 else None
-    r = weights_(z, y, scores, gradients, epilogue, half)
+    r = weights_(z, scores, gradients, epilogue, half)
     e = z if half is None else half
     return e, with_target_(e, y, r, gradients.g_zy * epilogue.jacobian(scores.z_y))
 
 
 def empty_statistics(p: Problem, entropy: bool) -> Statistics:
     """0 at every position [P]."""
-    columns = p.hidden.new_zeros(2 + entropy, len(p.target), dtype=p.acc_dtype)
-    return Statistics(columns[0].clone(), columns[1].clone(), columns[2].clone() if entropy else None)
+    z_y, lse_other, h_o = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(3))
+    return Statistics(z_y, lse_other, h_o if entropy else None)
 
 
 def split_rows(rows: Rows, step: int) -> list[Rows]:
