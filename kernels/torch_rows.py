@@ -77,7 +77,13 @@ def block_rows(vocab: int, itemsize: int, device_type: str) -> int:
 
 
 def statistics_(
-    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, out: Tensor | None = None
+    z_CV: Tensor,
+    target_C: Tensor,
+    epilogue: Epilogue,
+    entropy: bool,
+    out: Tensor | None = None,
+    masses: Tensor | None = None,
+    tile: int = 0,
 ) -> tuple[Statistics, Tensor]:
     """The statistics, and Σ E_k [C]. Products become weights J_k E_k, 0 at the target, in place or in `out`.
 
@@ -85,6 +91,7 @@ def statistics_(
 
     Args:
         out: [C, V] view of 16-bit elements over the first half of each row's own bytes, or None.
+        masses: [C, ⌈V / tile⌉] to be filled with the softmax mass over the other tokens of each `tile` columns.
     """
     columns = [z_CV.new_empty(len(z_CV)) for _ in range(4 if entropy else 3)]
     scratch = _scratch(z_CV)
@@ -109,6 +116,10 @@ def statistics_(
                 shifted.clamp_(min=torch.finfo(z.dtype).min)  # and at tokens that the bias rules out
             mean = shifted.mul_(weights).sum(1) / total
             columns[3][rows] = torch.where(total > 0, total.log() - mean, 0)
+        if masses is not None:
+            for at in range(masses.shape[1]):
+                masses[rows, at] = weights[:, at * tile : (at + 1) * tile].sum(1)
+            masses[rows] /= torch.where(total > 0, total, 1)[:, None]
         if jacobian is not None:
             weights.mul_(jacobian)
         elif epilogue.scale != 1.0:
@@ -147,6 +158,23 @@ def weights_(
         if out is not None:
             out[rows] = z.to(out.dtype)
     return g_lo if g_ho is None else torch.ones_like(g_lo)
+
+
+def gradients_(
+    z_CV: Tensor,
+    target_C: Tensor,
+    scores: Statistics,
+    upstream: Upstream,
+    epilogue: Epilogue,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Raw products → (E, r) with D = diag(r) E, from known statistics; in place or in `out`, as `statistics_`.
+
+    A negative target lies in another slice of the vocabulary.
+    """
+    r = weights_(z_CV, scores, upstream, epilogue, out)
+    e = z_CV if out is None else out
+    return e, with_target_(e, target_C, r, upstream.g_zy * epilogue.jacobian(scores.z_y))
 
 
 def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -> Tensor:

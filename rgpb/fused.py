@@ -18,15 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rgpb.engine.plan import DEFAULT_WORKSPACE, Plan, plan, sizes
+from rgpb.engine import skipping
+from rgpb.engine.plan import DEFAULT_WORKSPACE, Plan
 from rgpb.engine.single import encodable, encode_options
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, pairs, tokens_of_each
-from rgpb.logprob import check_inputs, compute_dtype, linear_logprob, raw_scores, token_scores
+from rgpb.logprob import (
+    check_inputs,
+    compute_dtype,
+    linear_logprob,
+    plan_call,
+    raw_scores,
+    resolve_impl,
+    token_scores,
+)
 from rgpb.objectives import OBJECTIVES, Objective, resolve, unit_values
 
 Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 REDUCTIONS = ("mean", "sum", "none")
+HOW = ("impl", "engine", "grad_tolerance", "sort_vocab", "workspace")  # what changes how a loss is computed, not what
 
 
 def fused_loss(
@@ -42,6 +52,9 @@ def fused_loss(
     reduction: str = "mean",
     return_metrics: bool = False,
     impl: str = "auto",
+    engine: str = "auto",
+    grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
     **options: Any,
 ) -> Any:
@@ -63,7 +76,10 @@ def fused_loss(
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
         return_metrics: also return a dict of detached 0-d tensors (`metrics`).
-        impl: "auto" or "torch".
+        impl, engine: who does the work and how; "auto" takes what is predicted to be fastest. See `linear_logprob`.
+        grad_tolerance, sort_vocab: let the weight's gradient leave out what is provably small; see `linear_logprob`.
+            The metrics `skipped/bound` and `skipped/share` (`rgpb.engine.skipping.Skipped`) are filled in by the
+            backward.
         workspace: bytes held at most beyond inputs and gradients; default 512 MiB.
         **options: the objective's own (`beta`, …).
 
@@ -76,6 +92,7 @@ def fused_loss(
     """
     head = check_inputs(hidden, head, target, impl, workspace)
     spec = resolve(objective)
+    tolerance = skipping.check(grad_tolerance, sort_vocab, spec.entropy_grad, head.weight.dtype)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     unknown = [] if spec.options is None else [option for option in options if option not in spec.options]
@@ -89,22 +106,32 @@ def fused_loss(
         )
     label = check_label(spec, label, layout.responses, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    chosen = call_plan(hidden, head, spec, reduction, workspace, options)
+    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance)
+    report = hidden.new_empty(0)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
             hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1),
             _lengths(layout, target), label,
             None if ref_scores is None else ref_scores.logp, None if ref_scores is None else ref_scores.log_odds,
             ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale,
-            ignore_index, workspace, compute_dtype(hidden), hidden.requires_grad, head.weight.requires_grad,
-            head.bias is not None and head.bias.requires_grad,
+            ignore_index, workspace, compute_dtype(hidden), chosen.impl, chosen.engine, hidden.requires_grad,
+            head.weight.requires_grad, head.bias is not None and head.bias.requires_grad,
         )[:4]  # fmt: skip
         z_y, lse_other, h_o = raw[0], raw[1], raw[2] if spec.entropy else None
     else:
-        z_y, lse_other, h_o = (
-            None if x is None else x.view(-1)
-            for x in raw_scores(hidden, head, target, ignore_index, spec.entropy, spec.entropy_grad, workspace)
-        )  # type: ignore[assignment]
+        *raw, report = raw_scores(
+            hidden,
+            head,
+            target,
+            ignore_index,
+            spec.entropy,
+            spec.entropy_grad,
+            chosen,
+            tolerance,
+            sort_vocab,
+            workspace,
+        )
+        z_y, lse_other, h_o = (None if x is None else x.view(-1) for x in raw)  # type: ignore[assignment]
     if h_o is not None and not spec.entropy_grad:
         h_o = h_o.detach()
     responses = Responses(
@@ -118,7 +145,11 @@ def fused_loss(
     if not return_metrics:
         return loss
     with torch.no_grad():
-        return loss, metrics(responses, spec, options)
+        measured = metrics(responses, spec, options)
+    if len(report):
+        skipped = skipping.Skipped.read(report)
+        measured |= {"skipped/bound": skipped.bound.view(target.shape), "skipped/share": skipped.share}
+    return loss, measured
 
 
 def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -160,24 +191,16 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
 
 
 def call_plan(
-    hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any]
-) -> Plan:
+    hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
+    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+) -> Plan:  # fmt: skip
     """What `fused_loss` will run for these arguments."""
-    vocab, width = head.weight.shape
-    grad = torch.is_grad_enabled()
-    bias_grad = head.bias is not None and head.bias.requires_grad
     registered = OBJECTIVES.get(spec.name) is spec and encodable(options)
-    return plan(
-        hidden.numel() // width,
-        sizes(vocab, width, head.weight.dtype, compute_dtype(hidden), hidden.device.type),
-        hidden_grad=grad and hidden.requires_grad,
-        weight_grad=grad and (head.weight.requires_grad or bias_grad),
-        couples=spec.couples if registered else "batch",
-        scalar=reduction != "none",
-        half=torch.float16 in (hidden.dtype, head.weight.dtype, compute_dtype(hidden)),
-        entropy_grad=spec.entropy_grad,
-        workspace=workspace,
-    )
+    return plan_call(
+        hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
+        couples=spec.couples if registered else "batch", scalar=reduction != "none", entropy_grad=spec.entropy_grad,
+        skipping=grad_tolerance is not None,
+    )  # fmt: skip
 
 
 def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
@@ -326,7 +349,7 @@ def _loss(name: str) -> Callable[..., Any]:
     keywords = [inspect.signature(spec.function).parameters[option] for option in spec.options or ()]
     keywords += [
         shared[n].replace(default=inspect.Parameter.empty) if n == "ref" else shared[n]
-        for n in ("ref", "cu_seqlens", "ignore_index", "reduction", "return_metrics", "impl", "workspace")
+        for n in ("ref", "cu_seqlens", "ignore_index", "reduction", "return_metrics", *HOW)
         if n != "ref" or spec.ref is not None
     ]
     loss.__name__ = loss.__qualname__ = f"{name}_loss"

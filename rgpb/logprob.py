@@ -8,19 +8,23 @@ Dimensions: P positions, V vocabulary, H hidden size.
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rgpb.engine import chunked
-from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine import chunked, skipping
+from rgpb.engine.plan import DEFAULT_WORKSPACE, ENGINES, MASS_TILE, Plan, architecture, plan, sizes
 from rgpb.head import LMHead, as_head
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import TokenScores
 
-IMPLEMENTATIONS = ("auto", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +36,9 @@ def linear_logprob(
     ignore_index: int = -100,
     entropy: bool = False,
     impl: str = "auto",
+    engine: str = "auto",
+    grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
 ) -> TokenScores:
     """Score each target token under softmax(head(hidden)), without the logits.
@@ -46,7 +53,14 @@ def linear_logprob(
         target: int64 [...], the token that `hidden` at the same place predicts; or `ignore_index`.
         ignore_index: positions with this target cost nothing and score 0.
         entropy: also fill `entropy` and `other_entropy`.
-        impl: "torch", or "auto", which takes the fastest that is available.
+        impl: who does the row work: "triton" (CUDA and ROCm), "torch", or "auto": Triton on a GPU where it is there.
+        engine: "chunked" (library products, row kernels), "tiled" (Triton kernels that never write a logit), or "auto":
+            whichever `rgpb.engine.plan` predicts to be faster.
+        grad_tolerance: lets the weight's gradient leave out what is provably small: of ∂L/∂logits at most this share of
+            the batch's largest coefficient, in the L1 norm of each row. "auto": one rounding unit of the weight's
+            dtype. Default None: nothing is left out. The gradient of `hidden` stays whole. See `rgpb.engine.skipping`.
+        sort_vocab: with `grad_tolerance`, order the vocabulary by its estimated mass first, so that what can be left
+            out lies together.
         workspace: bytes held at most beyond inputs, gradients and a few numbers per token; default 512 MiB.
 
     Returns:
@@ -54,25 +68,80 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, a target outside [0, V) other than `ignore_index`,
-            hidden states that aren't finite, an unknown `impl`, or a `workspace` too small for one row.
+            hidden states that aren't finite, an `impl` or `engine` that is unknown or can't serve the request, a
+            `grad_tolerance` with `entropy` (whose gradient has no such bound), or a `workspace` too small for one row.
 
     Source: the log-odds form is this library's; the pull-back is Lemma 4.1 of Tuan & Wang 2024 (arXiv 2408.16751).
     """
     head = check_inputs(hidden, head, target, impl, workspace)
-    raw = raw_scores(hidden, head, target, ignore_index, entropy, entropy, workspace)
-    return token_scores(*raw, mask=target != ignore_index, entropy=entropy)
+    tolerance = skipping.check(grad_tolerance, sort_vocab, entropy, head.weight.dtype)
+    impl = resolve_impl(impl, hidden.device)
+    chosen = plan_call(hidden, head, impl, engine, workspace, entropy_grad=entropy, skipping=tolerance is not None)
+    z_y, lse_other, h_o, _ = raw_scores(
+        hidden, head, target, ignore_index, entropy, entropy, chosen, tolerance, sort_vocab, workspace
+    )
+    return token_scores(z_y, lse_other, h_o, mask=target != ignore_index, entropy=entropy)
 
 
 def raw_scores(
-    hidden: Tensor, head: LMHead, target: Tensor, ignore_index: int, entropy: bool, entropy_grad: bool, workspace: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(z_y, lse_other, H_o) in the shape of `target`; H_o None unless asked for. Inputs are checked already."""
+    hidden: Tensor, head: LMHead, target: Tensor, ignore_index: int, entropy: bool, entropy_grad: bool, chosen: Plan,
+    tolerance: float | None, sort_vocab: bool, workspace: int,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """(z_y, lse_other, H_o) in the shape of `target`, H_o None unless asked for, and what the backward reports of
+    skipping (`skipping.Skipped.read`). Inputs are checked already."""
     keep = torch.is_grad_enabled() and hidden.requires_grad and not entropy_grad
-    z_y, lse_other, h_o, _ = torch.ops.rgpb.score(
+    skip = tolerance is not None and chosen.path == "two_pass"
+    z_y, lse_other, h_o, *_, report = torch.ops.rgpb.score(
         hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), head.softcap, head.scale,
-        ignore_index, entropy, keep, workspace, compute_dtype(hidden),
+        ignore_index, workspace, compute_dtype(hidden), chosen.impl, chosen.engine, entropy, keep,
+        tolerance if skip else None, sort_vocab and skip,
     )  # fmt: skip
-    return z_y.view(target.shape), lse_other.view(target.shape), h_o.view(target.shape) if entropy else None
+    shape = target.shape
+    return z_y.view(shape), lse_other.view(shape), h_o.view(shape) if entropy else None, report
+
+
+def plan_call(
+    hidden: Tensor, head: LMHead, impl: str, engine: str, workspace: int, **request: Any
+) -> Plan:  # fmt: skip
+    """What will run for these tensors; `impl` is resolved already, `request` goes to `rgpb.engine.plan.plan`."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    vocab, width = head.weight.shape
+    grad, bias = torch.is_grad_enabled(), head.bias
+    dtype = compute_dtype(hidden)
+    shape = sizes(
+        vocab, width, head.weight.dtype, dtype, hidden.device.type, impl, arch=architecture(hidden.device)
+    )  # fmt: skip
+    return plan(
+        hidden.numel() // width,
+        shape,
+        hidden_grad=grad and hidden.requires_grad,
+        weight_grad=grad and (head.weight.requires_grad or (bias is not None and bias.requires_grad)),
+        half=torch.float16 in (hidden.dtype, head.weight.dtype, dtype),
+        engine=engine,
+        workspace=workspace,
+        **request,
+    )
+
+
+def resolve_impl(impl: str, device: torch.device) -> str:
+    """ "auto" → the fastest that is there; a named one that isn't is refused.
+
+    Raises:
+        ValueError: impl="triton" without Triton, or on a device that it has no kernels for.
+    """
+    if impl == "torch":
+        return impl
+    reason = None
+    if not HAS_TRITON:
+        reason = "the package triton isn't installed"
+    elif device.type != "cuda" and not INTERPRETED:
+        reason = f"Triton has no kernels for the device {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
+    if impl == "auto":
+        return "torch" if reason or device.type != "cuda" else "triton"
+    if reason:
+        raise ValueError(f"impl: expected 'auto' or 'torch', since {reason}; got 'triton'")
+    return impl
 
 
 def token_scores(
@@ -160,23 +229,35 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
 @torch.library.custom_op("rgpb::score", mutates_args=())
 def _score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softcap: float | None, scale: float,
-    ignore_index: int, entropy: bool, accumulate: bool, workspace: int, compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(z_y, lse_other, H_o, O) of `chunked.score`."""
-    problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
+    ignore_index: int, workspace: int, compute_dtype: torch.dtype, impl: str, engine: str, entropy: bool,
+    accumulate: bool, tolerance: float | None, sort_vocab: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`chunked.Scored`, and room for the report of `skipping`: NaN, until a backward fills it in."""
+    problem = chunked.Problem(
+        hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine
+    )
+    skip = tolerance is not None
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked.score(problem, entropy, accumulate)
+        scored = chunked.score(problem, entropy, accumulate, skip, sort_vocab)
+    return *scored, hidden.new_full((len(target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)  # type: ignore[return-value]
 
 
 @_score.register_fake
-def _(hidden, weight, bias, target, softcap, scale, ignore_index, entropy, accumulate, workspace, compute_dtype):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine, entropy,
+    accumulate, tolerance, sort_vocab,
+):  # fmt: skip
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    positions, nothing = target.shape, (0,)
+    positions, nothing, skip = target.shape, (0,), tolerance is not None
+    tiles = -(-weight.shape[0] // MASS_TILE)
     return (
         hidden.new_empty(positions, dtype=acc),
         hidden.new_empty(positions, dtype=acc),
         hidden.new_empty(positions if entropy else nothing, dtype=acc),
         torch.empty_like(hidden) if accumulate else hidden.new_empty(nothing),
+        hidden.new_empty((*positions, tiles) if skip else nothing, dtype=acc),
+        target.new_empty(weight.shape[0] if sort_vocab else 0),
+        hidden.new_empty((positions[0] + 1) if skip else 0, dtype=torch.float32),
     )
 
 
@@ -193,30 +274,40 @@ def _finish_hidden_(
         chunked.finish_hidden_(problem, accumulated, z_y, g_zy, g_lo)
 
 
-@torch.library.custom_op("rgpb::pull_back", mutates_args=())
+@torch.library.custom_op("rgpb::pull_back", mutates_args=("report",))
 def _pull_back(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, z_y: Tensor, lse_other: Tensor,
-    h_o: Tensor | None, g_zy: Tensor, g_lo: Tensor, g_ho: Tensor | None, softcap: float | None, scale: float,
-    ignore_index: int, workspace: int, compute_dtype: torch.dtype, need_hidden: bool,
-    need_weight: bool, need_bias: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softcap: float | None, scale: float,
+    ignore_index: int, workspace: int, compute_dtype: torch.dtype, impl: str, engine: str,
+    z_y: Tensor, lse_other: Tensor, h_o: Tensor | None, g_zy: Tensor, g_lo: Tensor, g_ho: Tensor | None,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+    masses: Tensor, order: Tensor, tolerance: float | None, report: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias from recomputed logits; empty where not needed."""
-    problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
+    """Gradients of hidden, weight and bias from recomputed logits; empty where not needed.
+
+    With a tolerance `report` gets the bound of each position and the share of tiles that were skipped.
+    """
+    problem = chunked.Problem(
+        hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine
+    )
     statistics, upstream = Statistics(z_y, lse_other, h_o), Upstream(g_zy, g_lo, g_ho)
+    dhidden, dweight, dbias = hidden.new_empty(0), None, None
     with torch.autocast(hidden.device.type, enabled=False):
-        dhidden = chunked.hidden_gradient(problem, statistics, upstream) if need_hidden else hidden.new_empty(0)
-        dweight, dbias = (
-            chunked.head_gradient(problem, statistics, upstream, need_weight, need_bias)
-            if need_weight or need_bias
-            else (None, None)
-        )
+        if need_hidden:
+            dhidden = chunked.hidden_gradient(problem, statistics, upstream)
+        if need_weight or need_bias:
+            if len(order):
+                problem = problem.ordered(order)
+            rows_of = None
+            if tolerance is not None:
+                rows_of = skipping.choose(problem.target, ignore_index, masses, upstream, tolerance, report)
+            dweight, dbias = chunked.head_gradient(problem, statistics, upstream, need_weight, need_bias, rows_of)
     return dhidden, weight.new_empty(0) if dweight is None else dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 @_pull_back.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, z_y, lse_other, h_o, g_zy, g_lo, g_ho, softcap, scale, ignore_index, workspace,
-    compute_dtype, need_hidden, need_weight, need_bias,
+    hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine, z_y, lse_other,
+    h_o, g_zy, g_lo, g_ho, need_hidden, need_weight, need_bias, masses, order, tolerance, report,
 ):  # fmt: skip
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
@@ -227,11 +318,12 @@ def _(  # type: ignore[no-untyped-def]
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, *ctx.options = inputs
-    z_y, lse_other, h_o, accumulated = output
+    z_y, lse_other, h_o, accumulated, *skipped = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(accumulated)
+    ctx.mark_non_differentiable(accumulated, *skipped, *([] if ctx.options[7] else [h_o]))
     # The sum O becomes dX in place, so it is held once and given away; a second backward recomputes.
-    ctx.accumulated = [accumulated] if ctx.options[4] else []
+    ctx.accumulated = [accumulated] if ctx.options[8] else []
+    ctx.skipped = skipped
     ctx.save_for_backward(hidden, weight, bias, target, z_y, lse_other, h_o)
 
 
@@ -248,10 +340,11 @@ def refuse_double_backward() -> None:
         )
 
 
-def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor | None, _: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor | None, *_: None) -> tuple[Any, ...]:
     refuse_double_backward()
     hidden, weight, bias, target, z_y, lse_other, h_o = ctx.saved_tensors
-    softcap, scale, ignore_index, entropy, _, workspace, dtype = ctx.options
+    *options, entropy, _, tolerance, _ = ctx.options
+    softcap, scale, ignore_index, workspace = options[:4]
     g_zy, g_lo = (torch.zeros_like(z_y) if g is None else g.contiguous() for g in (g_zy, g_lo))
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     dhidden = None
@@ -263,12 +356,15 @@ def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor |
         need_hidden = False
     recomputed: tuple[Any, ...] = (None, None, None)
     if need_hidden or need_weight or need_bias:
+        masses, order, report = ctx.skipped
+        if is_traced(report):  # a report can't be filled in later there
+            report = report.clone()
         recomputed = torch.ops.rgpb.pull_back(
-            hidden, weight, bias, target, z_y, lse_other, h_o if entropy else None, g_zy, g_lo, g_ho, softcap, scale,
-            ignore_index, workspace, dtype, need_hidden, need_weight, need_bias,
+            hidden, weight, bias, target, *options, z_y, lse_other, h_o if entropy else None, g_zy, g_lo, g_ho,
+            need_hidden, need_weight, need_bias, masses, order, tolerance, report,
         )  # fmt: skip
     made = [r if need else None for r, need in zip(recomputed, (need_hidden, need_weight, need_bias))]
-    return made[0] if dhidden is None else dhidden, made[1], made[2], *[None] * 8
+    return made[0] if dhidden is None else dhidden, made[1], made[2], *[None] * 12
 
 
 _score.register_autograd(_backward, setup_context=_setup)

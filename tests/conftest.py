@@ -1,5 +1,7 @@
 """Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN."""
 
+import os
+
 import pytest
 import torch
 
@@ -14,6 +16,9 @@ def poisoned_empty():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
 
 
 def pytest_addoption(parser):

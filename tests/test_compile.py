@@ -76,43 +76,27 @@ def test_compiles_with_inductor(given, step):
 
 def test_operators_pass_opcheck(given):
     hidden, weight, bias, target, ref = given
-    flat = hidden.detach().view(-1, H).requires_grad_()
-    tail = (5.0, 0.5, -100, 1 << 20, torch.float32)
-    opcheck(torch.ops.rgpb.score, (flat, weight, bias, target.view(-1), *tail[:3], True, True, *tail[3:]))
+    flat, y = hidden.detach().view(-1, H).requires_grad_(), target.view(-1)
+    how = (5.0, 0.5, -100, 1 << 20, torch.float32, "torch", "chunked")
+    opcheck(torch.ops.rgpb.score, (flat, weight, bias, y, *how, True, True, None, False))
     label, lengths = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.full((B,), T)
     for name, extra in (
         ("bnf", (label, ref.logp.view(-1), ref.log_odds.view(-1), None)),
         ("dpo", (None, None, None, ref.logp.sum(1).double())),
     ):
-        opcheck(
-            torch.ops.rgpb.single_pass,
-            (flat, weight, bias, target.view(-1), lengths, *extra, name, "", True, *tail, True, True, True),
-        )
-    z_y, lse_other, h_o, _ = torch.ops.rgpb.score(
-        flat.detach(), weight.detach(), bias.detach(), target.view(-1), *tail[:3], True, False, *tail[3:]
-    )
+        arguments = (flat, weight, bias, y, lengths, *extra, name, "", True, *how, True, True, True)
+        opcheck(torch.ops.rgpb.single_pass, arguments)
+    plain = (flat.detach(), weight.detach(), bias.detach(), y, *how)
+    z_y, lse_other, h_o, *_ = torch.ops.rgpb.score(*plain, True, False, None, False)
     g = torch.randn(3, B * T)
-    opcheck(
-        torch.ops.rgpb.pull_back,
-        (
-            flat.detach(),
-            weight.detach(),
-            bias.detach(),
-            target.view(-1),
-            z_y,
-            lse_other,
-            h_o,
-            *g,
-            *tail,
-            True,
-            True,
-            True,
-        ),
-    )
-    opcheck(
-        torch.ops.rgpb.finish_hidden_,
-        (torch.randn(B * T, H), weight.detach(), target.view(-1), z_y, *g[:2], *tail[:4]),
-    )
+    nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64), None, torch.empty(0))
+    opcheck(torch.ops.rgpb.pull_back, (*plain, z_y, lse_other, h_o, *g, True, True, True, *nothing))
+    static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
+    opcheck(torch.ops.rgpb.score, (*plain, False, False, 0.1, True), test_utils=static)
+    masses, order, report = torch.ops.rgpb.score(*plain, False, False, 0.1, True)[4:]
+    skipping = (*plain, z_y, lse_other, None, *g[:2], None, False, True, True, masses, order, 0.1, report)
+    opcheck(torch.ops.rgpb.pull_back, skipping)
+    opcheck(torch.ops.rgpb.finish_hidden_, (torch.randn(B * T, H), weight.detach(), y, z_y, *g[:2], *how[:4]))
 
 
 @pytest.mark.parametrize("selective", [False, True])

@@ -173,7 +173,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"bench needs {' and '.join(missing)}: pip install 'rgpb[bench]'")
     if a.render is not None:
         report = read(a.render)
-        plot(report, a.render.with_suffix(".png"))
+        if report.rows:
+            plot(report, a.render.with_suffix(".png"))
         print(markdown(report), end="")
         return 0
     if a.device == "cuda" and not torch.cuda.is_available():

@@ -1,12 +1,13 @@
-"""The chunk loops: library products into one reused buffer, row kernels between them.
+"""The loops over chunks of rows and slices of the vocabulary, and how the chunked engine makes what they multiply.
 
     score            Z = X Wᵀ → (z_y, lse_other, H_o), and O = Q W − w_y where the hidden gradient will be asked for
     single_pass      the same, and at once D from the chunk's coefficients: dX = D W, dW += Dᵀ X
     head_gradient    Z again, slice by slice of V: dW = Dᵀ X finished per slice
     hidden_gradient  Z again, dX = D W (only where the entropy has a gradient)
 
-D = diag(r) E as the row kernels leave it. With Q the softmax over the other tokens and O = Q W − w_y,
-dX = g_lo · O + (g_zy + g_lo) · w_y needs no second look at the logits.
+D = diag(r) E as the kernels leave it; r is None where it is all 1. `Products` makes E by library products into one
+reused buffer and row kernels over it; `tiled.Tiles` overrides just that. With Q the softmax over the other tokens and
+O = Q W − w_y, dX = g_lo · O + (g_zy + g_lo) · w_y needs no second look at the logits.
 All loops run without autograd and without autocast, over the rows that aren't ignored.
 
 Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
@@ -15,19 +16,24 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rgpb.engine import plan
 from rgpb.engine.plan import Sizes, convert_rows, row_chunk, single_chunk, sizes, slice_chunk
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream, statistics_, weights_, with_target_
+from rgpb.kernels import torch_rows
+from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 Rows = slice | Tensor
 
 
 class Problem(NamedTuple):
-    """One call, flattened: hidden [P, H], weight [V, H], bias [V] or None, target int64 [P]."""
+    """One call, flattened: hidden [P, H], weight [V, H], bias [V] or None, target int64 [P].
+
+    With `order` the vocabulary is taken in that order, and `target` and `bias` are already in it.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -38,11 +44,29 @@ class Problem(NamedTuple):
     ignore_index: int
     workspace: int
     compute_dtype: torch.dtype
+    impl: str = "torch"
+    engine: str = "chunked"
+    order: Tensor | None = None
 
     @property
     def sizes(self) -> Sizes:
         vocab, width = self.weight.shape
-        return sizes(vocab, width, self.weight.dtype, self.compute_dtype, self.weight.device.type)
+        made = sizes(
+            vocab, width, self.weight.dtype, self.compute_dtype, self.weight.device.type, self.impl, self.engine
+        )
+        return made if self.order is None else made._replace(convert=True)
+
+    def ordered(self, order: Tensor) -> Problem:
+        """The same with the vocabulary in that order. int64 [V]."""
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        target = torch.where(self.target == self.ignore_index, self.ignore_index, place[self.target.clamp(min=0)])
+        bias = None if self.bias is None else self.bias[order]
+        return self._replace(order=order, target=target, bias=bias)
+
+    def weight_rows(self, part: slice) -> Tensor:
+        """The head's rows for entries `part` of the vocabulary, as it is stored. [S, H]"""
+        return self.weight[part if self.order is None else self.order[part]]
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -75,32 +99,54 @@ class Kept:
         return torch.cat([self.index[start:stop] for start, stop in ranges])
 
 
+class TokenTerms(NamedTuple):
+    """A token-wise loss that the Triton row kernels have themselves, for the rows of a chunk.
+
+    Attributes:
+        loss: of `triton_rows.TOKEN_LOSSES`.
+        weight: factor of each token's loss, [C]; negative for a rejected one.
+        ref: (log p, log-odds) of the reference, [C] each, or None.
+        entropy: whether its value needs H_o.
+        add: takes the tokens' losses.
+    """
+
+    loss: str
+    weight: Tensor
+    ref: tuple[Tensor, Tensor] | None
+    entropy: bool
+    add: Callable[[Tensor], object]
+
+
 class Products:
-    """The matrix products of one sweep, with their buffers."""
+    """The matrix products of one sweep over all of V, with their buffers; chunked: logits in float32, row kernels."""
 
     def __init__(self, p: Problem, rows: int):
         self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
-        vocab, width = p.weight.shape
-        self.logits_buffer = p.hidden.new_empty(rows, vocab, dtype=p.acc_dtype)
-        self.converted = p.hidden.new_empty(convert_rows(self.sizes, p.workspace), width, dtype=self.dtype)
+        self.converted = p.hidden.new_empty(convert_rows(self.sizes, p.workspace), p.weight.shape[1], dtype=self.dtype)
         self.half = self.dtype.itemsize == 2
         self.epilogue = p.epilogue()
+        self.buffer = self.empty(rows)
+        self.at_hand: tuple[Tensor, Tensor | None]
+
+    def empty(self, rows: int) -> Tensor:
+        """The buffer of logits. [C, V]"""
+        return self.p.hidden.new_empty(rows, self.p.weight.shape[0], dtype=self.p.acc_dtype)
 
     def inputs(self, rows: Rows) -> Tensor:
         return self.p.hidden[rows].to(self.dtype)
 
     def weight(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the products' dtype: whole where it is, else converted slice by slice."""
+        """The weight in the products' dtype and order: whole where it is, else converted slice by slice."""
         if not self.sizes.convert:
             yield slice(0, self.sizes.vocab), self.p.weight
             return
         for part in spans(self.sizes.vocab, len(self.converted)):
             converted = self.converted[: part.stop - part.start]
-            yield part, converted.copy_(self.p.weight[part])
+            yield part, converted.copy_(self.p.weight_rows(part))
 
     def logits(self, x_CH: Tensor) -> Tensor:
         """X Wᵀ in float32 (float64) before anything is rounded. [C, V]"""
-        z = self.logits_buffer[: len(x_CH)]
+        z = self.buffer[: len(x_CH)]
         for part, weight in self.weight():
             mm(x_CH, weight.t(), z[:, part])
         return z
@@ -109,24 +155,89 @@ class Products:
         """16-bit [C, V] over the first half of each row's bytes, where the products take 16-bit operands."""
         return z_CV.view(self.dtype)[:, : z_CV.shape[1]] if self.half else None
 
-    def statistics(self, rows: Rows, into: Statistics) -> tuple[Tensor, Tensor]:
-        """Score `rows` into `into`; the weights [C, V] at hand, and their sums [C]."""
-        z = self.logits(self.inputs(rows))
-        scores, total = statistics_(z, self.p.target[rows], self.epilogue, into.h_o is not None, self.half_view(z))
-        for column, value in zip(into, scores):
-            if column is not None:
-                column[rows] = value
-        return z if not self.half else self.half_view(z), total  # type: ignore[return-value]
+    def score(self, rows: Rows, into: Statistics, keep: bool, masses: Tensor | None = None) -> None:
+        """Statistics of `rows` into `into`, masses of each MASS_TILE columns into `masses` [P, T].
 
-    def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor) -> None:
+        keep: E is asked for next, by `gradient`.
+        """
+        z, entropy = self.logits(self.inputs(rows)), into.h_o is not None
+        if self.p.impl == "torch":
+            made = None if masses is None else masses.new_empty(len(z), masses.shape[1])
+            e = self.half_view(z)
+            scores, total = torch_rows.statistics_(
+                z, self.p.target[rows], self.epilogue, entropy, e, made, plan.MASS_TILE
+            )
+            self.at_hand = (z if e is None else e), total
+        else:
+            tile = None if masses is None else plan.MASS_TILE
+            scores, made = triton_rows().statistics(z, self.p.target[rows], self.epilogue, entropy, tile)
+            self.at_hand = z, None
+        fill(into, scores, rows)
+        if masses is not None:
+            masses[rows] = made  # type: ignore[assignment]
+
+    def gradient(self, rows: Rows, scores: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
+        """(E, r) of the rows scored last."""
+        z, total = self.at_hand
+        target = self.p.target[rows]
+        if total is None:
+            return triton_rows().gradients_(z, target, scores, upstream, self.epilogue, self.half_view(z))
+        r = torch.where(total > 0, upstream.g_lo / total, 0)
+        return z, torch_rows.with_target_(z, target, r, upstream.g_zy * self.epilogue.jacobian(scores.z_y))
+
+    def token_loss(self, rows: Rows, into: Statistics, terms: TokenTerms) -> Tensor:
+        """Score `rows`, and at once E of a token-wise loss (r is None)."""
+        z = self.logits(self.inputs(rows))
+        scores, value, e = triton_rows().token_loss_(
+            z, self.p.target[rows], terms.loss, terms.weight, terms.ref, self.epilogue, terms.entropy, self.half_view(z)
+        )
+        terms.add(value)
+        fill(into, scores, rows)
+        return e
+
+    def again(self, rows: Rows, scores: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
+        """(E, r) of rows whose statistics are known."""
+        z = self.logits(self.inputs(rows))
+        return row_kernels(self.p).gradients_(
+            z, self.p.target[rows], scores, upstream, self.epilogue, self.half_view(z)
+        )
+
+    def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None) -> None:
         """out[rows] = diag(r) E W, straight into place where the rows are a view of the right dtype."""
         in_place = isinstance(rows, slice) and out_PH.dtype == e_CV.dtype
         dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
         for part, weight in self.weight():
             mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
-        dx.mul_(r[:, None])
+        if r is not None:
+            dx.mul_(r[:, None])
         if not in_place:
             out_PH[rows] = dx.to(out_PH.dtype)
+
+
+def triton_rows() -> Any:
+    """The Triton row kernels, imported when first needed."""
+    from rgpb.kernels import triton_rows
+
+    return triton_rows
+
+
+def row_kernels(p: Problem) -> Any:
+    return torch_rows if p.impl == "torch" else triton_rows()
+
+
+def products_of(p: Problem, rows: int) -> Products:
+    """What makes E for chunks of up to `rows` rows, on the problem's engine; 0 rows: it will only score."""
+    if p.engine == "tiled":
+        from rgpb.engine.tiled import Tiles
+
+        return Tiles(p, rows)
+    return Products(p, rows)
+
+
+def fill(into: Statistics, scores: Statistics, rows: Rows) -> None:
+    for column, value in zip(into, scores):
+        if column is not None:
+            column[rows] = value
 
 
 class HeadSum:
@@ -140,12 +251,12 @@ class HeadSum:
         if weight and products.sizes.accumulate and chunks > 1:
             self.sum = torch.empty_like(p.weight, dtype=torch.float32)
 
-    def add(self, e_CV: Tensor, r: Tensor, rows: Rows) -> None:
+    def add(self, e_CV: Tensor, r: Tensor | None, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
         if self.dbias is not None:
-            mm(e_CV.t(), r[:, None].to(e_CV.dtype), self.dbias, accumulate=not self.fresh)
+            mm(e_CV.t(), ones_or(r, e_CV), self.dbias, accumulate=not self.fresh)
         if self.sum is not None:
-            x = (self.p.hidden[rows] * r[:, None]).to(e_CV.dtype)
+            x = times(self.p.hidden[rows], r).to(e_CV.dtype)
             if self.sum.dtype == e_CV.dtype or self.products.half:
                 mm(e_CV.t(), x, self.sum, accumulate=not self.fresh)
             else:  # a 16-bit result of float32 operands passes through float32, slice by slice
@@ -160,6 +271,15 @@ class HeadSum:
         if self.dweight is not None and self.sum is not None and self.sum is not self.dweight:
             self.dweight.copy_(self.sum)
         return self.dweight, None if self.dbias is None else self.dbias.view(-1).to(self.p.weight.dtype)
+
+
+def times(x_CH: Tensor, r: Tensor | None) -> Tensor:
+    return x_CH if r is None else x_CH * r[:, None]
+
+
+def ones_or(r: Tensor | None, like_CV: Tensor) -> Tensor:
+    """r as a column [C, 1] in the operands' dtype."""
+    return like_CV.new_ones(len(like_CV), 1) if r is None else r[:, None].to(like_CV.dtype)
 
 
 def spans(total: int, step: int) -> Iterator[slice]:
@@ -207,22 +327,67 @@ def check_rows(p: Problem, kept: Kept) -> None:
         raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {at}")
 
 
-def score(p: Problem, entropy: bool, accumulate: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(z_y, lse_other, H_o) [P], 0 at ignored positions, and O [P, H] in the hidden dtype; the last two on demand."""
+class Scored(NamedTuple):
+    """What `score` returns; the last three are empty unless asked for.
+
+    Attributes:
+        z_y, lse_other: [P], 0 at ignored positions.
+        h_o: [P].
+        accumulated: O [P, H], in the hidden states' dtype.
+        masses: softmax mass over the other tokens of each MASS_TILE columns, float32 [P, T].
+        order: int64 [V], the order of the vocabulary's columns that `masses` are in.
+    """
+
+    z_y: Tensor
+    lse_other: Tensor
+    h_o: Tensor
+    accumulated: Tensor
+    masses: Tensor
+    order: Tensor
+
+
+def score(p: Problem, entropy: bool, accumulate: bool, masses: bool = False, sort_vocab: bool = False) -> Scored:
+    """The statistics of each position, and what the backward will ask for."""
     kept = Kept(p.target, p.ignore_index)
     check_rows(p, kept)
+    order = p.target.new_empty(0)
+    if sort_vocab:
+        order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
+        p = p.ordered(order)
     scores = empty_statistics(p, entropy)
     accumulated = torch.zeros_like(p.hidden) if accumulate else p.hidden.new_empty(0)
-    step, _ = row_chunk(p.sizes, p.workspace, kept.count)
-    products = Products(p, step)
+    kept_masses = None
+    if masses:
+        kept_masses = p.hidden.new_zeros(len(p.target), -(-p.weight.shape[0] // plan.MASS_TILE), dtype=p.acc_dtype)
+    step, _ = row_chunk(p.sizes, p.workspace, kept.count, score_only=not accumulate)
+    products = products_of(p, step if accumulate or p.engine == "chunked" else 0)
     for chunk in spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
-        weights, total = products.statistics(rows, scores)
+        products.score(rows, scores, accumulate, kept_masses)
         if accumulate:
-            r, j_y = torch.where(total > 0, 1 / total, 0), products.epilogue.jacobian(scores.z_y[rows])
-            r = with_target_(weights, p.target[rows], r, -torch.ones_like(r) * j_y)
-            products.hidden_rows(accumulated, rows, weights, r)
-    return *scores[:2], scores.z_y.new_empty(0) if scores.h_o is None else scores.h_o, accumulated
+            one = torch.ones_like(scores.z_y[rows])
+            products.hidden_rows(accumulated, rows, *products.gradient(rows, scores.at(rows), Upstream(-one, one)))
+    z_y, lse_other, h_o = scores
+    if kept_masses is None:
+        kept_masses = z_y.new_empty(0)
+    return Scored(z_y, lse_other, z_y.new_empty(0) if h_o is None else h_o, accumulated, kept_masses, order)
+
+
+# Rows from which the order of the vocabulary is estimated.
+SAMPLE_ROWS = 128
+
+
+def order_by_mass(p: Problem, kept: Kept) -> Tensor:
+    """The vocabulary by falling softmax mass, estimated from rows at even distances. int64 [V]"""
+    vocab = p.weight.shape[0]
+    fits = max(1, p.workspace // (16 * vocab))
+    some = torch.linspace(0, kept.count - 1, min(SAMPLE_ROWS, fits, kept.count), device=p.target.device).long()
+    positions = some if kept.index is None else kept.index[some]
+    products = Products(p._replace(engine="chunked"), len(some))
+    z = products.logits(products.inputs(positions))
+    torch_rows.apply_(z, products.epilogue)
+    mass = torch.softmax(z, 1, out=z).sum(0)
+    return mass.argsort(descending=True, stable=True)
 
 
 def finish_hidden_(p: Problem, accumulated: Tensor, z_y: Tensor, g_zy: Tensor, g_lo: Tensor) -> None:
@@ -242,12 +407,12 @@ def finish_hidden_(p: Problem, accumulated: Tensor, z_y: Tensor, g_zy: Tensor, g
 
 def single_pass(
     p: Problem,
-    chunks: Iterator[tuple[Rows, Callable[[Statistics], Upstream]]],
+    chunks: Iterator[tuple[Rows, Callable[[Statistics], Upstream] | TokenTerms]],
     kept: Kept,
     need: tuple[bool, bool, bool],
     entropy: bool,
 ) -> tuple[Statistics, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in the forward. `chunks` yields rows and what turns their statistics into coefficients.
+    """Gradients in the forward. `chunks` yields rows and what turns their statistics into coefficients, or the loss.
 
     A chunk with more rows than the workspace holds is swept twice: for its statistics, then for its gradients.
 
@@ -258,29 +423,42 @@ def single_pass(
     rows_that_fit, _ = single_chunk(p.sizes, p.workspace, tokens)
     scores = empty_statistics(p, entropy)
     dhidden = torch.zeros_like(p.hidden) if need[0] else None
-    products = Products(p, rows_that_fit)
+    products = products_of(p, rows_that_fit)
     total = HeadSum(p, products, need[1], need[2], chunks=-(-tokens // max(rows_that_fit, 1)))
+
+    def pull_back(block: Rows, e: Tensor, r: Tensor | None) -> None:
+        if dhidden is not None:
+            products.hidden_rows(dhidden, block, e, r)
+        total.add(e, r, block)
+
     for rows, coefficients in chunks:
+        if isinstance(coefficients, TokenTerms):
+            pull_back(rows, products.token_loss(rows, scores, coefficients), None)
+            continue
         blocks = split_rows(rows, rows_that_fit)
         for block in blocks:
-            weights, sums = products.statistics(block, scores)
+            products.score(block, scores, keep=len(blocks) == 1)
         upstream = coefficients(scores.at(rows))
         for block, part in zip(blocks, spans(len(upstream.g_zy), rows_that_fit)):
             if len(blocks) > 1:
-                weights, sums = products.statistics(block, scores)
-            g_zy, g_lo, _ = upstream.at(part)
-            r = torch.where(sums > 0, g_lo / sums, 0)
-            r = with_target_(weights, p.target[block], r, g_zy * products.epilogue.jacobian(scores.z_y[block]))
-            if dhidden is not None:
-                products.hidden_rows(dhidden, block, weights, r)
-            total.add(weights, r, block)
+                products.score(block, scores, keep=True)
+            pull_back(block, *products.gradient(block, scores.at(block), upstream.at(part)))
     return scores, dhidden, *total.finished()
 
 
 def head_gradient(
-    p: Problem, statistics: Statistics, upstream: Upstream, need_weight: bool, need_bias: bool
+    p: Problem,
+    statistics: Statistics,
+    upstream: Upstream,
+    need_weight: bool,
+    need_bias: bool,
+    rows_of: Callable[[int], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dW [V, H] and db [V]: logits again for a slice of V, all rows; each slice of dW is complete when it is left."""
+    """dW [V, H] and db [V]: logits again for a slice of V; each slice of dW is complete when it is left.
+
+    Args:
+        rows_of: positions that count for a tile of MASS_TILE columns; default: all that are kept, for every slice.
+    """
     kept = Kept(p.target, p.ignore_index)
     vocab, width = p.weight.shape
     dtype, acc, epilogue = p.gemm_dtype, p.acc_dtype, p.epilogue()
@@ -289,27 +467,38 @@ def head_gradient(
     dweight = torch.empty_like(p.weight) if need_weight else None
     dbias = p.hidden.new_empty(vocab, 1, dtype=acc) if need_bias else None
     rows_step, slice_step, _ = slice_chunk(p.sizes, p.workspace, kept.count)
-    buffer = p.hidden.new_empty(rows_step * slice_step, dtype=acc)
-    for part in spans(vocab, slice_step):
-        weight = p.weight[part].to(dtype)
-        z_buffer = buffer.view(rows_step, slice_step)
-        if part.stop - part.start < slice_step:  # the last slice: keep its rows contiguous
-            z_buffer = buffer[: rows_step * len(weight)].view(rows_step, len(weight))
+    tile = vocab if rows_of is None else plan.MASS_TILE
+    slice_step = min(slice_step, tile)
+    buffer = p.hidden.new_empty(rows_step * slice_step, dtype=dtype if p.engine == "tiled" else acc)
+    for part in (
+        slice(t.start + s.start, t.start + s.stop)
+        for t in spans(vocab, tile)
+        for s in spans(t.stop - t.start, slice_step)
+    ):
+        weight = p.weight_rows(part).to(dtype)
+        places = part if p.order is None else p.order[part]
         dw = None
         if dweight is not None:
-            in_place = dweight.dtype == acc
+            in_place = dweight.dtype == acc and p.order is None
             dw = dweight[part] if in_place else p.hidden.new_empty(len(weight), width, dtype=acc)
-        for chunk in spans(kept.count, rows_step):
-            rows = kept.rows((chunk.start, chunk.stop))
-            x, z = p.hidden[rows].to(dtype), z_buffer[: chunk.stop - chunk.start]
-            mm(x, weight.t(), z)
-            e, r = recomputed_(p, z, rows, part, statistics, upstream, epilogue.slice(part.start, part.stop))
+        db = None if dbias is None else dbias.new_zeros(len(weight), 1)
+        chosen = None if rows_of is None else rows_of(part.start // tile)
+        count = kept.count if chosen is None else len(chosen)
+        if dw is not None and not count:
+            dw.zero_()
+        for chunk in spans(count, rows_step):
+            rows = kept.rows((chunk.start, chunk.stop)) if chosen is None else chosen[chunk]
+            x = p.hidden[rows].to(dtype)
+            z = buffer[: len(x) * len(weight)].view(len(x), len(weight))
+            e, r = slice_gradient_(p, x, weight, z, rows, part, statistics, upstream, epilogue)
             if dw is not None:
-                mm(e.t(), (x * r[:, None]).to(dtype), dw, accumulate=chunk.start > 0)
-            if dbias is not None:
-                mm(e.t(), r[:, None].to(e.dtype), dbias[part], accumulate=chunk.start > 0)
+                mm(e.t(), times(x, r).to(dtype), dw, accumulate=chunk.start > 0)
+            if db is not None:
+                mm(e.t(), ones_or(r, e), db, accumulate=chunk.start > 0)
         if dweight is not None and dw is not None and not in_place:
-            dweight[part] = dw
+            dweight[places] = dw.to(dweight.dtype)
+        if dbias is not None and db is not None:
+            dbias[places] = db
     return dweight, None if dbias is None else dbias.view(-1).to(p.weight.dtype)
 
 
@@ -318,27 +507,29 @@ def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> T
     kept = Kept(p.target, p.ignore_index)
     dhidden = torch.zeros_like(p.hidden)
     step, _ = row_chunk(p.sizes, p.workspace, kept.count)
-    products, epilogue = Products(p, step), p.epilogue()
-    whole = slice(0, p.weight.shape[0])
+    products = products_of(p, step)
     for chunk in spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
-        z = products.logits(products.inputs(rows))
-        e, r = recomputed_(p, z, rows, whole, statistics, upstream, epilogue)
+        e, r = products.again(rows, statistics.at(rows), upstream.at(rows))
         products.hidden_rows(dhidden, rows, e, r)
     return dhidden
 
 
-def recomputed_(
-    p: Problem, z: Tensor, rows: Rows, part: slice, statistics: Statistics, upstream: Upstream, epilogue: Epilogue
-) -> tuple[Tensor, Tensor]:
-    """Products of `rows` with the slice `part` of the head → (E, r) with D = diag(r) E."""
+def slice_gradient_(
+    p: Problem, x: Tensor, weight: Tensor, z: Tensor, rows: Rows, part: slice, statistics: Statistics,
+    upstream: Upstream, epilogue: Epilogue,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(E, r) of `rows` and the slice `part` of the vocabulary, with D = diag(r) E; z [C, S] is room for it."""
     y = p.target[rows] - part.start
     y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
-    scores, gradients = statistics.at(rows), upstream.at(rows)
+    scores, gradients, epilogue = statistics.at(rows), upstream.at(rows), epilogue.slice(part.start, part.stop)
+    if p.engine == "tiled":
+        from rgpb.kernels import triton_tiles
+
+        return z, triton_tiles.gradients(x, weight, y, scores, gradients, epilogue, z)
+    mm(x, weight.t(), z)
     half = z.view(p.gemm_dtype)[:, : z.shape[1]] if p.sizes.gemm == 2 else None
-    r = weights_(z, scores, gradients, epilogue, half)
-    e = z if half is None else half
-    return e, with_target_(e, y, r, gradients.g_zy * epilogue.jacobian(scores.z_y))
+    return row_kernels(p).gradients_(z, y, scores, gradients, epilogue, half)
 
 
 def empty_statistics(p: Problem, entropy: bool) -> Statistics:

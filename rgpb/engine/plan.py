@@ -9,6 +9,9 @@ One unit of work is a product of 2 · N · V · H flops. Naive PyTorch does 3 an
 | `frozen`   | 2     | head without gradient: the forward accumulates O = Σ q_k w_k, the backward only scales it       |
 | `two_pass` | 4 (3) | `frozen`, then the logits again for dW, each slice of it finished at once                      |
 
+Two engines run each path. `chunked`: library products into a buffer of float32 logits, row kernels over it. `tiled`
+(Triton): logits in registers only; what is written is exp(z − shift) or dlogits, in the products' own dtype.
+
 Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 """
 
@@ -26,8 +29,39 @@ DEFAULT_WORKSPACE = 512 * 2**20
 MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
 # Entries of the vocabulary in one finished slice of dW.
 MAX_SLICE = {"cpu": 4096, "cuda": 16384}
+# Columns whose softmax mass is kept together, where gradients may be skipped.
+MASS_TILE = 1024
+# Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
+PARTIAL_TILE = 64
 # A slice of a 16-bit weight converted to float32, where the device has no mixed-precision product.
 CONVERT_BYTES = 16 * 2**20
+
+
+ENGINES = ("auto", "chunked", "tiled")
+
+
+class Rates(NamedTuple):
+    """What a GPU does in a second: flops of a 16-bit library product, of the tile kernels' products, bytes copied."""
+
+    library: float
+    tile: float
+    copy: float
+
+
+def _assumed(library: float, copy: float) -> Rates:
+    """Tile kernels at three quarters of the library's rate: an assumption, until a GPU has run them."""
+    return Rates(library, 0.75 * library, copy)
+
+
+# Per architecture. sm_90: product and copy as measured on an H200; the others are nine tenths of what vendors print for
+# copies and eight tenths for products (A100, B200, RTX 5090, MI300X).
+RATES = {
+    "sm_80": _assumed(250e12, 1.8e12),
+    "sm_90": _assumed(788e12, 4.3e12),
+    "sm_100": _assumed(1800e12, 7.2e12),
+    "sm_120": _assumed(168e12, 1.6e12),
+    "gfx9": _assumed(1045e12, 4.8e12),
+}
 
 
 class Plan(NamedTuple):
@@ -40,6 +74,9 @@ class Plan(NamedTuple):
         rows: C, rows of logits held at a time.
         extra_bytes: held at most beyond inputs and gradients, tokens' own numbers (a few bytes each) aside.
         flops: units · 2 · N · V · H.
+        impl: "torch" or "triton".
+        engine: "chunked" or "tiled".
+        seconds: predicted from `RATES`; None where there are none.
     """
 
     path: str
@@ -48,6 +85,9 @@ class Plan(NamedTuple):
     rows: int
     extra_bytes: int
     flops: int
+    impl: str = "torch"
+    engine: str = "chunked"
+    seconds: float | None = None
 
 
 class Sizes(NamedTuple):
@@ -60,6 +100,9 @@ class Sizes(NamedTuple):
         convert: whether the weight has to be converted for them.
         accumulate: whether a sum of dW over chunks needs a buffer of its own (16-bit weight).
         device_type: "cpu", "cuda", …
+        impl: row kernels, "torch" or "triton".
+        engine: "chunked" or "tiled".
+        arch: key in `RATES`, or None.
     """
 
     vocab: int
@@ -69,6 +112,19 @@ class Sizes(NamedTuple):
     convert: bool
     accumulate: bool
     device_type: str
+    impl: str = "torch"
+    engine: str = "chunked"
+    arch: str | None = None
+
+    @property
+    def logit(self) -> int:
+        """Bytes of an element of the [C, V] buffer."""
+        return self.gemm if self.engine == "tiled" else self.acc
+
+    @property
+    def scratch(self) -> int:
+        """Blocks of logits beside that buffer: what torch's row operations pass through."""
+        return 4 if self.impl == "torch" else 0
 
 
 def gemm_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
@@ -76,11 +132,33 @@ def gemm_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 or device_type == "cuda" else torch.float32
 
 
-def sizes(vocab: int, width: int, weight_dtype: torch.dtype, compute_dtype: torch.dtype, device_type: str) -> Sizes:
+def sizes(
+    vocab: int,
+    width: int,
+    weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device_type: str,
+    impl: str = "torch",
+    engine: str = "chunked",
+    arch: str | None = None,
+) -> Sizes:
     """`Sizes` of a head [vocab, width] used in `compute_dtype` (the autocast type, else that of the hidden states)."""
     gemm = gemm_dtype(device_type, compute_dtype)
     acc = 8 if weight_dtype == torch.float64 else 4
-    return Sizes(vocab, width, acc, gemm.itemsize, gemm != weight_dtype, weight_dtype.itemsize < 4, device_type)
+    return Sizes(
+        vocab, width, acc, gemm.itemsize, gemm != weight_dtype, weight_dtype.itemsize < 4, device_type, impl, engine,
+        arch,
+    )  # fmt: skip
+
+
+def architecture(device: torch.device) -> str | None:
+    """The key of `RATES` for a device; a GPU that is newer or older than all of them counts as the nearest."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "gfx9"
+    major = torch.cuda.get_device_properties(device).major  # which torch.compile takes for a constant
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
 
 
 def convert_rows(s: Sizes, workspace: int) -> int:
@@ -88,8 +166,10 @@ def convert_rows(s: Sizes, workspace: int) -> int:
     return min(s.vocab, max(1, min(CONVERT_BYTES, workspace // 8) // (s.width * s.gemm))) if s.convert else 0
 
 
-def row_chunk(s: Sizes, workspace: int, tokens: int, accumulator: bool = False) -> tuple[int, int]:
-    """(C, bytes held) of a sweep that takes all of V for C rows at a time.
+def row_chunk(
+    s: Sizes, workspace: int, tokens: int, accumulator: bool = False, score_only: bool = False
+) -> tuple[int, int]:
+    """(C, bytes held) of a sweep that takes all of V for C rows at a time; `score_only`: nothing is pulled back.
 
     Raises:
         ValueError: `workspace` doesn't hold one row.
@@ -97,25 +177,29 @@ def row_chunk(s: Sizes, workspace: int, tokens: int, accumulator: bool = False) 
     fixed = convert_rows(s, workspace) * s.width * (s.gemm + s.acc * s.accumulate)
     if accumulator:
         fixed += s.vocab * (s.width + 1) * 4
-    row = s.vocab * s.acc + _row_sides(s)
+    logits = s.vocab * s.logit
+    row = logits + _row_sides(s)
+    if s.engine == "tiled":
+        logits = 0 if score_only else logits
+        row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
-    return _rows_that_fit(workspace, fixed, row, s.vocab * s.acc, most, s)
+    return _rows_that_fit(workspace, fixed, row, s.vocab, most, s)
 
 
-def _rows_that_fit(workspace: int, fixed: int, row: int, logits: int, most: int, s: Sizes) -> tuple[int, int]:
-    """(rows, bytes held), at most `most` rows. `row`: bytes of one row, `logits` of them with four scratch blocks."""
-    vocab = logits // s.acc
+def _rows_that_fit(workspace: int, fixed: int, row: int, vocab: int, most: int, s: Sizes) -> tuple[int, int]:
+    """(rows, bytes held), at most `most` rows of `row` bytes each, with the scratch blocks of `vocab` columns."""
     block = torch_rows.block_rows(vocab, s.acc, s.device_type)
-    rows = (workspace - fixed) // (row + 4 * logits)
+    scratch = s.scratch * vocab * s.acc
+    rows = (workspace - fixed) // (row + scratch)
     if rows > block:
-        rows = (workspace - fixed - 4 * block * logits) // row
+        rows = (workspace - fixed - block * scratch) // row
     if rows < 1:
         raise ValueError(
-            f"workspace: expected at least {fixed + row + 4 * logits} bytes "
+            f"workspace: expected at least {fixed + row + scratch} bytes "
             f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
-    return rows, fixed + rows * row + 4 * min(rows, block) * logits
+    return rows, fixed + rows * row + min(rows, block) * scratch
 
 
 def _row_sides(s: Sizes) -> int:
@@ -139,10 +223,10 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
     if column:
         step = max(1, min(step, workspace // 2 // column))
-    while step > 1 and workspace - step * column < step * s.acc * 5 + _row_sides(s):
+    while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + _row_sides(s):
         step = -(-step // 2)
-    row = step * s.acc + _row_sides(s)
-    rows, held = _rows_that_fit(workspace, step * column, row, step * s.acc, max(tokens, 1), s)
+    row = step * s.logit + _row_sides(s)
+    rows, held = _rows_that_fit(workspace, step * column, row, step, max(tokens, 1), s)
     return rows, step, held
 
 
@@ -156,9 +240,11 @@ def plan(
     scalar: bool = True,
     half: bool = False,
     entropy_grad: bool = False,
+    skipping: bool = False,
+    engine: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> Plan:
-    """The cheapest path that fits the workspace.
+    """The cheapest path that fits the workspace, on the engine that is predicted to be faster.
 
     Args:
         tokens: N, at most; masked ones are compacted away before the first product.
@@ -170,18 +256,39 @@ def plan(
         half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
             rounding.
         entropy_grad: whether the gradient of the entropy is asked for.
+        skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
+        engine: "chunked", "tiled", or "auto".
         workspace: bytes.
 
     Raises:
-        ValueError: `workspace` is too small for a single row.
+        ValueError: `workspace` is too small for a single row, or the engine can't serve the request.
     """
-    rows, held = row_chunk(head, workspace, tokens)
+    why_not = _not_tiled(head, half, hidden_grad or weight_grad)
+    if engine == "tiled" and why_not:
+        raise ValueError(f"engine: {why_not}, got 'tiled'")
+    given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, workspace)
+    chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled")
+    if engine == "tiled":
+        return _plan(tiled, *given)
+    if engine == "chunked" or why_not or head.gemm != 2 or head.arch is None:
+        return _plan(chunked, *given)
+    return min(_plan(chunked, *given), _plan(tiled, *given), key=lambda p: p.seconds or 0.0)
+
+
+def _plan(
+    head: Sizes, tokens: int, hidden_grad: bool, weight_grad: bool, couples: str, scalar: bool, half: bool,
+    entropy_grad: bool, skipping: bool, workspace: int,
+) -> Plan:  # fmt: skip
+    """`plan` on the engine of `head`."""
+    gradient = hidden_grad or weight_grad
+    rows, held = row_chunk(head, workspace, tokens, score_only=not gradient)
     unit = 2 * tokens * head.vocab * head.width
 
     def made(path: str, reason: str, units: int, rows: int, held: int) -> Plan:
-        return Plan(path, reason, units, rows, held, units * unit)
+        seconds = _seconds(head, path, units, tokens, rows)
+        return Plan(path, reason, units, rows, held, units * unit, head.impl, head.engine, seconds)
 
-    if not (hidden_grad or weight_grad):
+    if not gradient:
         return made("forward", "no gradient is asked for", 1, rows, held)
     if entropy_grad:
         units = 1 + 2 * hidden_grad + 2 * weight_grad
@@ -192,7 +299,7 @@ def plan(
         return made(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
-    why = _not_single(head, couples, scalar, half, workspace, tokens)
+    why = _not_single(head, couples, scalar, half, skipping, workspace, tokens)
     if why is None:
         rows, held = single_chunk(head, workspace, tokens)
         return made(
@@ -202,7 +309,9 @@ def plan(
     return made("two_pass", why, 3 + hidden_grad, rows, held)
 
 
-def _not_single(head: Sizes, couples: str, scalar: bool, half: bool, workspace: int, tokens: int) -> str | None:
+def _not_single(
+    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, workspace: int, tokens: int
+) -> str | None:
     """Why gradients can't be made in the forward, or None where they can."""
     if couples == "batch":
         return "the objective may couple the whole batch"
@@ -210,8 +319,41 @@ def _not_single(head: Sizes, couples: str, scalar: bool, half: bool, workspace: 
         return "reduction='none': the upstream gradient of each result is not known in the forward"
     if half:
         return "float16 gradients: the loss scale has to come before the rounding"
+    if skipping:
+        return "grad_tolerance: what can be left out of dW is known after a first sweep"
     try:
         single_chunk(head, workspace, tokens)
     except ValueError:
         return "the float32 sum of dW doesn't fit the workspace"
     return None
+
+
+def _not_tiled(head: Sizes, half: bool, gradient: bool) -> str | None:
+    """What the tile kernels lack for this request, or None."""
+    if head.impl != "triton":
+        return "expected 'chunked' with impl='torch', since the tile kernels are Triton's"
+    if half and gradient:
+        return (
+            "expected 'chunked' for float16 gradients, whose range is too narrow for weights before they are normalised"
+        )
+    return None
+
+
+def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int) -> float | None:
+    """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
+    if head.arch is None or head.gemm != 2:
+        return None
+    rates = RATES[head.arch]
+    sweeps = {"two_pass": 2}.get(path, 1)  # how often logits are formed
+    unit, logits = 2 * tokens * head.vocab * head.width, tokens * head.vocab
+    if head.engine == "tiled":
+        moved = 0 if path == "forward" else sweeps * head.gemm  # E written
+        products = unit * (sweeps / rates.tile + (units - sweeps) / rates.library)
+    else:  # logits written and read for statistics; then read again, and D written
+        first = 2 * head.acc + (0 if path == "forward" else head.acc + head.gemm)
+        moved = first + (sweeps - 1) * (2 * head.acc + head.gemm)
+        products = unit * units / rates.library
+    sums = 0
+    if path == "single" and head.accumulate and rows < tokens:
+        sums = -(-tokens // max(rows, 1)) * head.vocab * head.width * 8
+    return products + (logits * moved + sums) / rates.copy

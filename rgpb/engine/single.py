@@ -57,14 +57,16 @@ def single_pass(
     ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None,
     objective: str, options: str, mean: bool,
     softcap: float | None, scale: float, ignore_index: int, workspace: int, compute_dtype: torch.dtype,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    impl: str, engine: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, z_y, lse_other, H_o, dhidden, dweight, dbias); what isn't needed is empty.
 
     lengths: int64 [B], positions per response; ref_*: [P] or [B]; mean: whether the loss is the units' mean or sum.
     """
     spec, chosen_options = OBJECTIVES[objective], ast.literal_eval("{" + options + "}")
-    problem = chunked.Problem(hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype)
+    problem = chunked.Problem(
+        hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine
+    )
     kept = chunked.Kept(target, ignore_index)
     chunked.check_rows(problem, kept)
     mask = target != ignore_index
@@ -101,13 +103,30 @@ def single_pass(
 
         return of
 
-    def chunks() -> Iterator[tuple[chunked.Rows, Callable[[Statistics], Upstream]]]:
+    in_kernel = spec.terms is not None and impl == "triton" and engine == "chunked"
+    if in_kernel and spec.terms is not None:
+        loss_name, factor = spec.terms(count, label, **chosen_options)
+        factor = (factor / units if mean else factor).to(problem.acc_dtype)
+
+    def terms(rows: chunked.Rows, inside: Tensor, tokens: int) -> chunked.TokenTerms:
+        ref = None
+        if ref_logp is not None and ref_log_odds is not None:
+            ref = (ref_logp[rows].to(problem.acc_dtype), ref_log_odds[rows].to(problem.acc_dtype))
+        weight = torch.repeat_interleave(factor, inside, output_size=tokens)
+        return chunked.TokenTerms(
+            loss_name, weight, ref, spec.entropy, lambda values: total.add_(values.double().sum())
+        )
+
+    def chunks() -> Iterator[tuple[chunked.Rows, Callable[[Statistics], Upstream] | chunked.TokenTerms]]:
         step, _ = single_chunk(problem.sizes, workspace, kept.count)
         ends = count.cumsum(0)
         if spec.couples == "token":
             for chunk in chunked.spans(kept.count, step):
                 inside = ends.clamp(chunk.start, chunk.stop) - (ends - count).clamp(chunk.start, chunk.stop)
                 rows = kept.rows((chunk.start, chunk.stop))
+                if in_kernel:
+                    yield rows, terms(rows, inside, chunk.stop - chunk.start)
+                    continue
                 yield rows, coefficients(rows, Layout(len(count), inside, count, None), slice(None))
             return
         end = [0, *ends.tolist()]
@@ -144,7 +163,7 @@ def pack_pairs(end: list[int], step: int) -> Iterator[tuple[int, int]]:
 @single_pass.register_fake
 def _(  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, objective, options, mean,
-    softcap, scale, ignore_index, workspace, compute_dtype, need_hidden, need_weight, need_bias,
+    softcap, scale, ignore_index, workspace, compute_dtype, impl, engine, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     statistic = hidden.new_empty(target.shape, dtype=acc)
@@ -171,13 +190,13 @@ def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
     refuse_double_backward()
     needs = ctx.needs_input_grad[:3]
     if g is None:
-        return (None,) * 20
+        return (None,) * 22
     if not ctx.gradients:  # a second backward through the same graph
         ctx.gradients = list(torch.ops.rgpb.single_pass(*ctx.saved_tensors, *ctx.options)[4:])
     made = []
     while ctx.gradients:
         made.append(_scale_(ctx.gradients.pop(0), g))
-    return *[x if need else None for x, need in zip(made, needs)], *[None] * 17
+    return *[x if need else None for x, need in zip(made, needs)], *[None] * 19
 
 
 def _scale_(gradient: Tensor, g: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ RESERVED = {
     "reduction",
     "return_metrics",
     "impl",
+    "engine",
+    "grad_tolerance",
+    "sort_vocab",
     "workspace",
 }
 
@@ -43,6 +46,8 @@ class Objective(NamedTuple):
         label: whether it needs the label of each response.
         entropy: whether `other_entropy` has to be computed.
         entropy_grad: whether the value depends on it differentiably.
+        terms: for couples="token", where a kernel has the loss of one token itself: (tokens of each response, labels or
+            None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B].
         options: the function's keyword options and their defaults; None for a function that isn't registered, whose
             options aren't checked.
     """
@@ -55,6 +60,7 @@ class Objective(NamedTuple):
     label: bool = False
     entropy: bool = False
     entropy_grad: bool = False
+    terms: Callable[..., tuple[str, Tensor]] | None = None
     options: dict[str, Any] | None = None
 
 
@@ -70,13 +76,14 @@ def objective(
     label: bool = False,
     entropy: bool = False,
     entropy_grad: bool = False,
+    terms: Callable[..., tuple[str, Tensor]] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 
     Args:
         name: default: the function's own name. Registering the same function again (a notebook cell) replaces it.
         unit: default: "pair" for `couples="pair"`, else "response".
-        couples, ref, label, entropy, entropy_grad: see `Objective`.
+        couples, ref, label, entropy, entropy_grad, terms: see `Objective`.
 
     Raises:
         ValueError: a name that is taken, an unknown value of `couples`, `unit` or `ref`, two that don't go together, or
@@ -109,7 +116,7 @@ def objective(
         if taken:
             raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
         OBJECTIVES[key] = Objective(
-            key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, options
+            key, function, couples, kind, ref, label, entropy or entropy_grad, entropy_grad, terms, options
         )
         return function
 

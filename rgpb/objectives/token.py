@@ -1,5 +1,7 @@
 """Objectives whose gradient coefficient is known token by token.
 
+`<name>_terms` says the same loss to a kernel that computes it token by token in the launch that sweeps the logits.
+
 ℓ = log p of the policy, λ its log-odds, n the number of tokens of a response, S = Σ ℓ, S̄ = S / n.
 """
 
@@ -13,7 +15,35 @@ from rgpb.layout import Responses, pairs
 from rgpb.objectives.registry import objective
 
 
-@objective(couples="token")
+def _per_token(tokens: Tensor, length_normalize: bool) -> Tensor:
+    n = tokens.clamp(min=1).double()
+    return 1 / n if length_normalize else torch.ones_like(n)
+
+
+def _chosen(tokens: Tensor) -> Tensor:
+    return torch.arange(len(tokens), device=tokens.device) < len(tokens) // 2
+
+
+def mle_terms(tokens: Tensor, label: Tensor | None, *, length_normalize: bool = True) -> tuple[str, Tensor]:
+    return "nll", _per_token(tokens, length_normalize)
+
+
+def nll_pll_terms(tokens: Tensor, label: Tensor | None, *, length_normalize: bool = True) -> tuple[str, Tensor]:
+    weight = _per_token(tokens, length_normalize)
+    return "nll", torch.where(_chosen(tokens), weight, -weight)
+
+
+def unlikelihood_terms(tokens: Tensor, label: Tensor | None, *, alpha: float = 1.0) -> tuple[str, Tensor]:
+    weight = _per_token(tokens, length_normalize=True)
+    return "unlikelihood", torch.where(_chosen(tokens), weight, -alpha * weight)
+
+
+def bnf_terms(tokens: Tensor, label: Tensor | None) -> tuple[str, Tensor]:
+    assert label is not None  # checked at the door
+    return "bnf", label * _per_token(tokens, length_normalize=True)
+
+
+@objective(couples="token", terms=mle_terms)
 def mle(responses: Responses, *, length_normalize: bool = True) -> Tensor:
     """Maximum likelihood: −S̄, or −S. [B]
 
@@ -22,7 +52,7 @@ def mle(responses: Responses, *, length_normalize: bool = True) -> Tensor:
     return -responses.logps(length_normalize)
 
 
-@objective(couples="token", unit="pair")
+@objective(couples="token", unit="pair", terms=nll_pll_terms)
 def nll_pll(responses: Responses, *, length_normalize: bool = True) -> Tensor:
     """Likelihood up on the chosen, down on the rejected: −S̄_w + S̄_l, or the sums. [B/2]
 
@@ -32,7 +62,7 @@ def nll_pll(responses: Responses, *, length_normalize: bool = True) -> Tensor:
     return rejected - chosen
 
 
-@objective(couples="token", unit="pair")
+@objective(couples="token", unit="pair", terms=unlikelihood_terms)
 def unlikelihood(responses: Responses, *, alpha: float = 1.0) -> Tensor:
     """−S̄_w − α · mean_t log(1 − p_t) over the rejected. [B/2]
 
@@ -43,7 +73,7 @@ def unlikelihood(responses: Responses, *, alpha: float = 1.0) -> Tensor:
     return -chosen - alpha * rejected
 
 
-@objective(couples="token", ref="tokens", label=True, entropy=True)
+@objective(couples="token", ref="tokens", label=True, entropy=True, terms=bnf_terms)
 def bnf(responses: Responses) -> Tensor:
     """Bidirectional negative feedback: −(label / n) Σ_t Σ_k f_k log p_k with the dynamic target distribution f. [B]
 

@@ -1,0 +1,12 @@
+"""What the library does on a GPU, beside everything a user would run in its place: `python -m benchmarks.gpu --list`.
+
+| module    | holds                                                                                             |
+|-----------|---------------------------------------------------------------------------------------------------|
+| `journal` | rows on disk, one line each; what is done, what is left; the JSON of a part                         |
+| `lineup`  | the contestants: naive PyTorch, this library on each path, other libraries where they are installed |
+| `heads`   | the parts that time them on LM heads of known models                                                |
+| `correct` | every loss, path and kernel against float64                                                         |
+| `device`  | what the device can do, the longest batch, certified skipping, tuning                               |
+
+No row has a time unless the same call was right to the tolerance first.
+"""

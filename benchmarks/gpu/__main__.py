@@ -1,0 +1,193 @@
+"""The benchmark suite for a GPU: `python -m benchmarks.gpu --out benchmarks/results/h200`.
+
+Each part writes DIR/<part>.json and, row by row, DIR/<part>.jsonl. A part that was cut short goes on where it stopped
+when the same command is given again; delete its .jsonl to begin anew. `rgpb bench --render DIR/<part>.json` prints its
+tables and draws its plot. Exit codes: 3 if rows are left for the next run, else 1 if a result was off float64, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rgpb.bench import parse_shape
+from rgpb.bench.plan import argument, parse_bytes, positive
+from rgpb.bench.report import markdown, read
+
+from . import correct, device, heads
+from .journal import Journal, Outcome, Settings, Task, describe, say, work
+
+Rows = list[dict[str, Any]]
+
+
+class Part(NamedTuple):
+    """A part: what it shows, its rows to be, and what its JSON holds beside them.
+
+    Attributes:
+        text: one line for `--list`.
+        tasks: from the journal and the settings.
+        summary: from all rows: `points` of a plot, or a `table`.
+        shown: whether its table is printed at the end.
+    """
+
+    text: str
+    tasks: Callable[[Journal, Settings], Iterator[Task]]
+    summary: Callable[[Rows], dict[str, Any]]
+    shown: bool = False
+
+
+def _table(rows: Rows) -> dict[str, Any]:
+    return {"table": [{name: x for name, x in row.items() if not isinstance(x, dict)} for row in rows]}
+
+
+def _named(shapes: tuple[tuple[str, int, int, int, float | None], ...]) -> str:
+    return "; ".join(f"{name} N={n} H={h} V={v}" + (f" soft-cap {c:g}" if c else "") for name, n, h, v, c in shapes)
+
+
+PARTS = {
+    "correct": Part(
+        "every loss, path, kernel, head and dtype against float64, twice",
+        lambda journal, settings: correct.tasks(settings),
+        correct.summary,
+    ),
+    "ceilings": Part(
+        "copy bandwidth and the rates of bare products",
+        lambda journal, settings: device.ceilings(settings),
+        _table,
+    ),
+    "llama": Part(
+        f"all contestants: {_named(heads.LLAMA)}",
+        lambda journal, settings: heads.tasks(journal, settings, heads.LLAMA),
+        heads.points,
+    ),
+    "others": Part(
+        f"all contestants: {_named(heads.OTHERS)}",
+        lambda journal, settings: heads.tasks(journal, settings, heads.OTHERS),
+        heads.points,
+    ),
+    "longest": Part(
+        "the most tokens before memory runs out, naive and fused BNF",
+        lambda journal, settings: device.longest(settings),
+        _table,
+    ),
+    "skip": Part(
+        "certified skipping on a peaked distribution: share, bound, error, time",
+        lambda journal, settings: device.skip(settings),
+        _table,
+    ),
+    "tune": Part(
+        "the sweep of the kernels' configurations",
+        lambda journal, settings: device.tune(settings),
+        device.tune_table,
+        shown=True,
+    ),
+}
+
+
+def parse_case(text: str) -> tuple[str, int, int, int, float | None]:
+    """(name, N, H, V, soft-cap) from a text such as mine=2048,512,32000 or mine=2048,512,32000,30.
+
+    Raises:
+        ValueError: anything else.
+    """
+    name, _, sizes = text.partition("=")
+    head, _, softcap = sizes.rpartition(",") if sizes.count(",") == 3 else (sizes, "", "")
+    if not name or (softcap and not re.fullmatch(r"\d+(\.\d+)?", softcap)):
+        raise ValueError(f"expected NAME=N,H,V or NAME=N,H,V,softcap, got {text!r}")
+    shape = parse_shape(head)
+    return name, shape.tokens, shape.width, shape.vocab, float(softcap) if softcap else None
+
+
+def parse_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression.
+
+    Raises:
+        ValueError: not one.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, got {text!r} ({error})") from error
+
+
+def parse_minutes(text: str) -> float:
+    """A number of minutes, at least 0.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?", text):
+        raise ValueError(f"expected minutes, as 8.5, got {text!r}")
+    return float(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIR", help="folder of the results; needed, except with --list")
+    add("--part", action="append", choices=tuple(PARTS), metavar="NAME", help="one part; again for more; default: all")
+    add("--list", action="store_true", help="only print the parts")
+    add(
+        "--shape", action="append", type=argument(parse_case), default=[], metavar="NAME=N,H,V[,softcap]",
+        help="in place of a part's own shapes; again for more (longest and skip take the first)",
+    )  # fmt: skip
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--minutes", type=argument(parse_minutes), default=8.5, help="of a part, then no row is begun; default 8.5")
+    add(
+        "--workspace", action="append", type=argument(parse_bytes), metavar="BYTES",
+        help="of the library; again for more; default 512MiB and 4GiB",
+    )  # fmt: skip
+    add("--rounds", type=argument(positive), default=20, help="of timing, at most; fewer for slow rows; default 20")
+    add("--cap", type=argument(positive), default=1 << 20, help="tokens where `longest` ends; default %(default)s")
+    add("--only", type=argument(parse_pattern), metavar="REGEX", help="only rows whose key has it, as 'bnf.*tiled'")
+    add("--without", type=argument(parse_pattern), metavar="REGEX", help="no row whose key has it, as 'compiled'")
+    return parser
+
+
+def run_part(name: str, folder: Path, settings: Settings) -> Outcome:
+    """Run what is left of a part, and write its JSON."""
+    part, journal = PARTS[name], Journal(folder, name)
+    outcome = work(journal, part.tasks(journal, settings), settings, describe(settings), part.summary)
+    if part.shown:
+        print(markdown(read(journal.json)), end="")
+    say(f"{name}: {len(journal.rows)} rows, {outcome.failed} failed, {outcome.left} left: {journal.json}")
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts asked for.
+
+    Returns:
+        3 if rows are left for the next run, else 1 if a result was off float64, else 0; 2 for bad arguments.
+    """
+    parser = make_parser()
+    a = parser.parse_args(argv)
+    if a.list:
+        for name, part in PARTS.items():
+            print(f"{name:10}{part.text}")
+        return 0
+    if a.out is None:
+        parser.error("--out: expected a folder")
+    if a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected a CUDA GPU, got torch.cuda.is_available() = False")
+    settings = Settings(
+        a.device, a.rounds, tuple(a.workspace or Settings._field_defaults["workspaces"]), tuple(a.shape), a.cap,
+        a.minutes, a.only, a.without,
+    )  # fmt: skip
+    outcomes = [run_part(name, a.out, settings) for name in a.part or PARTS]
+    if any(outcome.left for outcome in outcomes):
+        return 3
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Block shapes, warps and pipeline depths of the kernels, per architecture, with the reason for each.
+
+The table is where a launch looks first if nothing was tuned on this machine; `rgpb tune` times the candidates on the
+GPU at hand and keeps the fastest in a file, `tuned_file()`, which then comes before the table. Configurations don't
+depend on the inputs' values, so results are bitwise the same from run to run.
+
+No entry of the table has been timed on a GPU yet. They were chosen from what the compiler says (registers, spills,
+shared memory; `tests/test_targets.py` holds them to it) and from the shapes of the matrix instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = "interpreter"
+
+
+class Rows(NamedTuple):
+    """A row kernel: one program of `warps` warps takes `block_vocab` entries of its row at a time."""
+
+    block_vocab: int
+    warps: int
+
+
+class Tile(NamedTuple):
+    """A tile kernel: [rows × vocab] logits in registers, `width` of H at a time.
+
+    Attributes:
+        rows, vocab, width: BLOCK_C, BLOCK_V, BLOCK_H.
+        group: tiles of rows that share a slice of the weight in the L2 cache.
+        warps, stages: per program; depth of the load pipeline.
+        programs: persistent programs per multiprocessor.
+        tma: load through tensor descriptors, where the tensors' alignment allows it.
+    """
+
+    rows: int
+    vocab: int
+    width: int
+    group: int
+    warps: int
+    stages: int
+    programs: int
+    tma: bool = False
+
+
+# The row kernels are bound by memory: a block of 4096 float32 is four 16-byte loads a thread at 8 warps, and 4 to 8
+# programs fit a multiprocessor (28 to 57 registers), 64 kB or more in flight, which covers the latency.
+ROWS = {
+    "default": Rows(4096, 8),
+    "gfx9": Rows(4096, 8),  # waves of 64: two 16-byte loads a thread, at most 60 registers of 512
+    INTERPRETED: Rows(64, 1),  # so that a small vocabulary has several blocks
+}
+
+# score: logits → partial statistics. weights: the same, and exp(z − shift) written. gradients: dlogits written.
+#
+# [128 × 128] float32 accumulators are 64 registers a thread at 8 warps and 128 at 4. The epilogue wants as many again,
+# so 8 warps take 160 to 255 registers, and one program fills a multiprocessor's 65536 unless it has 4 warps: that is
+# the way to two programs, where one's epilogue runs beside the other's products. Spills stay outside the matrix loop in
+# every entry. Without bias, soft-cap and entropy they are 0 to 88 bytes a thread (triton 3.6.0), with an entropy up to
+# 1 kB; a soft-cap costs the gradients of 4 warps about 0.5 kB a thread and tile and their weights 2 kB, a quarter
+# megabyte beside the 2 MB of operands of a [128 × 128] tile at H = 4096. 8 warps spill at most 0.3 kB.
+# [64 × 128] reads 96 bytes a cycle at the full rate of an H100's tensor cores, [128 × 128] 64, [128 × 256] 48; the port
+# to the L2 cache carries 64.
+TILES: dict[str, dict[str, list[Tile]]] = {
+    "sm_80": {
+        # the key of sm_86 and sm_89 too, which have 99 KiB of shared memory a program: 4 stages are 96 KiB (three
+        # buffers of (128 + 128) × 64 × 2 bytes). 8 warps: 166 to 208 registers, no spills. Not [128 × 128 × 32] and
+        # [128 × 256] with 4 and 8 warps for weights: with an entropy and a soft-cap ptxas gives up at 32 registers
+        "score": [
+            Tile(128, 128, 64, 8, 8, 4, 1), Tile(128, 128, 64, 8, 4, 3, 2), Tile(128, 256, 32, 8, 8, 3, 1),
+            Tile(64, 128, 64, 8, 4, 3, 2),
+        ],
+        "weights": [Tile(128, 128, 64, 8, 8, 4, 1), Tile(128, 128, 64, 8, 4, 3, 2), Tile(64, 128, 64, 8, 4, 3, 2)],
+        "gradients": [Tile(128, 128, 64, 8, 8, 4, 1), Tile(128, 128, 64, 8, 4, 3, 2), Tile(64, 128, 64, 8, 4, 3, 2)],
+    },
+    "sm_90": {
+        # wgmma wants 64 rows a warpgroup: one warpgroup with two of them, 252 to 255 registers, exactly two programs in
+        # the register file and 2 × 96 KiB of shared memory. Next the fewest bytes per product, [128 × 256] alone on its
+        # multiprocessor; 8 warps on [128 × 128] have the fewest spills, but no second program (172 to 250 registers)
+        "score": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(128, 128, 64, 8, 8, 4, 1, True), Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
+        ],
+        "weights": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(128, 128, 64, 8, 8, 4, 1, True), Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
+        ],
+        "gradients": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(256, 128, 64, 8, 8, 3, 1, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
+            Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
+        ],
+    },
+    "sm_100": {
+        # accumulators live in tensor memory, 128 of its 512 columns a program; the epilogue still takes them through
+        # registers, 186 to 255 at 4 warps. 3 stages, since 4 of them (128 KiB) leave no room for the second program.
+        # 8 warps spill the least: 0 bytes, with all flags at most 248
+        "score": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True),
+        ],
+        "weights": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True),
+        ],
+        "gradients": [
+            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True),
+        ],
+    },
+    "sm_120": {
+        # 99 KiB of shared memory and no wgmma: the shapes of sm_80, 64 KiB. No TMA: in triton 3.6 each of its loads
+        # comes with a checked address, 254 instructions in the matrix loop where cp.async takes 178
+        "score": [
+            Tile(128, 128, 64, 8, 8, 3, 1), Tile(64, 128, 64, 8, 4, 3, 2), Tile(128, 128, 64, 8, 8, 3, 1, True),
+        ],
+        "weights": [
+            Tile(128, 128, 64, 8, 8, 3, 1), Tile(64, 128, 64, 8, 4, 3, 2), Tile(128, 128, 64, 8, 8, 3, 1, True),
+        ],
+        "gradients": [
+            Tile(128, 128, 64, 8, 8, 3, 1), Tile(64, 128, 64, 8, 4, 3, 2), Tile(128, 128, 64, 8, 8, 3, 1, True),
+        ],
+    },
+    "gfx9": {
+        # 64 KiB of LDS a compute unit, waves of 64: 32 KiB in one buffer of (128 + 128) × 64 × 2 bytes beside the loads
+        # in registers; 108 to 195 registers, no spills. [128 × 256] spills with a soft-cap
+        "score": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
+        "weights": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
+        "gradients": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
+    },
+    INTERPRETED: {
+        # several tiles along each dimension of a small problem, and more tiles than programs
+        "score": [Tile(16, 64, 16, 2, 1, 1, 3)],
+        "weights": [Tile(16, 64, 16, 2, 1, 1, 3)],
+        "gradients": [Tile(16, 64, 16, 2, 1, 1, 3)],
+    },
+}  # fmt: skip
+
+# float32 and float64 operands are two and four times as wide, and no tensor core takes them unrounded: small tiles that
+# are right anywhere. The library product is the fast way there, and `plan` takes it.
+WIDE = Tile(64, 64, 32, 8, 4, 2, 1)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def arch(device: torch.device) -> str:
+    """The key of the tables for a device; architectures without an entry take the next older one.
+
+    Raises:
+        ValueError: a device without a GPU architecture, outside the interpreter.
+    """
+    if interpreted():
+        return INTERPRETED
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a CUDA or ROCm device for Triton kernels, got {device.type}")
+    if torch.version.hip:
+        return "gfx9"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+
+
+def rows(device: torch.device) -> Rows:
+    """The row kernels' configuration on `device`."""
+    key = arch(device)
+    tuned = _tuned().get(_key(device, "rows", ""))
+    return Rows(*tuned) if tuned else ROWS.get(key, ROWS["default"])
+
+
+def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
+    """The configuration of "score", "weights" or "gradients" on `device` for operands of `dtype`."""
+    key = arch(device)
+    if key != INTERPRETED and dtype.itemsize > 2:
+        return WIDE
+    tuned = _tuned().get(_key(device, kernel, str(dtype)))
+    return Tile(*tuned) if tuned else TILES[key][kernel][0]
+
+
+def row_candidates() -> list[Rows]:
+    """What tuning tries for the row kernels."""
+    return [Rows(block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16)]
+
+
+def programs(config: Tile, device: torch.device) -> int:
+    """How many programs run at once: the size of a persistent grid."""
+    if interpreted():
+        return config.programs
+    return config.programs * _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# -- what was tuned ---------------------------------------------------------------------------------------------------
+
+
+def tuned_file() -> Path:
+    """Where tuned choices are kept: `rgpb/tuned.json` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgpb" / "tuned.json"
+
+
+def keep(device: torch.device, kernel: str, dtype: str, config: Rows | Tile) -> None:
+    """Prefer `config` on devices of this name, with this version of Triton, from now on."""
+    path = tuned_file()
+    known = {**_tuned(), _key(device, kernel, dtype): list(config)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)  # whole or not at all, also beside another process
+    _tuned.cache_clear()
+
+
+def _key(device: torch.device, kernel: str, dtype: str) -> str:
+    name = INTERPRETED if interpreted() else torch.cuda.get_device_name(device)
+    return ", ".join(part for part in (name, f"triton {triton.__version__}", kernel, dtype) if part)
+
+
+@cache
+def _tuned() -> dict[str, list[Any]]:
+    """What `keep` wrote.
+
+    Raises:
+        ValueError: the file is there but isn't such a file.
+    """
+    path = tuned_file()
+    if interpreted() or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key, values in found.items():
+            (Rows if ", rows" in key else Tile)(*values)
+        return found
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"tuned choices: expected a file of `rgpb tune`, got {path} ({error}); delete it") from error

@@ -1,0 +1,113 @@
+"""Certified skipping: what the head's gradient may leave out, and a bound on what that costs.
+
+Off the target |∂L/∂z_k| = |g| q_k, with q the softmax over the other tokens and g the row's coefficient, so the L1 norm
+of what is left out of a row is exactly |g| times the mass left out. The first sweep keeps each row's mass per tile of
+the vocabulary. For each row the tiles of least mass are left out as long as together they stay within
+
+    budget = tolerance · max over rows |g|
+
+A tile with the row's target is kept. What is left out is neither recomputed nor multiplied: a tile of dW is a product
+over the rows that count for it. Only dW (and the bias' gradient) is affected; dX comes whole from the first sweep.
+
+Dimensions: P positions, T tiles of MASS_TILE columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.plan import MASS_TILE
+from rgpb.kernels.torch_rows import Upstream
+
+# A mass carries the rounding of float32 logits (1e-5 at |z| = 100) and of its sum; the bound allows 100 times that.
+ROUNDING = 1e-3
+# Masses sorted at a time.
+BLOCK = 1 << 22
+# Tiles whose rows are read back from the device at once.
+READ_TOGETHER = 16
+
+
+class Skipped(NamedTuple):
+    """What a backward left out; NaN until it has run (and under `torch.compile`).
+
+    Attributes:
+        bound: [P], an upper bound of the L1 norm of what is left out of each row of ∂L/∂logits.
+        share: of all (row, tile) pairs that aren't masked, how many were left out.
+    """
+
+    bound: Tensor
+    share: Tensor
+
+    @classmethod
+    def read(cls, report: Tensor) -> Skipped:
+        """Views of the operator's report, [P + 1]."""
+        return cls(report[:-1], report[-1])
+
+
+def check(grad_tolerance: float | str | None, sort_vocab: bool, entropy_grad: bool, dtype: torch.dtype) -> float | None:
+    """The tolerance as a number; "auto" is one rounding unit of `dtype`, eps / 2.
+
+    Raises:
+        ValueError: not a number ≥ 0 or "auto"; with a gradient of the entropy; `sort_vocab` without it.
+    """
+    if grad_tolerance is None:
+        if sort_vocab:
+            raise ValueError("sort_vocab: expected False without grad_tolerance, since nothing is skipped; got True")
+        return None
+    if entropy_grad:
+        raise ValueError(
+            "grad_tolerance: expected None where the entropy has a gradient, which the masses don't bound; "
+            f"got {grad_tolerance!r}"
+        )
+    if grad_tolerance == "auto":
+        return torch.finfo(dtype).eps / 2
+    number = isinstance(grad_tolerance, float | int) and not isinstance(grad_tolerance, bool)
+    if not number or not 0 <= grad_tolerance < 1:  # type: ignore[operator]
+        raise ValueError(f"grad_tolerance: expected None, 'auto' or a number in [0, 1), got {grad_tolerance!r}")
+    return float(grad_tolerance)
+
+
+def choose(
+    target: Tensor, ignore_index: int, masses: Tensor, upstream: Upstream, tolerance: float, report: Tensor
+) -> Callable[[int], Tensor]:
+    """For each tile the positions that count for it; fills the report.
+
+    Args:
+        target: int64 [P], in the order that the masses are in.
+        masses: [P, T]; 0 at ignored positions.
+    """
+    kept = target != ignore_index
+    g = torch.where(kept, upstream.g_lo.abs(), 0).double()
+    g_y = torch.where(kept, upstream.g_zy, 0)
+    budget = tolerance * g.max() if len(g) else g.sum()
+    active = torch.empty(masses.shape, dtype=torch.bool, device=masses.device)
+    step = max(1, BLOCK // max(masses.shape[1], 1))
+    for start in range(0, len(target), step):
+        rows = slice(start, start + step)
+        cost = masses[rows].double() * g[rows, None]
+        tile = torch.where(kept[rows], target[rows] // MASS_TILE, 0)[:, None]
+        own = torch.where(g_y[rows, None] == 0, cost.gather(1, tile), torch.inf)  # NaN is kept
+        cost.scatter_(1, tile, own)
+        cost, index = cost.sort(1)
+        left_out = cost.cumsum(1) * (1 + ROUNDING) <= budget
+        report[:-1][rows] = torch.where(left_out, cost, 0).sum(1) * (1 + ROUNDING)
+        active[rows] = torch.empty_like(left_out).scatter_(1, index, ~left_out)
+    active &= kept[:, None]
+    counted = kept.sum() * masses.shape[1]
+    report[-1] = 1 - active.sum() / counted.clamp(min=1)
+
+    found: dict[int, Tensor] = {}
+
+    def rows_of(tile: int) -> Tensor:
+        if tile not in found:
+            found.clear()
+            tiles = range(tile, min(tile + READ_TOGETHER, active.shape[1]))
+            some = active[:, tiles.start : tiles.stop].t()
+            found.update(zip(tiles, some.nonzero()[:, 1].split(some.sum(1).tolist())))
+        return found[tile]
+
+    return rows_of

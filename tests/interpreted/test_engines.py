@@ -1,0 +1,276 @@
+"""Both engines through the Triton kernels in the interpreter, as `tests/test_engine.py` has them in torch.
+
+16-bit operands are multiplied as on CUDA: float32 results, emulated here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rgpb import LMHead, fused_loss, linear_logprob, reference
+from rgpb.engine import chunked, skipping
+from rgpb.engine import plan as planning
+from rgpb.fused import bnf_loss, dpo_loss
+from tests.test_engine import (
+    HEADS,
+    PATHS,
+    SHAPES,
+    arguments,
+    assert_in_budget,
+    batch,
+    leaves,
+    oracle_in,
+    ref_scores,
+    run_path,
+    small,
+)
+
+ENGINES = ("chunked", "tiled")
+SHAPE = (3, 5, 141, 24)  # several blocks and tiles along V, two tiles of rows, H off the tile of 16
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Products of 16-bit operands with results of any dtype."""
+
+    def product(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype
+        wide = a.double() @ b.double()
+        out.copy_(out + wide if accumulate else wide)
+
+    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, compute: compute)
+    monkeypatch.setattr(chunked, "mm", product)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["mle", "nll_pll", "unlikelihood", "bnf", "exmate", "dpo"])
+def test_float64_paths_equal_the_oracle(name, head, path, engine):
+    shape = (4, *SHAPE[1:])
+    hidden, lm_head, target, ref_logits = batch(shape, head=head)
+    ours, oracle = arguments(name, ref_logits, target)
+    loss, gradients = run_path(path, name, hidden, lm_head, target, impl="triton", engine=engine, **ours)
+    exact, exact_gradients = oracle_in(torch.float64, name, hidden, lm_head, target, oracle)
+    torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-9)
+    for gradient, truth in zip(gradients, exact_gradients):
+        torch.testing.assert_close(gradient, 1.5 * truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bnf", "dpo"])
+def test_precision_is_within_the_budget(as_on_cuda, name, dtype, path, engine):
+    hidden, head, target, ref_logits = batch((4, *SHAPE[1:]), dtype)
+    ours, oracle = arguments(name, ref_logits, target)
+    if engine == "tiled" and dtype == torch.float16:
+        with pytest.raises(ValueError, match=r"engine: expected 'chunked' for float16 gradients"):
+            run_path(path, name, hidden, head, target, impl="triton", engine=engine, **ours)
+        return
+    loss, gradients = run_path(path, name, hidden, head, target, impl="triton", engine=engine, **ours)
+    exact, exact_gradients = oracle_in(torch.float64, name, hidden, head, target, oracle)
+    naive, naive_gradients = oracle_in(dtype, name, hidden, head, target, oracle)
+    terms, _ = oracle_in(torch.float64, name, hidden, head, target, oracle, reduction="none")
+    assert_in_budget(loss, naive, exact, torch.float32, scale=terms.abs().max().item())
+    for gradient, rough, truth in zip(gradients, naive_gradients, exact_gradients):
+        assert gradient.dtype == dtype
+        assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probs_of_any_dtype_are_right_to_1e_5(as_on_cuda, dtype, engine):
+    hidden, head, target, _ = batch((2, 9, 307, 40), dtype, head="bias")
+    h, w, b = (x.detach() for x in leaves(hidden, head))
+    scores = linear_logprob(h, LMHead(w, b), target, entropy=True, impl="triton", engine=engine)
+    exact = reference.token_scores(h.double(), LMHead(w.double(), b.double()), target)
+    for field in ("logp", "log_odds", "lse", "entropy", "other_entropy"):
+        assert (getattr(scores, field).double() - exact[field]).abs().max() <= 1e-5, field
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_of_every_score(head, engine):
+    """gradcheck, with the entropy's gradient, in many chunks."""
+    shape = (2, 3, 7, 3)
+    hidden, lm_head, target, _ = batch(shape, head=head)
+
+    def scores(h, w, *b):
+        head = LMHead(w, b[0] if b else None, lm_head.softcap, lm_head.scale)
+        return tuple(
+            linear_logprob(h, head, target, entropy=True, impl="triton", engine=engine, workspace=small(shape))
+        )
+
+    assert torch.autograd.gradcheck(scores, leaves(hidden, lm_head), fast_mode=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_operators_pass_opcheck(engine):
+    hidden, head, target, _ = batch((1, 6, 70, 4))
+    h, y = hidden.detach().view(6, 4).requires_grad_(), target.view(-1)
+    common = (h, head.weight, None, y, None, 1.0, -100, 1 << 20, torch.float64, "triton", engine)
+    torch.library.opcheck(torch.ops.rgpb.score, (*common, False, False, None, False))
+    plain = (h.detach(), head.weight.detach(), *common[2:])
+    static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
+    torch.library.opcheck(torch.ops.rgpb.score, (*plain, False, False, 0.1, True), test_utils=static)
+    lengths = torch.tensor([6])
+    single = (
+        h, head.weight, None, y, lengths, None, None, None, None, "mle", "", True, None, 1.0, -100, 1 << 20,
+        torch.float64, "triton", engine, True, True, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.rgpb.single_pass, single)
+
+
+def test_the_loss_in_the_kernel_equals_the_objective(monkeypatch):
+    """Every objective with `terms`, against its own function on the same kernels, in chunks."""
+    from rgpb import OBJECTIVES
+
+    named = {name: spec for name, spec in OBJECTIVES.items() if spec.terms is not None}
+    assert set(named) == {"mle", "nll_pll", "unlikelihood", "bnf"}
+    shape = (4, 4, 70, 6)
+    hidden, head, target, ref_logits = batch(shape, head="bias")
+    for name, spec in named.items():
+        options = {"length_normalize": False} if "length_normalize" in spec.options else {}
+        options |= {"alpha": 0.3} if "alpha" in spec.options else {}
+        ours, _ = arguments(name, ref_logits, target)
+        runs = []
+        for known in (spec, spec._replace(terms=None)):
+            monkeypatch.setitem(OBJECTIVES, name, known)
+            loss = fused_loss(
+                hidden, head, target, objective=name, impl="triton", engine="chunked", workspace=small(shape), **ours,
+                **options,
+            )  # fmt: skip
+            runs.append([loss, *torch.autograd.grad(loss, leaves(hidden, head))])
+        for a, b in zip(*runs):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("margin", [0.0, 30.0, 200.0])
+def test_confident_tokens_and_rows_that_rise_above_their_first_tile(margin, path, engine):
+    """A logit far above the first tile's maximum: the tiled engine takes such a chunk again."""
+    hidden, head, target, ref_logits = batch((2, 4, 141, 6), torch.float32)
+    weight = head.weight.detach().clone()
+    weight[100] = margin * hidden.detach().view(-1, 6).sign()[0] / hidden.detach().view(-1, 6)[0].abs().sum()
+    head = LMHead(weight.requires_grad_())
+    target[0, 0] = 100
+    ours, oracle = arguments("bnf", ref_logits, target)
+    loss, gradients = run_path(path, "bnf", hidden, head, target, impl="triton", engine=engine, **ours)
+    exact, truth = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients, truth):
+        torch.testing.assert_close(a.double(), 1.5 * b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_impossible_tokens_masked_rows_and_tiny_vocabularies(engine):
+    how = {"impl": "triton", "engine": engine}
+    hidden, head, target, _ = batch((2, 5, 141, 4), head="bias")
+    bias = head.bias.detach().clone()
+    bias[:70] = -torch.inf  # the whole first tile and more
+    target = torch.where(target >= 0, target.clamp(min=70), target)
+    ours = linear_logprob(hidden, LMHead(head.weight, bias), target, entropy=True, **how)
+    exact = linear_logprob(
+        hidden, LMHead(head.weight[70:], bias[70:]), torch.where(target >= 0, target - 70, target), entropy=True
+    )
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b)
+    made = torch.autograd.grad(ours.logp.sum() + ours.entropy.sum(), [hidden, head.weight])
+    truth = torch.autograd.grad(exact.logp.sum() + exact.entropy.sum(), [hidden, head.weight])
+    for a, b in zip(made, truth):
+        torch.testing.assert_close(a, b)
+    for vocab in (1, 2):
+        hidden, head, target, ref_logits = batch((2, 3, vocab, 4))
+        for name in ("bnf", "dpo"):
+            ours, oracle = arguments(name, ref_logits, target)
+            for path in PATHS:
+                loss, gradients = run_path(path, name, hidden, head, target, **how, **ours)
+                if vocab == 1:
+                    assert torch.isfinite(loss)
+                    assert not any(g.any() for g in gradients)
+                    continue
+                exact, truth = oracle_in(torch.float64, name, hidden, head, target, oracle)
+                torch.testing.assert_close(loss, exact)
+                for a, b in zip(gradients, truth):
+                    torch.testing.assert_close(a, 1.5 * b)
+    masked = torch.full_like(target, -100)
+    loss = dpo_loss(hidden, head, masked, ref=ref_scores(ref_logits, masked), **how)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, [hidden, head.weight]))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bitwise_the_same_again(engine):
+    hidden, head, target, ref_logits = batch((2, 20, 141, 16), torch.float32)
+    ref = ref_scores(ref_logits, target)
+    runs = []
+    for _ in range(2):
+        loss = bnf_loss(
+            hidden, head, target, torch.tensor([1, -1]), ref=ref, impl="triton", engine=engine, workspace=1 << 16
+        )
+        runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+    for a, b in zip(*runs):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [SHAPES["one token"], SHAPES["H = 1"]], ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_small_shapes(shape, engine):
+    hidden, head, target, ref_logits = batch(shape)
+    ours, oracle = arguments("bnf", ref_logits, target)
+    loss, gradients = run_path("single", "bnf", hidden, head, target, impl="triton", engine=engine, **ours)
+    exact, truth = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
+    torch.testing.assert_close(loss, exact)
+    for a, b in zip(gradients, truth):
+        torch.testing.assert_close(a, 1.5 * b)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_skipping_is_certified(monkeypatch, engine):
+    """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
+    for module in (planning, skipping):
+        monkeypatch.setattr(module, "MASS_TILE", 64)
+    hidden, head, target, _ = batch((2, 8, 300, 12))
+    hidden = 4 * hidden.detach().requires_grad_()
+    how = {"impl": "triton", "engine": engine}
+    whole, part = (
+        fused_loss(hidden, head, target, objective="mle", grad_tolerance=t, return_metrics=True, **how)
+        for t in (0.0, 0.05)
+    )
+    exact, made = (torch.autograd.grad(loss, [hidden, head.weight]) for loss, _ in (whole, part))
+    torch.testing.assert_close(made[0], exact[0])
+    assert 0.1 < part[1]["skipped/share"] < 1
+    error = (made[1] - exact[1]).abs().sum()
+    assert 0 < error <= (part[1]["skipped/bound"].double() * hidden.detach().abs().sum(-1)).nan_to_num().sum()
+
+
+LONG = """
+import torch
+from rgpb.kernels import triton_rows
+from rgpb.kernels.torch_rows import Epilogue
+z = torch.empty(20000, 152064, dtype=torch.bfloat16)  # 6 GB, of which only the rows touched exist
+row = z[19990:19991]
+assert 19990 * z.stride(0) > 2**31
+from rgpb.kernels.triton_rows import statistics_kernel
+row.normal_()
+last = torch.full((20000,), -1)
+last[19990] = 7
+some = z.as_strided((20000, 256), z.stride())
+scores, _ = triton_rows.statistics(some, last, Epilogue(None, None, 1.0), False)
+assert torch.allclose(scores.z_y[19990], row[0, 7].float())
+one = row[0, :256].float().clone()
+one[7] = -torch.inf
+assert torch.allclose(scores.lse_other[19990], one.logsumexp(0))
+"""
+
+
+def test_offsets_beyond_32_bits():
+    """In a process of its own: an address computed in 32 bits would be somewhere else and kill it."""
+    made = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr

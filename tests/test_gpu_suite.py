@@ -1,0 +1,339 @@
+"""`python -m benchmarks.gpu` on a CPU, at tiny shapes: what it checks, what it records, and that it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installed
+
+from benchmarks.gpu import correct, device, heads, journal, lineup
+from benchmarks.gpu.__main__ import PARTS, main, parse_case
+from rgpb import LMHead, bench, reference
+from rgpb.bench import cases, report
+from rgpb.bench.cases import LOG_PROB, Result, Shape
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"
+)
+
+# V off every tile; compilers and a second workspace take too long here
+OPTIONS = ("--device", "cpu", "--rounds", 1, "--workspace", "1MiB", "--cap", 64)
+WITHOUT = ("--without", r"compiled \|")
+
+
+def suite(folder, part, *more, shape="tiny=64,32,257"):
+    return main([str(a) for a in (*OPTIONS, "--shape", shape, "--out", folder, "--part", part, *more)])
+
+
+def content(folder, part):
+    """The JSON of a part and the keys of its lines."""
+    lines = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+    return json.loads((folder / f"{part}.json").read_text()), [line["key"] for line in lines if "key" in line]
+
+
+def rendered(path, capsys):
+    """What `rgpb bench --render` prints."""
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    arguments = parser.parse_args(["bench", "--render", str(path)])
+    capsys.readouterr()
+    assert arguments.run(arguments) == 0
+    return capsys.readouterr().out
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_heads(tmp_path, capsys):
+    assert suite(tmp_path, "llama", *WITHOUT) == 0
+    made, keys = content(tmp_path, "llama")
+    rows = [report.Row(**row) for row in made["rows"]]
+    assert len(rows) == len(keys) == len({*keys})
+    jobs = {(row.loss, row.path) for row in rows if row.impl == "naive"}
+    assert jobs == {(job.loss, job.kind) for job in lineup.JOBS}
+    assert {row.status for row in rows if row.kernels == "torch" or row.impl in ("naive", "gemm")} == {"ok"}
+    for row in rows:
+        assert (row.seconds is None) == (row.status != "ok")
+        assert (row.kernels is not None) == (row.impl == "fused")
+        if row.status == "ok" and row.impl != "gemm":
+            assert row.seconds_20 <= row.seconds <= row.seconds_80
+            assert row.over_floor > 0
+            assert row.peak_bytes > 0
+            assert (row.over_naive is None) == (row.impl == "naive")
+            assert row.value_error is not None
+    triton = {row.status for row in rows if row.kernels in ("triton chunked", "triton tiled")}
+    assert all(status.startswith(("refused: ", "plan: ")) for status in triton)
+    for impl, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy"), ("TRL", "trl"), ("quack", "quack")):
+        statuses = {row.status for row in rows if row.impl == impl}
+        assert statuses == {f"not installed: {module}"} or journal.installed(module)
+    assert {"capability", "driver"} & set(made["provenance"]) == set()
+    assert {"torch", "triton", "commit", "date", "rounds"} <= set(made["provenance"])
+    assert {point["loss"] for point in made["points"]} == {"bnf"}
+    shown = rendered(tmp_path / "llama.json", capsys)
+    assert shown.startswith("**tiny: N = 64, H = 32, V = 257, bf16**")
+    assert "| bnf single | fused, torch, 1 MiB | " in shown
+    assert shown.count("\n| ") == 2 + len(rows)
+    assert (tmp_path / "llama.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_soft_cap(tmp_path):
+    """The case is another, and who has no soft-cap says so."""
+    only = ("--only", r"(bnf|mle).*(naive|torch|F\.linear)")
+    assert suite(tmp_path, "others", *only, shape="capped=64,32,257,2") == 0
+    rows = [report.Row(**row) for row in content(tmp_path, "others")[0]["rows"]]
+    assert {row.case for row in rows} == {"capped, soft-cap 2"}
+    assert {row.status for row in rows if row.kernels == "torch" or row.impl == "naive"} == {"ok"}
+    without = {row.status for row in rows if row.impl == "F.linear_cross_entropy"}
+    assert all(status.startswith(("refused: ", "not installed: ")) for status in without)
+
+
+def test_ceilings(tmp_path, capsys):
+    assert suite(tmp_path, "ceilings") == 0
+    made, _ = content(tmp_path, "ceilings")
+    rates = {row["what"]: row["rate"] for row in made["rows"] if row["status"] == "ok"}
+    assert {"copy, bytes/s", "product bf16, flop/s", "product fp32, flop/s"} <= set(rates)
+    assert min(rates.values()) > 0
+    assert "| copy, bytes/s | " in rendered(tmp_path / "ceilings.json", capsys)
+
+
+def test_correct(tmp_path, capsys):
+    """Trimmed to two losses, and the scores; no Triton on a CPU."""
+    assert suite(tmp_path, "correct", "--only", r"(bnf|nll_pll|scores).* torch", shape="tiny=16,8,67") == 0
+    made, _ = content(tmp_path, "correct")
+    statuses = {(row["loss"], row["path"], row["dtype"], row["head"]): row["status"] for row in made["rows"]}
+    assert len(statuses) == 3 * 3 * (2 * 4 + 2)
+    assert set(statuses.values()) == {"ok", "plan: two_pass"}
+    assert {key[1:3] for key, status in statuses.items() if status != "ok"} == {("single", "fp16")}
+    assert all(row["same_twice"] for row in made["rows"] if row["status"] == "ok")
+    shown = rendered(tmp_path / "correct.json", capsys)
+    assert "| torch | two_pass | bf16 | 6 | 6 | 0 | " in shown
+
+
+def test_longest(tmp_path, capsys):
+    assert suite(tmp_path, "longest") == 0
+    made, _ = content(tmp_path, "longest")
+    for row in made["rows"]:
+        if row["impl"] == "naive" or row["kernels"] == "torch":
+            assert (row["tokens"], row["capped"], row["status"]) == (64, True, "ok")
+        else:
+            assert row["status"].startswith("refused: ")
+            assert row["tokens"] is None
+    assert "| tiny | 32 | 257 | bnf | naive | " in rendered(tmp_path / "longest.json", capsys)
+
+
+def test_skip(tmp_path, capsys):
+    assert suite(tmp_path, "skip", "--only", r"bnf \| torch \| (None|0.01)") == 0
+    made, _ = content(tmp_path, "skip")
+    plain, *others = made["rows"]
+    assert plain["status"] == "ok"
+    assert plain["seconds"] > 0
+    for row in others:  # a version without skipping, or an implementation without it, refuses
+        assert row["status"] == "ok" or row["status"].startswith("refused: ")
+        assert row["status"] != "ok" or (0 <= row["share"] <= 1 and row["off"] is not None)
+    assert "| bnf | torch |" in rendered(tmp_path / "skip.json", capsys)
+
+
+def test_tune_stores_the_sweep(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device, "tune_row", lambda settings: {"status": "ok", "rows": [{"kernel": "rows", "ms": 1.5}]})
+    assert suite(tmp_path, "tune") == 0
+    assert "| kernel | ms |\n| --- | --- |\n| rows | 1.5 |" in capsys.readouterr().out
+
+
+# -- no speed for a wrong result ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_no_time_for_a_wrong_result(wrong, tmp_path, monkeypatch):
+    graded = lineup.graded
+
+    def broken(value, *inputs):
+        value, gradients = graded(value, *inputs)
+        if wrong == "gradient":
+            return Result(value, (gradients[0], *(g * 1.5 for g in gradients[1:])))
+        return Result(value + (0.5 if wrong == "value" else torch.nan), gradients)
+
+    monkeypatch.setattr(lineup, "graded", broken)
+    assert suite(tmp_path, "llama", "--only", r"mle \| full \| (naive|fused \| single \| torch)") == 1
+    rows = [report.Row(**row) for row in content(tmp_path, "llama")[0]["rows"]]
+    assert [row.impl for row in rows] == ["naive", "fused"]
+    for row in rows:
+        assert row.status == "FAILED"
+        assert row.seconds is row.over_floor is row.over_naive is row.peak_bytes is None
+
+
+def test_a_contestant_that_raises_has_its_reason(tmp_path, monkeypatch):
+    """Others may fail as they like; an exception in this library that is no refusal counts as a failure."""
+
+    def raises(*arguments, **keywords):
+        raise RuntimeError("first line\n| second")
+
+    monkeypatch.setattr(lineup, "cross_entropy", raises)
+    only = ("--only", r"mle \| full \| (naive|F.cross|fused \| single \| torch)")
+    assert suite(tmp_path / "a", "llama", *only) == 0
+    assert content(tmp_path / "a", "llama")[0]["rows"][-1]["status"] == "error: RuntimeError: first line / second"
+    monkeypatch.setattr(lineup, "fused_loss", raises)
+    monkeypatch.setattr(lineup, "keywords", lambda kernels: {"impl": "torch"})
+    assert suite(tmp_path / "b", "llama", *only) == 1
+
+
+def test_statuses_of_exceptions():
+    assert journal.explain(torch.OutOfMemoryError("x")) == "out of memory"
+    assert journal.explain(ModuleNotFoundError("No module named 'x'", name="x")) == "not installed: x"
+    assert journal.explain(ValueError("impl: expected\na GPU")) == "refused: impl: expected a GPU"
+    assert journal.explain(TypeError("x")) == "error: TypeError: x"
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+    only = ("--only", r"mle \| full \| (naive|F.cross)|products")
+    assert suite(tmp_path, "llama", *only, "--minutes", 0) == 3  # one row, always
+    made, keys = content(tmp_path, "llama")
+    assert (len(keys), made["left"]) == (1, 6)
+    assert "6 rows don't fit into 0 minutes" in capsys.readouterr().err
+    assert suite(tmp_path, "llama", *only) == 0
+    made, keys = content(tmp_path, "llama")
+    assert (len(keys), made["left"], len(made["rows"])) == (7, 0, 7)
+    assert [run["first_row"] for run in made["runs"]] == [0, 1]
+
+    path = tmp_path / "llama.jsonl"
+    whole = path.read_bytes()
+    assert suite(tmp_path, "llama", *only) == 0  # nothing more to do
+    assert path.read_bytes() == whole
+
+    path.write_bytes(whole[:-20])  # killed while it wrote
+    assert suite(tmp_path, "llama", *only) == 0
+    made, again = content(tmp_path, "llama")
+    assert again == keys
+    assert made["rows"][-1]["status"] == "ok"
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "llama.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"llama.jsonl, line 1: expected a row of this suite"):
+        suite(tmp_path, "llama")
+
+
+def test_what_was_installed_since_is_run(tmp_path):
+    log = journal.Journal(tmp_path, "part")
+    log.add("there", {"status": "not installed: json"}, {})
+    log.add("absent", {"status": "not installed: no_such_module"}, {})
+    log.add("done", {"status": "refused: x"}, {})
+    log = journal.Journal(tmp_path, "part")
+    assert [log.done(key) for key in ("there", "absent", "done", "new")] == [False, True, True, False]
+
+
+def test_a_broken_device_ends_the_run(tmp_path, monkeypatch):
+    """The row that broke it is on record, and the next run does the rest."""
+    monkeypatch.setattr(journal, "alive", lambda device: False)
+    with pytest.raises(SystemExit, match="3"):
+        suite(tmp_path, "ceilings")
+    assert len(content(tmp_path, "ceilings")[0]["rows"]) == 1
+
+
+# -- what is compared --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_answer_in_float64(softcap):
+    """The sum over responses or pairs is the whole batch; masked positions, bias and soft-cap included."""
+    x = correct.make_inputs((4, 7, 61, 8), "fp32", "bias", "cpu")
+    head = x.head._replace(softcap=softcap)
+    leaves = [p.detach().double().requires_grad_() for p in (x.hidden, head.weight, head.bias)]
+    for loss in ("bnf", "dpo", "mle"):
+        formula = reference.LOSSES[loss]
+        ref, label = x.ref if formula.needs_ref else None, x.label if formula.needs_label else None
+        whole = formula(leaves[0], LMHead(leaves[1], leaves[2], softcap), x.target, ref=ref, label=label)
+        found = lineup.exact(loss, x.hidden, head, x.target, x.ref, x.label)
+        torch.testing.assert_close(found.value, whole.detach())
+        for one, other in zip(found.gradients, torch.autograd.grad(whole, leaves)):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_loss_of_log_probabilities_alone():
+    case = lineup.make_case("x", Shape(32, 8, 61), None, torch.float64, "cpu")
+    log_p = cases.log_probs(*case.inputs("full"))
+    for loss in ("dpo", "mle"):
+        ours = lineup.loss_of(case.batch.logp, loss, case.batch)
+        torch.testing.assert_close(ours, cases.NAIVE[loss](log_p, case.batch))
+
+
+def test_a_capped_case_has_its_own_scores():
+    plain, capped = (lineup.make_case("x", Shape(32, 8, 61), cap, torch.float32, "cpu") for cap in (None, 2.0))
+    head = LMHead(capped.batch.weight.double(), softcap=2.0)
+    logp = reference.token_scores(capped.batch.hidden.double(), head, capped.batch.target)["logp"]
+    torch.testing.assert_close(capped.batch.logp, logp.detach())
+    assert (capped.batch.logp - plain.batch.logp).abs().max() > 0.1
+    above = capped.batch.logp > capped.batch.ref  # BNF's ratio is capped for some
+    assert 0.2 < above.double().mean() < 0.8
+
+
+def test_who_takes_part():
+    """Naive first; every implementation on every path; units as in the engine's table."""
+    for job in lineup.JOBS:
+        naive, *others = lineup.entries(job, (1, 2))
+        assert naive.impl == "naive"
+        ours = {(entry.path, entry.kernels, entry.workspace) for entry in others if entry.impl == "fused"}
+        paths = lineup.PATHS[job.kind]
+        assert ours == {(path, kernels, w) for path in paths for kernels in lineup.KERNELS for w in (1, 2)}
+    whose = {entry.impl for job in lineup.JOBS for entry in lineup.entries(job, (1,))}
+    assert whose >= {"naive", "compiled", "F.cross_entropy", "F.linear_cross_entropy", "Liger", "CCE", "TRL", "quack"}
+    assert {job.loss for job in lineup.JOBS} == {"bnf", "dpo", "mle", LOG_PROB}
+
+
+def test_the_peaked_batch_is_peaked():
+    batch = device.peaked_batch(Shape(256, 64, 997), "cpu")
+    assert batch.logp.exp().median() > 0.9
+    assert (batch.logp < -1).any()
+    most = batch.target.flatten().bincount().max()
+    assert most > 10  # 256 tokens of 997 words
+
+
+@pytest.mark.parametrize(("room", "cap"), [(10_000, 1 << 20), (4096, 1 << 20), (1000, 1 << 20), (7, 64), (99, 64)])
+def test_the_search_ends_within_an_eighth(room, cap):
+    tried = []
+
+    def fits(tokens):
+        tried.append(tokens)
+        assert tokens % 2 == 0
+        return tokens <= room
+
+    found = device.search(fits, cap)
+    assert found <= room
+    assert found == cap or room - found <= max(found / 8, 2)
+    assert len(tried) == len({*tried})
+
+
+def test_nothing_fits():
+    assert device.search(lambda tokens: False, 64) is None
+
+
+def test_rounds_end_with_the_seconds(monkeypatch):
+    settings = journal.Settings("cpu", rounds=7)
+    assert heads.timed({"a": lambda: None}, settings)[1] == 7
+    monkeypatch.setattr(heads, "ROW_SECONDS", 0.0)
+    assert heads.timed({"a": lambda: None}, settings)[1] == heads.LEAST_ROUNDS
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_list_and_arguments(capsys):
+    assert main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PARTS)
+    assert parse_case("a=2,3,4") == ("a", 2, 3, 4, None)
+    assert parse_case("a=2,3,4,30") == ("a", 2, 3, 4, 30.0)
+    for text in ("2,3,4", "a=3,4,5", "a=2,3", "a=2,3,4,x", "=2,3,4"):
+        with pytest.raises(ValueError, match="expected N"):
+            parse_case(text)
+    for wrong in (["--part", "x"], ["--minutes", "-1"], ["--only", "("], [], ["--out", "x", "--shape", "a=1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(wrong)

@@ -1,0 +1,158 @@
+"""Certified skipping: the bound holds on every row, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rgpb import LMHead, fused_loss, linear_logprob, objective, reference
+from rgpb.engine import plan, skipping
+from rgpb.fused import dpo_loss, mle_loss
+from rgpb.objectives import OBJECTIVES
+
+TILE, B, T, V, H = 16, 4, 9, 150, 12  # a last tile that isn't whole
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    for module in (plan, skipping):
+        monkeypatch.setattr(module, "MASS_TILE", TILE)
+
+
+@pytest.fixture
+def peaked():
+    """hidden, head, target: each row has most of its mass in a few tokens, which are spread over the vocabulary."""
+    hidden = 2 * torch.randn(B, T, H, dtype=torch.float64)
+    head = LMHead(torch.randn(V, H, dtype=torch.float64).requires_grad_(), torch.randn(V, dtype=torch.float64))
+    head.bias.requires_grad_()
+    target = torch.randint(V, (B, T))
+    target[0, :3] = -100
+    target[:, 4] = 149
+    return hidden.requires_grad_(), head, target
+
+
+def dlogits(hidden, head, target, loss):
+    """∂L/∂logits [B, T, V] in float64, dense."""
+    z = (hidden.detach() @ head.weight.detach().T + head.bias.detach()).requires_grad_()
+    return torch.autograd.grad(loss(z.log_softmax(-1)), z)[0]
+
+
+@pytest.mark.parametrize("sort_vocab", [False, True])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.05, 0.5, "auto"])
+@pytest.mark.parametrize("workspace", [1 << 29, 1 << 15])
+def test_the_bound_holds_on_every_row(peaked, tolerance, sort_vocab, workspace):
+    hidden, head, target = peaked
+    upstream = torch.rand(B, T, dtype=torch.float64)  # rows that count more and less
+
+    def weighted(responses):
+        return -(responses.policy.logp * upstream.view(-1)).view(B, T).sum(1)
+
+    loss, metrics = fused_loss(
+        hidden, head, target, objective=weighted, reduction="sum", grad_tolerance=tolerance, sort_vocab=sort_vocab,
+        return_metrics=True, workspace=workspace,
+    )  # fmt: skip
+    assert metrics["skipped/share"].isnan()
+    made = torch.autograd.grad(loss, [hidden, head.weight, head.bias])
+    exact = reference.token_scores(hidden, head, target)["logp"] * upstream
+    truth = torch.autograd.grad(-exact.sum(), [hidden, head.weight, head.bias])
+    torch.testing.assert_close(made[0], truth[0])  # whole
+
+    bound, kept = metrics["skipped/bound"].double(), target != -100
+    p = (hidden.detach() @ head.weight.detach().T + head.bias.detach()).softmax(-1)
+    here = torch.nn.functional.one_hot(target.clamp(min=0), V)
+    coefficient = upstream * (p * (1 - here)).sum(-1)  # g_lo = g (1 − p)
+    number = torch.finfo(torch.float64).eps / 2 if tolerance == "auto" else tolerance
+    assert (bound[kept] <= number * coefficient[kept].max() * (1 + 1e-6)).all()
+    assert (bound[~kept] == 0).all()
+    # the difference of dW is Σ_t (what row t leaves out) xᵀ, and what it leaves out has at most that L1 norm
+    difference = (made[1] - truth[1]).abs().sum()
+    assert difference <= (bound * hidden.detach().abs().sum(-1)).sum() + 1e-12
+    assert (made[2] - truth[2]).abs().sum() <= bound.sum() + 1e-12
+    if number > 1e-2:
+        assert difference > 1e-9
+        assert metrics["skipped/share"] > 0.1
+    if tolerance == 0.0:
+        assert metrics["skipped/share"] == 0
+        torch.testing.assert_close(made[1], truth[1])
+
+
+def test_each_rows_bound_is_what_it_leaves_out(peaked):
+    """One row at a time: the L1 norm of its missing part of ∂L/∂z, read off the bias' gradient."""
+    hidden, head, target = peaked
+    for t in (0, 4, 8):
+        one = torch.full_like(target, -100)
+        one[2, t] = target[2, t]
+        loss, metrics = fused_loss(
+            hidden, head, one, objective=lambda r: -r.logps(), reduction="sum", grad_tolerance=0.2, return_metrics=True
+        )
+        (made,) = torch.autograd.grad(loss, head.bias)
+        (truth,) = torch.autograd.grad(-reference.token_scores(hidden, head, one)["logp"].sum(), head.bias)
+        left_out = (made - truth).abs().sum()
+        bound = metrics["skipped/bound"][2, t].double()
+        assert left_out <= bound
+        torch.testing.assert_close(left_out, bound, rtol=2e-3, atol=1e-12)
+
+
+def test_sorting_gathers_what_is_skipped():
+    """A few tokens, spread over the vocabulary, have nearly all mass: sorted, all but their tiles are left out."""
+    hidden = torch.randn(2, 8, H, dtype=torch.float64)
+    bias = torch.full((V,), -30.0, dtype=torch.float64)
+    bias[::10] = 0.0
+    head = LMHead(torch.randn(V, H, dtype=torch.float64).mul_(0.1).requires_grad_(), bias)
+    target = torch.randint(V // 10, (2, 8)) * 10
+    shares = []
+    for sort_vocab in (False, True):
+        loss, metrics = mle_loss(hidden, head, target, grad_tolerance=1e-6, sort_vocab=sort_vocab, return_metrics=True)
+        made = torch.autograd.grad(loss, head.weight)[0]
+        truth = torch.autograd.grad(mle_loss(hidden, head, target), head.weight)[0]
+        torch.testing.assert_close(made, truth, rtol=1e-5, atol=1e-6)
+        shares.append(metrics["skipped/share"].item())
+    assert shares[0] < 0.11  # the last tile, in which none of them lies
+    assert shares[1] >= 0.8
+
+
+def test_only_dw_is_touched_and_only_in_two_passes(peaked):
+    hidden, head, target = peaked
+    loss, metrics = mle_loss(hidden, head, target, grad_tolerance=0.5, return_metrics=True)
+    assert torch.equal(loss, mle_loss(hidden, head, target, reduction="none").mean())
+    frozen = LMHead(head.weight.detach(), head.bias.detach())
+    loss, metrics = mle_loss(hidden, frozen, target, grad_tolerance=0.5, return_metrics=True)
+    assert "skipped/share" not in metrics  # the head has no gradient: there is nothing to leave out
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, hidden)[0], torch.autograd.grad(mle_loss(hidden, frozen, target), hidden)[0]
+    )
+    masked = torch.full_like(target, -100)
+    loss = mle_loss(hidden, head, masked, grad_tolerance=0.5, sort_vocab=True)
+    assert not torch.autograd.grad(loss, head.weight)[0].any()
+
+
+def test_rows_without_a_gradient_cost_nothing(peaked):
+    """DPO at reduction="none": pairs whose upstream gradient is 0 are left out whole."""
+    hidden, head, target = peaked
+    ref = linear_logprob(hidden.detach(), head, target).logp.detach()
+    values, metrics = dpo_loss(hidden, head, target, ref=ref, reduction="none", grad_tolerance=0.0, return_metrics=True)
+    made = torch.autograd.grad(values[1], head.weight, retain_graph=True)[0]
+    kept = target != -100
+    assert metrics["skipped/share"] >= kept[0::2].sum() / kept.sum() - 1e-6
+    torch.testing.assert_close(
+        made, torch.autograd.grad(dpo_loss(hidden, head, target, ref=ref, reduction="none")[1], head.weight)[0]
+    )
+
+
+@pytest.mark.parametrize("given", [-1e-3, 1.0, float("nan"), float("inf"), "small", True, torch.tensor(0.1)])
+def test_bad_tolerances(peaked, given):
+    with pytest.raises(ValueError, match="grad_tolerance: expected"):
+        linear_logprob(*peaked, grad_tolerance=given)
+
+
+def test_requests_that_have_no_bound(peaked):
+    with pytest.raises(ValueError, match="grad_tolerance: expected None where the entropy has a gradient"):
+        linear_logprob(*peaked, entropy=True, grad_tolerance=1e-3)
+    with pytest.raises(ValueError, match="sort_vocab: expected False without grad_tolerance"):
+        linear_logprob(*peaked, sort_vocab=True)
+    objective("entropy_of_this_test", couples="token", entropy_grad=True)(lambda r: r.mean(r.policy.other_entropy))
+    try:
+        with pytest.raises(ValueError, match="grad_tolerance"):
+            fused_loss(*peaked, objective="entropy_of_this_test", grad_tolerance=1e-3)
+    finally:
+        del OBJECTIVES["entropy_of_this_test"]
