@@ -4,16 +4,32 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN = $(VENV)/bin/python -m
 
+# The kernels are also tested on the newest Triton, beside the one of constraints.txt: installed without torch, which
+# pins another version, and put before it on the path.
+TRITON_NEWEST = 3.9.0
+NEWEST = $(VENV)/.triton-$(TRITON_NEWEST)
+ON_NEWEST = PYTHONPATH=$(abspath $(VENV))/triton-newest
+INTERPRET = TRITON_INTERPRET=1
+
+# One thread each: tests/conftest.py
+PYTEST = $(RUN) pytest -n 2
+
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
 
-test: lint  ## lint, types and the fast tests
-	$(RUN) pytest
+test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, in processes of their own, interpreted
+	$(PYTEST) $(SLOW)
+	$(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
+	$(ON_NEWEST) $(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
+	$(ON_NEWEST) $(PYTEST) tests/test_targets.py
 
-test-slow: lint  ## also the slow ones
-	$(RUN) pytest --slow
+test-slow: SLOW = --slow
+test-slow: test  ## also the slow ones
+
+# compiled kernels are kept between runs
+test: export TRITON_CACHE_DIR = $(abspath $(VENV))/triton-cache
 
 lint: $(VENV)/.ready
 	$(RUN) ruff check .
@@ -29,6 +45,11 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PIP) install -q --progress-bar off -c constraints.txt setuptools wheel
 	$(PIP) install --progress-bar off -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(NEWEST): | $(VENV)/.ready
+	rm -rf $(VENV)/triton-newest
+	$(PIP) install -q --progress-bar off --no-deps --target $(VENV)/triton-newest "triton==$(TRITON_NEWEST)"
 	touch $@
 
 clean:

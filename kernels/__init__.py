@@ -1,4 +1,18 @@
-"""Row kernels: the arithmetic between the two matrix products, one module per implementation.
+"""Row and tile kernels: what happens between the matrix products.
 
-A row kernel works in place on a buffer of logits [C, V] and knows neither the loss nor the matrix products around it.
+Installed as `rgpb.kernels`. `torch_rows` runs anywhere; the modules named `triton_…` need Triton and a GPU.
 """
+
+from __future__ import annotations
+
+import torch
+
+
+def architecture(device: torch.device) -> str | None:
+    """ "sm_80", "sm_90", "sm_100", "sm_120" or "gfx9"; the nearest for a GPU that is none of them, None for no GPU."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "gfx9"
+    major = torch.cuda.get_device_properties(device).major  # which torch.compile takes for a constant
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from rgpb.kernels import architecture
 
 INTERPRETED = "interpreter"
 
@@ -51,7 +52,7 @@ class Tile(NamedTuple):
 
 
 # The row kernels are bound by memory: a block of 4096 float32 is four 16-byte loads a thread at 8 warps, and 4 to 8
-# programs fit a multiprocessor (28 to 57 registers), 64 kB or more in flight, which covers the latency.
+# programs fit a multiprocessor (28 to 60 registers), 64 kB or more in flight, which covers the latency.
 ROWS = {
     "default": Rows(4096, 8),
     "gfx9": Rows(4096, 8),  # waves of 64: two 16-byte loads a thread, at most 60 registers of 512
@@ -153,23 +154,19 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
 def arch(device: torch.device) -> str:
-    """The key of the tables for a device; architectures without an entry take the next older one.
+    """The key of the tables for a device.
 
     Raises:
         ValueError: a device without a GPU architecture, outside the interpreter.
     """
-    if interpreted():
-        return INTERPRETED
-    if device.type != "cuda":
+    found = INTERPRETED if interpreted() else architecture(device)
+    if found is None:
         raise ValueError(f"device: expected a CUDA or ROCm device for Triton kernels, got {device.type}")
-    if torch.version.hip:
-        return "gfx9"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+    return found
 
 
+@cache
 def rows(device: torch.device) -> Rows:
     """The row kernels' configuration on `device`."""
     key = arch(device)
@@ -177,6 +174,7 @@ def rows(device: torch.device) -> Rows:
     return Rows(*tuned) if tuned else ROWS.get(key, ROWS["default"])
 
 
+@cache
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
     """The configuration of "score", "weights" or "gradients" on `device` for operands of `dtype`."""
     key = arch(device)
@@ -219,7 +217,8 @@ def keep(device: torch.device, kernel: str, dtype: str, config: Rows | Tile) -> 
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)  # whole or not at all, also beside another process
-    _tuned.cache_clear()
+    for known_by_now in (_tuned, rows, tile):
+        known_by_now.cache_clear()
 
 
 def _key(device: torch.device, kernel: str, dtype: str) -> str:

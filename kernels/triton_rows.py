@@ -293,7 +293,8 @@ def statistics(
         statistics_kernel[(rows,)](
             z_CV, z_CV.stride(0), target_C, epilogue.bias, z_y, lse_other, h_o, masses,
             0 if masses is None else masses.stride(0), vocab, epilogue.softcap, epilogue.scale,
-            BLOCK_V=tile or config.block_vocab, num_warps=config.warps,
+            BLOCK_V=tile or config.block_vocab,
+            num_warps=config.warps if tile is None else max(1, min(config.warps, tile // 256)),
         )  # fmt: skip
     if masses is not None:
         masses.sub_(torch.where(lse_other == -torch.inf, 0, lse_other)[:, None]).exp_()
@@ -340,7 +341,7 @@ def relative(upstream: Upstream) -> tuple[Tensor, Upstream]:
 
 def token_loss_(
     z_CV: Tensor, target_C: Tensor, loss: str, weight_C: Tensor, ref: tuple[Tensor, Tensor] | None, epilogue: Epilogue,
-    entropy: bool, out: Tensor | None = None,
+    entropy: bool, out: Tensor | None = None, config: configs.Rows | None = None,
 ) -> tuple[Statistics, Tensor, Tensor]:  # fmt: skip
     """Raw products → (statistics, loss of each token, dlogits), in place or in `out`, in one launch.
 
@@ -348,6 +349,7 @@ def token_loss_(
         loss: of `TOKEN_LOSSES`.
         weight_C: factor of each token's loss, negative for a rejected one.
         ref: (log p, log-odds) of the reference, or None; in the accumulators' type, as `weight_C`.
+        config: default: that of the device.
     """
     if loss not in TOKEN_LOSSES:
         raise ValueError(f"loss: expected one of {TOKEN_LOSSES}, got {loss!r}")
@@ -355,7 +357,7 @@ def token_loss_(
     acc = torch.float64 if z_CV.dtype == torch.float64 else torch.float32
     z_y, lse_other, value = (z_CV.new_empty(len(z_CV), dtype=acc) for _ in range(3))
     h_o = torch.empty_like(z_y) if entropy else None
-    config = configs.rows(z_CV.device)
+    config = config or configs.rows(z_CV.device)
     if len(z_CV):
         token_loss_kernel[(len(z_CV),)](
             z_CV, z_CV.stride(0), out, out.stride(0), target_C, epilogue.bias, weight_C, *(ref or (None, None)), z_y,

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("rgpb.train", "train a model on preference data"),
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
     "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
+    "tune": ("rgpb.bench.tune", "time the Triton kernels' configurations on this GPU and keep the fastest"),
     "demo": ("rgpb.demo", "compare three losses on arithmetic pairs, in a few minutes"),
 }
 

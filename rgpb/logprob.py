@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgpb.engine import chunked, skipping
-from rgpb.engine.plan import DEFAULT_WORKSPACE, ENGINES, MASS_TILE, Plan, architecture, plan, sizes
+from rgpb.engine.plan import DEFAULT_WORKSPACE, ENGINES, MASS_TILE, Plan, plan, sizes
 from rgpb.head import LMHead, as_head
+from rgpb.kernels import architecture
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import TokenScores
 

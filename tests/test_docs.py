@@ -57,3 +57,10 @@ def test_every_objective_is_documented():
     rows = (ROOT / "docs" / "objectives.md").read_text()
     for name in OBJECTIVES:
         assert f"| `{name}` |" in rows
+
+
+def test_predictions_are_the_plans():
+    """docs/kernels.md prints what `plan` foretells, and not what it once foretold."""
+    from rgpb.bench.plan import predictions
+
+    assert predictions() in (ROOT / "docs" / "kernels.md").read_text()

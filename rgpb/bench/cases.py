@@ -202,7 +202,7 @@ def fused(batch: Batch, loss: str, path: str, impl: str, workspace: int) -> Cont
     weight = batch.weight.detach() if path in ("frozen", "forward") else batch.weight
     hidden = batch.hidden.detach() if path == "forward" else batch.hidden
     reduction = "none" if path == "two_pass" else "mean"
-    plan = call_plan(hidden, LMHead(weight), spec, reduction, workspace, {})
+    plan = call_plan(hidden, LMHead(weight), spec, reduction, workspace, {}, impl)
 
     def run() -> Result:
         if loss == LOG_PROB:

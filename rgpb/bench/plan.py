@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from rgpb.bench.cases import naive_bytes
-from rgpb.engine.plan import plan, sizes
+from rgpb.engine.plan import ENGINES, RATES, Plan, Sizes, plan, sizes
 from rgpb.objectives import OBJECTIVES
 
+GPUS = {"a100": "sm_80", "h200": "sm_90", "b200": "sm_100", "rtx5090": "sm_120", "mi300x": "gfx9"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -61,6 +62,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--loss", choices=sorted(OBJECTIVES), default="bnf")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
     parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="for the time; default %(default)s")
+    parser.add_argument("--impl", choices=("triton", "torch"), help="default: triton on cuda, torch on cpu")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="default %(default)s")
+    parser.add_argument("--skipping", action="store_true", help="with a grad_tolerance")
     parser.add_argument("--frozen-head", action="store_true", help="the head has no gradient, as with LoRA")
     parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
     parser.set_defaults(run=run)
@@ -70,23 +75,76 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan.
 
     Raises:
-        ValueError: `workspace` is too small for one row.
+        ValueError: `workspace` is too small for one row, or the engine can't serve the request.
     """
     a, spec, dtype = arguments, OBJECTIVES[arguments.loss], DTYPES[arguments.dtype]
+    cuda = a.device_type == "cuda"
+    head = sizes(
+        a.vocab, a.hidden, dtype, dtype, a.device_type, a.impl or ("triton" if cuda else "torch"),
+        arch=GPUS[a.gpu] if cuda else None,
+    )  # fmt: skip
     chosen = plan(
-        a.tokens, sizes(a.vocab, a.hidden, dtype, dtype, a.device_type), weight_grad=not a.frozen_head,
-        couples=spec.couples, half=dtype == torch.float16, entropy_grad=spec.entropy_grad, workspace=a.workspace,
+        a.tokens, head, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
+        entropy_grad=spec.entropy_grad, skipping=a.skipping, engine=a.engine, workspace=a.workspace,
     )  # fmt: skip
     naive, units = naive_bytes(a.tokens, a.vocab, dtype.itemsize), 2 if a.frozen_head else 3
     print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
     print(f"path    {chosen.path}: {chosen.reason}")
+    print(f"engine  {chosen.engine}, kernels in {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
-    print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows of logits at a time")
+    if chosen.seconds is not None:
+        floor = products_seconds(chosen, head)
+        print(
+            f"time    {chosen.seconds * 1e3:,.1f} ms predicted for {a.gpu}, {chosen.seconds / floor:.2f} × the bare "
+            f"products' {floor * 1e3:,.1f} ms; from ceilings, not measured"
+        )
+    print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
     print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(a.workspace)} allowed")
     print(
         f"naive   {_mebibytes(naive)}: 3·N·V float32 numbers; {naive / chosen.extra_bytes:,.1f} times the memory above"
     )
     return 0
+
+
+def products_seconds(chosen: Plan, head: Sizes) -> float:
+    """The bare products of a plan at the library's rate on the architecture of `head`."""
+    assert head.arch is not None
+    return chosen.flops / RATES[head.arch].library
+
+
+HEADS = {
+    "Llama-3-8B": (4096, 128256),
+    "Qwen2.5-7B": (3584, 152064),
+    "Gemma-2-9B": (3584, 256000),
+    "Pythia-2.8B": (2560, 50304),
+}
+
+
+def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
+    """A Markdown table: what each path is predicted to take for the heads of `HEADS`, bf16, on both engines."""
+    lines = [
+        "| head | job, workspace | bare products | chunked | tiled |",
+        "|---|---|---:|---:|---:|",
+    ]
+    jobs: list[tuple[str, dict[str, Any]]] = [
+        ("token-wise loss, 4 GiB", {"couples": "token", "workspace": 4 << 30}),
+        ("token-wise loss, 512 MiB", {"couples": "token"}),
+        ("any loss, 512 MiB", {"couples": "batch"}),
+        ("frozen head, 512 MiB", {"weight_grad": False}),
+        ("log-probabilities, 512 MiB", {"weight_grad": False, "hidden_grad": False}),
+    ]
+    for name, (width, vocab) in HEADS.items():
+        for job, request in jobs:
+            cells = []
+            for engine in ("chunked", "tiled"):
+                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch=GPUS[gpu])
+                made = plan(tokens, head, engine=engine, **request)
+                assert made.seconds is not None
+                floor = products_seconds(made, head)
+                cells.append(f"{made.path}, {made.seconds * 1e3:.1f} ms, {made.seconds / floor:.2f} × {made.units}U")
+            unit = 2e3 * tokens * vocab * width / RATES[GPUS[gpu]].library
+            lines.append(f"| {name} | {job} | U = {unit:.1f} ms | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
 
 
 def _mebibytes(size: int) -> str:

@@ -205,7 +205,10 @@ class Products:
     def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None) -> None:
         """out[rows] = diag(r) E W, straight into place where the rows are a view of the right dtype."""
         in_place = isinstance(rows, slice) and out_PH.dtype == e_CV.dtype
-        dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
+        # rounded once: nothing follows the product, and it is one
+        last = r is None and not self.sizes.convert and out_PH.dtype == e_CV.dtype
+        dtype = out_PH.dtype if last else self.p.acc_dtype
+        dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=dtype)
         for part, weight in self.weight():
             mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
         if r is not None:
@@ -477,13 +480,15 @@ def head_gradient(
     ):
         weight = p.weight_rows(part).to(dtype)
         places = part if p.order is None else p.order[part]
-        dw = None
-        if dweight is not None:
-            in_place = dweight.dtype == acc and p.order is None
-            dw = dweight[part] if in_place else p.hidden.new_empty(len(weight), width, dtype=acc)
-        db = None if dbias is None else dbias.new_zeros(len(weight), 1)
         chosen = None if rows_of is None else rows_of(part.start // tile)
         count = kept.count if chosen is None else len(chosen)
+        dw = None
+        if dweight is not None:
+            # one chunk of rows: the product in the weight's own dtype is the slice, rounded once
+            own = dweight.dtype == acc or (dweight.dtype == dtype and count <= rows_step)
+            in_place = own and p.order is None
+            dw = dweight[part] if in_place else p.hidden.new_empty(len(weight), width, dtype=acc)
+        db = None if dbias is None else dbias.new_zeros(len(weight), 1)
         if dw is not None and not count:
             dw.zero_()
         for chunk in spans(count, rows_step):

@@ -29,6 +29,10 @@ DEFAULT_WORKSPACE = 512 * 2**20
 MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
 # Entries of the vocabulary in one finished slice of dW.
 MAX_SLICE = {"cpu": 4096, "cuda": 16384}
+# Slices of a product with all rows at once aren't narrower: 8 tiles of 128 columns.
+MIN_SLICE = 1024
+# Rows of a chunk come in multiples of a product's tile, or the last of its tiles is mostly empty.
+ROW_TILE = 128
 # Columns whose softmax mass is kept together, where gradients may be skipped.
 MASS_TILE = 1024
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
@@ -103,6 +107,7 @@ class Sizes(NamedTuple):
         impl: row kernels, "torch" or "triton".
         engine: "chunked" or "tiled".
         arch: key in `RATES`, or None.
+        factored: whether rows have factors that are applied to the [C, H] sides, which takes float32 copies of them.
     """
 
     vocab: int
@@ -115,6 +120,7 @@ class Sizes(NamedTuple):
     impl: str = "torch"
     engine: str = "chunked"
     arch: str | None = None
+    factored: bool = True
 
     @property
     def logit(self) -> int:
@@ -145,20 +151,11 @@ def sizes(
     """`Sizes` of a head [vocab, width] used in `compute_dtype` (the autocast type, else that of the hidden states)."""
     gemm = gemm_dtype(device_type, compute_dtype)
     acc = 8 if weight_dtype == torch.float64 else 4
+    convert = gemm != weight_dtype
+    factored = impl == "torch" or engine == "tiled" or convert or gemm == torch.float16
     return Sizes(
-        vocab, width, acc, gemm.itemsize, gemm != weight_dtype, weight_dtype.itemsize < 4, device_type, impl, engine,
-        arch,
-    )  # fmt: skip
-
-
-def architecture(device: torch.device) -> str | None:
-    """The key of `RATES` for a device; a GPU that is newer or older than all of them counts as the nearest."""
-    if device.type != "cuda":
-        return None
-    if torch.version.hip:
-        return "gfx9"
-    major = torch.cuda.get_device_properties(device).major  # which torch.compile takes for a constant
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")
+        vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, engine, arch, factored
+    )
 
 
 def convert_rows(s: Sizes, workspace: int) -> int:
@@ -199,12 +196,15 @@ def _rows_that_fit(workspace: int, fixed: int, row: int, vocab: int, most: int, 
             f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
+    if s.device_type != "cpu" and ROW_TILE < rows < most:
+        chunks = -(-most // (rows // ROW_TILE * ROW_TILE))
+        rows = -(-most // (chunks * ROW_TILE)) * ROW_TILE  # chunks of equal length
     return rows, fixed + rows * row + min(rows, block) * scratch
 
 
 def _row_sides(s: Sizes) -> int:
     """Bytes of one row on the [C, H] sides: gathered, converted, times its factor, and a result."""
-    return s.width * (4 + 2 * s.gemm + s.acc)
+    return s.width * (4 + 2 * s.gemm + s.acc if s.factored else 2 * s.gemm)
 
 
 def single_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int]:
@@ -218,9 +218,27 @@ def single_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int]:
 
 
 def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
-    """(rows, slice, bytes held) of a sweep that finishes dW for a slice of V over all rows at a time."""
-    column = s.width * (s.gemm * s.convert + s.acc * s.accumulate)
+    """(rows, slice, bytes held) of a sweep that finishes dW for a slice of V over all rows at a time.
+
+    On a GPU slices are as wide as they can be with all rows in one chunk: then the product itself is the finished dW.
+    Otherwise, and on a CPU, a slice of it is summed over chunks of rows.
+    """
+    column, summed = s.width * s.gemm * s.convert, s.width * s.acc * s.accumulate
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
+    if s.device_type != "cpu":
+        while True:
+            try:
+                rows, held = _rows_that_fit(
+                    workspace, step * column, step * s.logit + _row_sides(s), step, max(tokens, 1), s
+                )
+            except ValueError:
+                rows = 0
+            if rows >= tokens > 0:
+                return rows, step, held
+            if step <= MIN_SLICE:
+                break
+            step = max(MIN_SLICE, step // 2)
+    column += summed
     if column:
         step = max(1, min(step, workspace // 2 // column))
     while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + _row_sides(s):
@@ -267,7 +285,7 @@ def plan(
     if engine == "tiled" and why_not:
         raise ValueError(f"engine: {why_not}, got 'tiled'")
     given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, workspace)
-    chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled")
+    chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled", factored=True)
     if engine == "tiled":
         return _plan(tiled, *given)
     if engine == "chunked" or why_not or head.gemm != 2 or head.arch is None:
@@ -285,7 +303,7 @@ def _plan(
     unit = 2 * tokens * head.vocab * head.width
 
     def made(path: str, reason: str, units: int, rows: int, held: int) -> Plan:
-        seconds = _seconds(head, path, units, tokens, rows)
+        seconds = _seconds(head, path, units, tokens, rows, workspace)
         return Plan(path, reason, units, rows, held, units * unit, head.impl, head.engine, seconds)
 
     if not gradient:
@@ -300,13 +318,14 @@ def _plan(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
     why = _not_single(head, couples, scalar, half, skipping, workspace, tokens)
-    if why is None:
-        rows, held = single_chunk(head, workspace, tokens)
-        return made(
-            "single", f"coefficients are known chunk by chunk (couples a {couples})", 2 + hidden_grad, rows, held
-        )
-    held = max(held, slice_chunk(head, workspace, tokens)[2])
-    return made("two_pass", why, 3 + hidden_grad, rows, held)
+    both = max(held, slice_chunk(head, workspace, tokens)[2])
+    two_pass = made("two_pass", why or "the sum of dW over many chunks would cost more", 3 + hidden_grad, rows, both)
+    if why is not None:
+        return two_pass
+    rows, held = single_chunk(head, workspace, tokens)
+    why = f"coefficients are known chunk by chunk (couples a {couples})"
+    single = made("single", why, 2 + hidden_grad, rows, held)
+    return two_pass if (two_pass.seconds or 0) < (single.seconds or 0) else single
 
 
 def _not_single(
@@ -339,7 +358,7 @@ def _not_tiled(head: Sizes, half: bool, gradient: bool) -> str | None:
     return None
 
 
-def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int) -> float | None:
+def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int, workspace: int) -> float | None:
     """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
     if head.arch is None or head.gemm != 2:
         return None
@@ -353,7 +372,9 @@ def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int) -> floa
         first = 2 * head.acc + (0 if path == "forward" else head.acc + head.gemm)
         moved = first + (sweeps - 1) * (2 * head.acc + head.gemm)
         products = unit * units / rates.library
-    sums = 0
-    if path == "single" and head.accumulate and rows < tokens:
-        sums = -(-tokens // max(rows, 1)) * head.vocab * head.width * 8
+    if path == "two_pass":
+        rows = slice_chunk(head, workspace, tokens)[0]
+    chunks = -(-tokens // max(rows, 1)) if path in ("single", "two_pass") else 1
+    # written by the first chunk, read and written by the others; then read, and written in 16 bits
+    sums = 0 if chunks == 1 else head.vocab * head.width * (4 * (2 * chunks - 1) + (4 + 2) * head.accumulate)
     return products + (logits * moved + sums) / rates.copy

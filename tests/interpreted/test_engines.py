@@ -49,7 +49,7 @@ def as_on_cuda(monkeypatch):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ["mle", "nll_pll", "unlikelihood", "bnf", "exmate", "dpo"])
+@pytest.mark.parametrize("name", ["nll_pll", "unlikelihood", "bnf", "dpo"])
 def test_float64_paths_equal_the_oracle(name, head, path, engine):
     shape = (4, *SHAPE[1:])
     hidden, lm_head, target, ref_logits = batch(shape, head=head)
@@ -274,3 +274,39 @@ def test_offsets_beyond_32_bits():
     """In a process of its own: an address computed in 32 bits would be somewhere else and kill it."""
     made = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
+
+
+def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
+    from rgpb.kernels import configs
+
+    from rgpb.bench import tune
+    from rgpb.bench.cases import Shape
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tile = configs.TILES[configs.INTERPRETED]["score"]
+    monkeypatch.setitem(configs.TILES[configs.INTERPRETED], "score", [*tile, tile[0]._replace(vocab=32)])
+    said = []
+    rows = tune.sweep("cpu", said.append, Shape(20, 24, 150), torch.float32, rounds=1, keep=True)
+    assert [row["kernel"] for row in rows] == ["score", "score", "weights", "gradients", "rows"]
+    assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows)
+    assert sum(row.get("chosen", False) for row in rows) == 4
+    assert len(said) == 5
+    monkeypatch.setattr(configs, "interpreted", lambda: False)  # as launches on a GPU read it
+    monkeypatch.setattr(
+        configs,
+        "_key",
+        lambda device, kernel, dtype: (
+            f"interpreter, triton {configs.triton.__version__}, {kernel}" + (f", {dtype}" if dtype else "")
+        ),
+    )
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    for cached in (configs._tuned, configs.rows, configs.tile):
+        cached.cache_clear()
+    assert configs.rows(torch.device("cpu")) == configs.ROWS[configs.INTERPRETED]
+    configs.tuned_file().write_text('{"a, rows": [1]}')
+    configs._tuned.cache_clear()
+    configs.rows.cache_clear()
+    with pytest.raises(ValueError, match="tuned choices: expected a file of `rgpb tune`"):
+        configs.rows(torch.device("cpu"))
+    for cached in (configs._tuned, configs.rows, configs.tile):
+        cached.cache_clear()

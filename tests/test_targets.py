@@ -1,0 +1,379 @@
+"""Every kernel compiled for GPUs that needn't be there, and what the compilers made of it.
+
+Each launch is recorded on CPU tensors, so what is compiled is what the launch functions would launch: the same flags,
+configuration and alignment. What no compiler says, whether results are right, is for `tests/interpreted`.
+
+Two translations matter per kernel: PTX or AMD assembly, and the machine code of ptxas, which allocates registers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: an interpreting process can't compile", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="triton isn't importable: nothing compiles")
+
+from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
+from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+# triton 3.9 announces another default of a later version
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+KIB = 1024
+JUDGED = triton.__version__ == "3.6.0"  # another version brings another ptxas: spills are only recorded there
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+JOBS = ("score", "weights", "gradients")
+
+# A batch of 256 tokens, a head of 1024 × 512: no kernel is specialised on a size, only on 16 dividing it
+C, V, H = 256, 1024, 512
+SIZES = {
+    "plain": (V, H),
+    "flags": (V, H),
+    "ragged": (1031, 528),  # no multiples of a block; rows of the operands still start at multiples of 16 bytes
+    "unaligned": (1031, 73),  # they don't: no TMA, no vectors
+}
+
+# Bytes of stack a thread may spill to, outside the matrix loop: without and with bias, soft-cap and entropy at once
+SPILLS = {"plain": 96, "ragged": 3 * KIB // 2, "flags": 3 * KIB}
+
+
+class Device(NamedTuple):
+    """A target, what its tensor cores' instruction is called, and what one multiprocessor has.
+
+    Attributes:
+        matrix: in the PTX or AMD assembly.
+        machine: in the machine code, where the loop is looked for.
+        program: bytes of shared memory that one program can have.
+        shared: bytes of shared memory of a multiprocessor.
+        reserved: bytes of it that each program costs besides its own.
+    """
+
+    target: GPUTarget
+    matrix: str
+    machine: str
+    program: int
+    shared: int
+    reserved: int = KIB
+
+
+DEVICES = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), "mma.sync.aligned", r"\bHMMA", 163 * KIB, 164 * KIB),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), "wgmma.mma_async", r"\bHGMMA", 227 * KIB, 228 * KIB),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), "tcgen05.mma", r"\bUTC\w*MMA", 227 * KIB, 228 * KIB),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), "mma.sync.aligned", r"\bHMMA", 99 * KIB, 100 * KIB),
+    "gfx9": Device(GPUTarget("hip", "gfx942", 64), "v_mfma_f32", r"\bv_mfma", 64 * KIB, 64 * KIB, 0),
+}
+
+
+# -- launches → compiled kernels --------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """In place of a kernel: keeps what it was launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@contextlib.contextmanager
+def recorded(arch):
+    """The launches of a block, none of them made, as on a device of `arch`."""
+    launches = []
+    with contextlib.ExitStack() as stack:
+        for module in (triton_rows, triton_tiles):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
+        rows = configs.ROWS.get(arch, configs.ROWS["default"])
+        stack.enter_context(mock.patch.object(configs, "rows", return_value=rows))
+        stack.enter_context(mock.patch.object(configs, "programs", lambda config, device: config.programs))
+        yield launches
+
+
+def source(kernel, args, kwargs):
+    """What Triton would compile for a launch, and with which options."""
+    options = {key: value for key, value in kwargs.items() if key not in kernel.arg_names}
+    named = {key: value for key, value in kwargs.items() if key in kernel.arg_names}
+    values = kernel.signature.bind(*args, **named).arguments
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        aligned = False
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+        else:
+            assert type(value) is int, f"{parameter.name}: expected a tensor, None or an int, got {value!r}"
+            signature[parameter.name], aligned = "i32", value % 16 == 0
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def loops(assembly):
+    """The bodies of all loops: from a label to a jump back to it. PTX, AMD assembly, or nvdisasm's output."""
+    lines, labels, bodies = [], {}, []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*([.$]L\w+):", line):
+            labels[label[1]] = len(lines)
+        lines.append(line)
+        if re.search(r"\b(bra|BRA|s_branch|s_cbranch)", line):
+            bodies += [lines[labels[to] :] for to in re.findall(r"[.$]L\w+", line) if to in labels]
+    return bodies
+
+
+def innermost(assembly, pattern):
+    """The shortest loop with an instruction like `pattern` in it; [] if there is none."""
+    found = [body for body in loops(assembly) if any(re.search(pattern, line) for line in body)]
+    return min(found, key=len, default=[])
+
+
+class Compiled(NamedTuple):
+    """A kernel of 32 · warps (AMD: 64 · warps) threads.
+
+    Attributes:
+        assembly: PTX, or AMD assembly.
+        machine: the same again on AMD; else what nvdisasm prints.
+        stack: bytes a thread spills to.
+    """
+
+    ir: str
+    assembly: str
+    machine: str
+    warps: int
+    shared: int
+    registers: int
+    stack: int
+
+
+def compiled(arch, launches, tmp_path):
+    """The only launch, compiled for `arch`."""
+    ((kernel, args, kwargs),) = launches
+    made, options = source(kernel, args, kwargs)
+    out = triton.compile(made, target=DEVICES[arch].target, options=options)
+    common = {"ir": out.asm["ttir"], "warps": options["num_warps"], "shared": out.metadata.shared}
+    if "amdgcn" in out.asm:
+        text = out.asm["amdgcn"]
+        registers, stack, spilled = (
+            int(re.search(rf"\.{key}:\s+(\d+)", text)[1])
+            for key in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        )
+        return Compiled(assembly=text, machine=text, registers=registers, stack=stack + 4 * spilled, **common)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(out.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", cubin)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Compiled(
+        assembly=out.asm["ptx"], machine=tool("nvdisasm", "-c", cubin), registers=registers, stack=stack, **common
+    )
+
+
+def tool(name, *args):
+    done = subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+# -- what is asked of each --------------------------------------------------------------------------------------------
+
+
+def fits(kernel, arch, programs):
+    """`programs` of them have room on a multiprocessor: shared memory and registers."""
+    device = DEVICES[arch]
+    assert kernel.shared <= device.program
+    assert programs * (kernel.shared + device.reserved) <= device.shared
+    allocated = -(-kernel.registers // 8) * 8
+    if arch == "gfx9":  # four SIMDs, 512 registers of 64 lanes each
+        assert -(-programs * kernel.warps // 4) * allocated <= 512
+    else:
+        assert programs * kernel.warps * 32 * allocated <= 65536
+
+
+def addresses_are_wide(kernel):
+    """Strides are 32-bit arguments where they fit; no product with one may be."""
+    body = kernel.ir.split("tt.func", 1)[1].split("\n", 1)[1]
+    uses = [line.strip() for line in body.splitlines() if re.search(r"%stride_\w+", line)]
+    narrow = [line for line in uses if not re.search(r"arith\.extsi %stride_\w+ : i32 to i64", line)]
+    assert not narrow, narrow
+
+
+def vectorised(kernel, arch):
+    """Some loads take 16 bytes a thread."""
+    assert re.search(r"global_load_dwordx4" if arch == "gfx9" else r"ld\.global\S*\.v4\.b32", kernel.assembly)
+
+
+def stores_wait(kernel, arch):
+    """In the loop that rewrites a row with narrower numbers: all loads, a barrier, all stores."""
+    pattern = r"\b(ld|st)\.global|\b(bar)(?:rier)?\.sync"
+    if arch == "gfx9":
+        pattern = r"\bglobal_(load|store)_|\bs_(barrier)\b"
+    letters = {"ld": "L", "load": "L", "st": "S", "store": "S", "bar": "B", "barrier": "B"}
+    orders = []
+    for body in loops(kernel.assembly):
+        found = [match for line in body if (match := re.search(pattern, line))]
+        orders.append("".join(letters[match[1] or match[2]] for match in found))
+    rewriting = [order for order in orders if "L" in order and "S" in order]
+    assert len(rewriting) == 1, orders
+    assert re.fullmatch("L+B+S+", rewriting[0]), rewriting
+
+
+# -- tile kernels -----------------------------------------------------------------------------------------------------
+
+
+def tile_launch(arch, job, config, variant, dtype=torch.bfloat16):
+    """One of the three jobs; flags: bias, soft-cap, scale and entropy."""
+    vocab, width = SIZES[variant]
+    flags = variant == "flags"
+    x, w = (torch.empty(n, width, dtype=dtype) for n in (C, vocab))
+    target = torch.zeros(C, dtype=torch.int64)
+    acc = torch.promote_types(dtype, torch.float32)
+    a, b, c, d, e = torch.ones(5, C, dtype=acc)
+    epilogue = Epilogue(torch.ones(vocab, dtype=acc), 30.0, 0.5) if flags else Epilogue(None, None, 1.0)
+    out = torch.empty(C, vocab, dtype=dtype)
+    with recorded(arch) as launches:
+        if job == "gradients":
+            scores, upstream = Statistics(a, b, c if flags else None), Upstream(d, e, c if flags else None)
+            triton_tiles.gradients(x, w, target, scores, upstream, epilogue, out, config=config)
+        else:
+            partials = triton_tiles.Partials.empty(a, -(-vocab // config.vocab), C, acc, job == "score", flags)
+            weights = {} if job == "score" else {"shift": b, "out": out}
+            triton_tiles.score(x, w, target, epilogue, c, partials, config=config, **weights)
+    return launches
+
+
+def tile_cases():
+    """(arch, job, index into the table, variant): everything of the first, the others as they come most often."""
+    for arch in DEVICES:
+        for job in JOBS:
+            for variant in ("plain", "flags", "ragged"):
+                yield arch, job, 0, variant
+            if job == "score":  # the matrix loop is that of the other jobs
+                yield arch, job, 0, "unaligned"
+            if arch == "sm_90":
+                for index in range(1, len(configs.TILES[arch][job])):
+                    yield arch, job, index, "plain"
+
+
+@pytest.mark.parametrize(("arch", "job", "index", "variant"), list(tile_cases()))
+def test_tile_kernel(arch, job, index, variant, tmp_path, record_property):
+    device, config = DEVICES[arch], configs.TILES[arch][job][index]
+    kernel = compiled(arch, tile_launch(arch, job, config, variant), tmp_path)
+    record_property("config", str(tuple(config)))
+    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
+    assert device.matrix in kernel.assembly
+    assert ("cp.async.bulk.tensor" in kernel.assembly) == (config.tma and variant != "unaligned")
+    assert kernel.shared <= device.program
+    addresses_are_wide(kernel)
+    loop = innermost(kernel.machine, device.machine)
+    assert loop, "no loop around the matrix instructions"
+    if variant == "unaligned":
+        return  # operands come two bytes at a time, through registers: right, and slow
+    assert not [line for line in loop if re.search(r"\bLDL|\bscratch_load", line)], "reloads spills in the matrix loop"
+    if JUDGED:
+        fits(kernel, arch, config.programs)
+        assert kernel.stack <= (0 if arch == "gfx9" else SPILLS[variant])
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tile_kernel_with_wide_operands(dtype, job, tmp_path, record_property):
+    """No tensor core rounds float32 operands to tf32, and 48 KiB are what every architecture has."""
+    kernel = compiled("sm_90", tile_launch("sm_90", job, configs.WIDE, "plain", dtype), tmp_path)
+    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
+    assert "tf32" not in kernel.assembly
+    assert kernel.shared <= 48 * KIB
+    addresses_are_wide(kernel)
+    fits(kernel, "sm_90", configs.WIDE.programs)
+    if JUDGED:
+        assert kernel.stack == 0
+
+
+def test_tables_are_complete():
+    """Every architecture has every job, its first choice fits what shares the key, and descriptors are where TMA is."""
+    for arch in DEVICES:
+        assert set(configs.TILES[arch]) == set(JOBS)
+        for job, candidates in configs.TILES[arch].items():
+            assert len(set(candidates)) == len(candidates), (arch, job)
+            for config in candidates:
+                assert not config.tma or arch in ("sm_90", "sm_100", "sm_120")
+                if arch == "sm_80":  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
+                    buffers = (config.rows + config.vocab) * config.width * 2 * (config.stages - 1)
+                    assert buffers <= 99 * KIB, (job, config)
+
+
+# -- row kernels ------------------------------------------------------------------------------------------------------
+
+
+def row_launch(arch, name, flags):
+    """float32 logits; dlogits as bfloat16 over the first half of each row's bytes. flags: as for the tiles."""
+    z = torch.empty(8, V)
+    narrow = z.view(torch.bfloat16)[:, :V]
+    target = torch.zeros(8, dtype=torch.int64)
+    a, b, c, d = torch.ones(4, 8)
+    epilogue = Epilogue(torch.ones(V), 30.0, 0.5) if flags else Epilogue(None, None, 1.0)
+    with recorded(arch) as launches:
+        if name == "statistics":
+            triton_rows.statistics(z, target, epilogue, entropy=flags)
+        elif name == "masses":
+            triton_rows.statistics(z, target, epilogue, entropy=flags, tile=256)
+        elif name in ("gradients", "gradients_wide"):
+            scores, upstream = Statistics(a, b, c if flags else None), Upstream(a, b, d if flags else None)
+            out = narrow if name == "gradients" else None
+            triton_rows.gradients_(z, target, scores, upstream, epilogue, out)
+        elif name == "target":
+            triton_rows.with_target_(z.to(torch.bfloat16), target, a, b)
+        elif name == "merge":
+            partials = triton_tiles.Partials.empty(a, 16, C, torch.float32, top=True, entropy=flags)
+            triton_tiles.merge(partials, a if flags else None, flags)
+        else:
+            ref = (a, b) if name == "bnf" else None
+            triton_rows.token_loss_(z, target, name, c, ref, epilogue, name == "bnf" or flags, narrow)
+    return launches
+
+
+ROW_CASES = [
+    *(("statistics", False), ("statistics", True), ("masses", False)),
+    *(("gradients", False), ("gradients", True), ("gradients_wide", False)),
+    *((loss, False) for loss in triton_rows.TOKEN_LOSSES),
+    *(("bnf", True), ("target", False), ("merge", False), ("merge", True)),
+]
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize(("name", "flags"), ROW_CASES)
+def test_row_kernel(arch, name, flags, tmp_path, record_property):
+    kernel = compiled(arch, row_launch(arch, name, flags), tmp_path)
+    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
+    addresses_are_wide(kernel)
+    if name not in ("target", "masses"):  # the one stores, the other's blocks may be too short
+        vectorised(kernel, arch)
+    if name in ("gradients", *triton_rows.TOKEN_LOSSES):
+        stores_wait(kernel, arch)
+    if JUDGED:
+        fits(kernel, arch, 2)  # what covers the latency of memory
+        assert kernel.stack <= 16
