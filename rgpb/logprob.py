@@ -238,7 +238,7 @@ def _score(
         hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine
     )
     skip = tolerance is not None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with problem.running():
         scored = chunked.score(problem, entropy, accumulate, skip, sort_vocab)
     return *scored, hidden.new_full((len(target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)  # type: ignore[return-value]
 
@@ -271,7 +271,7 @@ def _finish_hidden_(
     problem = chunked.Problem(
         accumulated, weight, None, target, softcap, scale, ignore_index, workspace, accumulated.dtype
     )
-    with torch.autocast(weight.device.type, enabled=False):
+    with problem.running():
         chunked.finish_hidden_(problem, accumulated, z_y, g_zy, g_lo)
 
 
@@ -292,7 +292,7 @@ def _pull_back(
     )
     statistics, upstream = Statistics(z_y, lse_other, h_o), Upstream(g_zy, g_lo, g_ho)
     dhidden, dweight, dbias = hidden.new_empty(0), None, None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with problem.running():
         if need_hidden:
             dhidden = chunked.hidden_gradient(problem, statistics, upstream)
         if need_weight or need_bias:

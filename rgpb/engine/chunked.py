@@ -16,6 +16,7 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,14 @@ class Problem(NamedTuple):
     impl: str = "torch"
     engine: str = "chunked"
     order: Tensor | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Without autocast, and on the tensors' own GPU: Triton launches on the current one."""
+        device = self.hidden.device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with torch.autocast(device.type, enabled=False), current:
+            yield
 
     @property
     def sizes(self) -> Sizes:
@@ -389,7 +398,7 @@ def order_by_mass(p: Problem, kept: Kept) -> Tensor:
     products = Products(p._replace(engine="chunked"), len(some))
     z = products.logits(products.inputs(positions))
     torch_rows.apply_(z, products.epilogue)
-    mass = torch.softmax(z, 1, out=z).sum(0)
+    mass = z.sub_(z.logsumexp(1, keepdim=True)).exp_().sum(0)
     return mass.argsort(descending=True, stable=True)
 
 

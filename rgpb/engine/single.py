@@ -139,7 +139,7 @@ def single_pass(
             yield rows, coefficients(rows, whole, members)
 
     need = (need_hidden, need_weight, need_bias)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with problem.running():
         statistics, *gradients = chunked.single_pass(problem, chunks(), kept, need, spec.entropy)
     z_y, lse_other, h_o = statistics
     made = [hidden.new_empty(0) if g is None else g for g in gradients]
