@@ -167,10 +167,11 @@ def gradients_(
     upstream: Upstream,
     epilogue: Epilogue,
     out: Tensor | None = None,
+    room: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Raw products → (E, r) with D = diag(r) E, from known statistics; in place or in `out`, as `statistics_`.
 
-    A negative target lies in another slice of the vocabulary.
+    A negative target lies in another slice of the vocabulary. `room` is for kernels that touch padding.
     """
     r = weights_(z_CV, scores, upstream, epilogue, out)
     e = z_CV if out is None else out

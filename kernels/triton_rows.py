@@ -34,10 +34,10 @@ TOKEN_LOSSES = ("nll", "unlikelihood", "bnf")
 
 
 @triton.jit
-def _logits(z_row, bias_ptr, offs, V, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr):
+def _logits(z_row, bias_ptr, offs, V, room, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr):
     """One block of a row of logits, J there, and which of its places are inside the vocabulary."""
     inside = offs < V
-    z = tl.load(z_row + offs, mask=inside, other=0.0).to(ACC)
+    z = tl.load(z_row + offs, mask=offs < room, other=0.0).to(ACC)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs, mask=inside, other=0.0).to(ACC)
@@ -57,7 +57,7 @@ def _target_logit(z_row, bias_ptr, y, SOFTCAP: tl.constexpr, SCALE: tl.constexpr
 
 @triton.jit
 def _sweep(
-    z_row, bias_ptr, y, mass_row, V,
+    z_row, bias_ptr, y, mass_row, V, room,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(lse_other, H_o) of a row; the logarithm of each block's Σ exp(z_k) into mass_row, unless that is None."""
@@ -66,7 +66,7 @@ def _sweep(
     mean = tl.full([], 0.0, ACC)  # Σ exp(z_k − top) (z_k − top)
     for start in tl.range(0, V, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
-        z, _, inside = _logits(z_row, bias_ptr, offs, V, SOFTCAP, SCALE, ACC)
+        z, _, inside = _logits(z_row, bias_ptr, offs, V, room, SOFTCAP, SCALE, ACC)
         z = tl.where(inside & (offs != y), z, -float("inf"))
         block_top = tl.max(z, 0)
         new_top = tl.maximum(top, block_top)
@@ -89,18 +89,18 @@ def _sweep(
 
 @triton.jit
 def _pull_back(
-    z_row, out_row, bias_ptr, y, lse_other, h_o, g_zy, g_lo, g_ho, V,
+    z_row, out_row, bias_ptr, y, lse_other, h_o, g_zy, g_lo, g_ho, V, room,
     SOFTCAP: tl.constexpr, SCALE: tl.constexpr, NARROW: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Logits of a row → dlogits. NARROW: in the same bytes, with fewer of them to an element."""
     lse_other = tl.where(lse_other == -float("inf"), 0.0, lse_other)  # no other token: every q is 0
     for start in tl.range(0, V, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
-        z, j, inside = _logits(z_row, bias_ptr, offs, V, SOFTCAP, SCALE, ACC)
+        z, j, _ = _logits(z_row, bias_ptr, offs, V, room, SOFTCAP, SCALE, ACC)
         d = tl.where(offs == y, g_zy, gradient(z, lse_other, h_o, g_lo, g_ho)) * j
         if NARROW:
             tl.debug_barrier()
-        tl.store(out_row + offs, d.to(out_row.dtype.element_ty), mask=inside)
+        tl.store(out_row + offs, d.to(out_row.dtype.element_ty), mask=offs < room)
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def statistics_kernel(
     target_ptr, bias_ptr,  # [C], [V] or None
     zy_ptr, lo_ptr, ho_ptr,  # [C] out; ho_ptr None without entropy
     mass_ptr, stride_mc,  # [C, T] out: log Σ exp(z_k) of each block, or None
-    V,
+    V, room,  # columns; how many may be touched: with the padding of the rows
     SOFTCAP: tl.constexpr, SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """(z_y, lse_other, H_o) of each row in one reading sweep."""
@@ -129,7 +129,7 @@ def statistics_kernel(
             for start in tl.range(0, V, BLOCK_V):
                 tl.store(mass_row + start // BLOCK_V, tl.full([], -float("inf"), ACC))
     else:
-        lse_other, h_o = _sweep(z_row, bias_ptr, y, mass_row, V, ho_ptr is not None, SOFTCAP, SCALE, BLOCK_V, ACC)
+        lse_other, h_o = _sweep(z_row, bias_ptr, y, mass_row, V, room, ho_ptr is not None, SOFTCAP, SCALE, BLOCK_V, ACC)
         tl.store(zy_ptr + row, _target_logit(z_row, bias_ptr, y, SOFTCAP, SCALE, ACC))
         tl.store(lo_ptr + row, lse_other)
         if ho_ptr is not None:
@@ -143,7 +143,7 @@ def gradients_kernel(
     target_ptr, bias_ptr,  # [C], [V] or None
     lo_ptr, ho_ptr,  # [C] in: statistics; ho_ptr None without g_ho
     gzy_ptr, glo_ptr, gho_ptr,  # [C] in: upstream gradients
-    V,
+    V, room,
     SOFTCAP: tl.constexpr, SCALE: tl.constexpr, NARROW: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dlogits of each row from known statistics and coefficients."""
@@ -156,7 +156,7 @@ def gradients_kernel(
         g_ho = tl.load(gho_ptr + row)
     _pull_back(
         z_ptr + row * stride_zc, out_ptr + row * stride_oc, bias_ptr, tl.load(target_ptr + row),
-        tl.load(lo_ptr + row), h_o, tl.load(gzy_ptr + row), tl.load(glo_ptr + row), g_ho, V,
+        tl.load(lo_ptr + row), h_o, tl.load(gzy_ptr + row), tl.load(glo_ptr + row), g_ho, V, room,
         SOFTCAP, SCALE, NARROW, BLOCK_V, ACC,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def token_loss_kernel(
     target_ptr, bias_ptr,  # [C], [V] or None
     weight_ptr, ref_logp_ptr, ref_lam_ptr,  # [C] in: factor of each token's loss; reference, or None
     zy_ptr, lo_ptr, ho_ptr, value_ptr,  # [C] out; ho_ptr None without entropy
-    V,
+    V, room,
     LOSS: tl.constexpr, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, NARROW: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Statistics, loss and dlogits of a token-wise loss in one launch: log-softmax, gather, reference, coefficient."""
@@ -227,7 +227,7 @@ def token_loss_kernel(
             tl.store(out_row + offs, tl.full([BLOCK_V], 0.0, out_ptr.dtype.element_ty), mask=offs < V)
     else:
         z_y = _target_logit(z_row, bias_ptr, y, SOFTCAP, SCALE, ACC)
-        lse_other, h_o = _sweep(z_row, bias_ptr, y, None, V, ho_ptr is not None, SOFTCAP, SCALE, BLOCK_V, ACC)
+        lse_other, h_o = _sweep(z_row, bias_ptr, y, None, V, room, ho_ptr is not None, SOFTCAP, SCALE, BLOCK_V, ACC)
         lam = tl.where(lse_other == -float("inf"), float("inf"), z_y - lse_other)
         ref_logp = z_y * 0.0
         ref_lam = z_y * 0.0
@@ -236,8 +236,9 @@ def token_loss_kernel(
             ref_lam = tl.load(ref_lam_ptr + row)
         value, slope = _token_loss(lam, h_o, tl.load(weight_ptr + row), ref_logp, ref_lam, LOSS)
         _pull_back(
-            z_row, out_row, bias_ptr, y, lse_other, h_o, slope, -slope, None, V, SOFTCAP, SCALE, NARROW, BLOCK_V, ACC
-        )
+            z_row, out_row, bias_ptr, y, lse_other, h_o, slope, -slope, None, V, room, SOFTCAP, SCALE, NARROW, BLOCK_V,
+            ACC,
+        )  # fmt: skip
     tl.store(zy_ptr + row, z_y)
     tl.store(lo_ptr + row, lse_other)
     tl.store(value_ptr + row, value)
@@ -275,12 +276,18 @@ def target_kernel(
 
 
 def statistics(
-    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, tile: int | None = None
+    z_CV: Tensor,
+    target_C: Tensor,
+    epilogue: Epilogue,
+    entropy: bool,
+    tile: int | None = None,
+    room: int | None = None,
 ) -> tuple[Statistics, Tensor | None]:
     """(z_y, lse_other, H_o) of each row; nothing is changed. Rows with a negative target are ignored.
 
     Args:
         z_CV: raw products, float64, float32, bfloat16 or float16, unit stride along V.
+        room: columns of each row that may be read: V, and the row's own padding, so that accesses stay aligned.
         tile: also return the softmax mass over the other tokens of each `tile` columns, [C, ⌈V / tile⌉].
     """
     rows, vocab = z_CV.shape
@@ -292,7 +299,7 @@ def statistics(
     if rows:
         statistics_kernel[(rows,)](
             z_CV, z_CV.stride(0), target_C, epilogue.bias, z_y, lse_other, h_o, masses,
-            0 if masses is None else masses.stride(0), vocab, epilogue.softcap, epilogue.scale,
+            0 if masses is None else masses.stride(0), vocab, room or vocab, epilogue.softcap, epilogue.scale,
             BLOCK_V=tile or config.block_vocab,
             num_warps=config.warps if tile is None else max(1, min(config.warps, tile // 256)),
         )  # fmt: skip
@@ -308,6 +315,7 @@ def gradients_(
     upstream: Upstream,
     epilogue: Epilogue,
     out: Tensor | None = None,
+    room: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Raw products → (E, r) with dlogits D = diag(r) E, in place or in `out`; r is None where it is all 1.
 
@@ -316,6 +324,7 @@ def gradients_(
 
     Args:
         out: [C, V] of any floating type; over the first half of each row's own bytes, or elsewhere.
+        room: columns that may be read and written: V, and the padding of both buffers' rows.
     """
     out = z_CV if out is None else out
     r = None
@@ -325,7 +334,7 @@ def gradients_(
     if len(z_CV):
         gradients_kernel[(len(z_CV),)](
             z_CV, z_CV.stride(0), out, out.stride(0), target_C, epilogue.bias, scores.lse_other,
-            scores.h_o if upstream.g_ho is not None else None, *upstream, z_CV.shape[1], epilogue.softcap,
+            scores.h_o if upstream.g_ho is not None else None, *upstream, z_CV.shape[1], room or z_CV.shape[1], epilogue.softcap,
             epilogue.scale, out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab,
             num_warps=config.warps,
         )  # fmt: skip
@@ -341,7 +350,7 @@ def relative(upstream: Upstream) -> tuple[Tensor, Upstream]:
 
 def token_loss_(
     z_CV: Tensor, target_C: Tensor, loss: str, weight_C: Tensor, ref: tuple[Tensor, Tensor] | None, epilogue: Epilogue,
-    entropy: bool, out: Tensor | None = None, config: configs.Rows | None = None,
+    entropy: bool, out: Tensor | None = None, room: int | None = None, config: configs.Rows | None = None,
 ) -> tuple[Statistics, Tensor, Tensor]:  # fmt: skip
     """Raw products → (statistics, loss of each token, dlogits), in place or in `out`, in one launch.
 
@@ -349,6 +358,7 @@ def token_loss_(
         loss: of `TOKEN_LOSSES`.
         weight_C: factor of each token's loss, negative for a rejected one.
         ref: (log p, log-odds) of the reference, or None; in the accumulators' type, as `weight_C`.
+        room: as in `gradients_`.
         config: default: that of the device.
     """
     if loss not in TOKEN_LOSSES:
@@ -361,7 +371,7 @@ def token_loss_(
     if len(z_CV):
         token_loss_kernel[(len(z_CV),)](
             z_CV, z_CV.stride(0), out, out.stride(0), target_C, epilogue.bias, weight_C, *(ref or (None, None)), z_y,
-            lse_other, h_o, value, z_CV.shape[1], loss, epilogue.softcap, epilogue.scale,
+            lse_other, h_o, value, z_CV.shape[1], room or z_CV.shape[1], loss, epilogue.softcap, epilogue.scale,
             out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab, num_warps=config.warps,
         )  # fmt: skip
     return Statistics(z_y, lse_other, h_o), value, out

@@ -36,7 +36,7 @@ def tiles_kernel(
     shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr,  # [C] in, or None: what E is relative to; for gradients also these
     zy_ptr, top_ptr, sum_ptr, mean_ptr, stride_t,  # [C], [T, C] out, or None: z_y, partial statistics
     e_ptr, stride_ec,  # [C, V] out, or None: weights or dlogits
-    C, V, H,
+    C, V, H, room,  # room: columns of e that may be written, with the padding of its rows
     SOFTCAP: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
     EVEN_H: tl.constexpr, ACC: tl.constexpr,
@@ -117,7 +117,7 @@ def tiles_kernel(
                 tl.store(mean_ptr + tile_v.to(tl.int64) * stride_t + offs_c, mean, mask=in_c)
         if e_ptr is not None:
             e_ptrs = e_ptr + rows[:, None] * stride_ec + offs_v[None, :]
-            tl.store(e_ptrs, (e * j).to(e_ptr.dtype.element_ty), mask=in_c[:, None] & in_v[None, :])
+            tl.store(e_ptrs, (e * j).to(e_ptr.dtype.element_ty), mask=in_c[:, None] & (offs_v < room)[None, :])
 
 
 @triton.jit
@@ -199,6 +199,7 @@ def tma_ready(*tensors: Tensor) -> bool:
 def _launch(
     config: configs.Tile, x_CH: Tensor, w_VH: Tensor, target_C: Tensor, epilogue: Epilogue, e_CV: Tensor | None,
     shift: Tensor | None, upstream: tuple[Tensor | None, ...], z_y: Tensor | None, partials: Partials | None,
+    room: int | None,
 ) -> None:  # fmt: skip
     rows, width = x_CH.shape
     vocab = w_VH.shape[0]
@@ -210,7 +211,7 @@ def _launch(
     tiles_kernel[(min(tiles, configs.programs(config, x_CH.device)),)](
         x, x_CH.stride(0), w, w_VH.stride(0), target_C, epilogue.bias, shift, *upstream, z_y, top, total, mean,
         0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab, width,
-        epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
+        room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
         width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -218,7 +219,8 @@ def _launch(
 
 def score(
     x_CH: Tensor, w_VH: Tensor, target_C: Tensor, epilogue: Epilogue, z_y: Tensor, partials: Partials,
-    shift: Tensor | None = None, out: Tensor | None = None, config: configs.Tile | None = None,
+    shift: Tensor | None = None, out: Tensor | None = None, room: int | None = None,
+    config: configs.Tile | None = None,
 ) -> None:  # fmt: skip
     """Partial statistics of a (slice of a) head, and z_y [C] where the target lies in it.
 
@@ -226,16 +228,17 @@ def score(
         x_CH, w_VH: of one dtype, unit stride along H.
         target_C: int64, the target's place in `w_VH`, −1 where it isn't there.
         shift, out: with both, also the weights E = J exp(z − shift) [C, V] in any floating dtype.
+        room: columns that may be written to `out`: V, and the padding of its rows, so that stores stay aligned.
         config: default: that of the device.
     """
     if config is None:
         config = configs.tile("score" if out is None else "weights", x_CH.device, x_CH.dtype)
-    _launch(config, x_CH, w_VH, target_C, epilogue, out, shift, (None,) * 4, z_y, partials)
+    _launch(config, x_CH, w_VH, target_C, epilogue, out, shift, (None,) * 4, z_y, partials, room)
 
 
 def gradients(
     x_CH: Tensor, w_VH: Tensor, target_C: Tensor, scores: Statistics, upstream: Upstream, epilogue: Epilogue,
-    out: Tensor, config: configs.Tile | None = None,
+    out: Tensor, room: int | None = None, config: configs.Tile | None = None,
 ) -> Tensor | None:  # fmt: skip
     """dlogits of a (slice of a) head as E in `out` [C, V], and r with D = diag(r) E; None where it is all 1 (see
     `triton_rows.gradients_`)."""
@@ -244,7 +247,7 @@ def gradients(
         r, upstream = relative(upstream)
     config = config or configs.tile("gradients", x_CH.device, x_CH.dtype)
     needed = (scores.h_o if upstream.g_ho is not None else None, *upstream)
-    _launch(config, x_CH, w_VH, target_C, epilogue, out, scores.lse_other, needed, None, None)
+    _launch(config, x_CH, w_VH, target_C, epilogue, out, scores.lse_other, needed, None, None, room)
     return r
 
 

@@ -350,6 +350,10 @@ def row_launch(arch, name, flags):
         elif name == "merge":
             partials = triton_tiles.Partials.empty(a, 16, C, torch.float32, top=True, entropy=flags)
             triton_tiles.merge(partials, a if flags else None, flags)
+        elif name == "padded":  # a vocabulary off every multiple, in rows that aren't
+            z = torch.empty(8, 1040)[:, :1031]
+            narrow = z.view(torch.bfloat16)[:, :1031]
+            triton_rows.token_loss_(z, target, "nll", c, None, epilogue, False, narrow, room=1040)
         else:
             ref = (a, b) if name == "bnf" else None
             triton_rows.token_loss_(z, target, name, c, ref, epilogue, name == "bnf" or flags, narrow)
@@ -360,7 +364,7 @@ ROW_CASES = [
     *(("statistics", False), ("statistics", True), ("masses", False)),
     *(("gradients", False), ("gradients", True), ("gradients_wide", False)),
     *((loss, False) for loss in triton_rows.TOKEN_LOSSES),
-    *(("bnf", True), ("target", False), ("merge", False), ("merge", True)),
+    *(("bnf", True), ("padded", False), ("target", False), ("merge", False), ("merge", True)),
 ]
 
 
@@ -372,7 +376,7 @@ def test_row_kernel(arch, name, flags, tmp_path, record_property):
     addresses_are_wide(kernel)
     if name not in ("target", "masses"):  # the one stores, the other's blocks may be too short
         vectorised(kernel, arch)
-    if name in ("gradients", *triton_rows.TOKEN_LOSSES):
+    if name in ("gradients", "padded", *triton_rows.TOKEN_LOSSES):
         stores_wait(kernel, arch)
     if JUDGED:
         fits(kernel, arch, 2)  # what covers the latency of memory

@@ -90,7 +90,7 @@ def _tile_job(kernel: str, x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[
     def score(config: Any, shift: Tensor | None, e: Tensor | None) -> Partials:
         tiles = -(-len(w) // config.vocab)
         partials = Partials.empty(z, tiles, len(x), torch.float32, shift is None, False)
-        triton_tiles.score(x, w, y, PLAIN, z_y, partials, shift, e, config)
+        triton_tiles.score(x, w, y, PLAIN, z_y, partials, shift, e, config=config)
         return partials
 
     def scored(config: Any) -> Tensor:
@@ -102,7 +102,7 @@ def _tile_job(kernel: str, x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[
 
     def gradients(config: Any) -> Tensor:
         scores = Statistics(z_y, lse_other, None)
-        triton_tiles.gradients(x, w, y, scores, Upstream(-one, one), PLAIN, out, config)
+        triton_tiles.gradients(x, w, y, scores, Upstream(-one, one), PLAIN, out, config=config)
         return out
 
     q = (others - lse_other[:, None]).exp()
@@ -118,7 +118,7 @@ def _row_job(y: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Callable[[Any], 
     weight, out = z.new_ones(len(z)), torch.empty(z.shape, dtype=dtype, device=z.device)
 
     def run(config: Any) -> Tensor:
-        return triton_rows.token_loss_(z, y, "nll", weight, None, PLAIN, False, out, config)[2]
+        return triton_rows.token_loss_(z, y, "nll", weight, None, PLAIN, False, out, config=config)[2]
 
     return run, z.softmax(1).scatter_add(1, y[:, None], -z.new_ones(len(z), 1))
 

@@ -139,7 +139,11 @@ class Products:
 
     def empty(self, rows: int) -> Tensor:
         """The buffer of logits. [C, V]"""
-        return self.p.hidden.new_empty(rows, self.p.weight.shape[0], dtype=self.p.acc_dtype)
+        return self.padded(rows, self.p.acc_dtype)
+
+    def padded(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """[C, V] whose rows are `room` long."""
+        return self.p.hidden.new_empty(rows, self.sizes.room, dtype=dtype)[:, : self.sizes.vocab]
 
     def inputs(self, rows: Rows) -> Tensor:
         return self.p.hidden[rows].to(self.dtype)
@@ -179,7 +183,9 @@ class Products:
             self.at_hand = (z if e is None else e), total
         else:
             tile = None if masses is None else plan.MASS_TILE
-            scores, made = triton_rows().statistics(z, self.p.target[rows], self.epilogue, entropy, tile)
+            scores, made = triton_rows().statistics(
+                z, self.p.target[rows], self.epilogue, entropy, tile, self.sizes.room
+            )
             self.at_hand = z, None
         fill(into, scores, rows)
         if masses is not None:
@@ -190,7 +196,9 @@ class Products:
         z, total = self.at_hand
         target = self.p.target[rows]
         if total is None:
-            return triton_rows().gradients_(z, target, scores, upstream, self.epilogue, self.half_view(z))
+            return triton_rows().gradients_(
+                z, target, scores, upstream, self.epilogue, self.half_view(z), self.sizes.room
+            )
         r = torch.where(total > 0, upstream.g_lo / total, 0)
         return z, torch_rows.with_target_(z, target, r, upstream.g_zy * self.epilogue.jacobian(scores.z_y))
 
@@ -198,8 +206,9 @@ class Products:
         """Score `rows`, and at once E of a token-wise loss (r is None)."""
         z = self.logits(self.inputs(rows))
         scores, value, e = triton_rows().token_loss_(
-            z, self.p.target[rows], terms.loss, terms.weight, terms.ref, self.epilogue, terms.entropy, self.half_view(z)
-        )
+            z, self.p.target[rows], terms.loss, terms.weight, terms.ref, self.epilogue, terms.entropy,
+            self.half_view(z), self.sizes.room,
+        )  # fmt: skip
         terms.add(value)
         fill(into, scores, rows)
         return e
@@ -208,7 +217,7 @@ class Products:
         """(E, r) of rows whose statistics are known."""
         z = self.logits(self.inputs(rows))
         return row_kernels(self.p).gradients_(
-            z, self.p.target[rows], scores, upstream, self.epilogue, self.half_view(z)
+            z, self.p.target[rows], scores, upstream, self.epilogue, self.half_view(z), self.sizes.room
         )
 
     def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None) -> None:

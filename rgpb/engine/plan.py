@@ -128,6 +128,11 @@ class Sizes(NamedTuple):
         return self.gemm if self.engine == "tiled" else self.acc
 
     @property
+    def room(self) -> int:
+        """Length of a row of that buffer: V, for Triton rounded up so that all rows start alike."""
+        return -(-self.vocab // 16) * 16 if self.impl == "triton" else self.vocab
+
+    @property
     def scratch(self) -> int:
         """Blocks of logits beside that buffer: what torch's row operations pass through."""
         return 4 if self.impl == "torch" else 0
@@ -174,7 +179,7 @@ def row_chunk(
     fixed = convert_rows(s, workspace) * s.width * (s.gemm + s.acc * s.accumulate)
     if accumulator:
         fixed += s.vocab * (s.width + 1) * 4
-    logits = s.vocab * s.logit
+    logits = s.room * s.logit
     row = logits + _row_sides(s)
     if s.engine == "tiled":
         logits = 0 if score_only else logits

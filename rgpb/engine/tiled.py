@@ -26,7 +26,7 @@ class Tiles(Products):
     """As `Products`, without logits in memory; the buffer holds E in the operands' dtype."""
 
     def empty(self, rows: int) -> Tensor:
-        return self.p.hidden.new_empty(rows, self.p.weight.shape[0], dtype=self.dtype)
+        return self.padded(rows, self.dtype)
 
     def score(self, rows: Rows, into: Statistics, keep: bool, masses: Tensor | None = None) -> None:
         x, y, entropy = self.inputs(rows), self.p.target[rows], into.h_o is not None
@@ -55,7 +55,9 @@ class Tiles(Products):
         r = None
         for part, weight in self.weight():
             epilogue = self.epilogue.slice(part.start, part.stop)
-            r = triton_tiles.gradients(x, weight, _inside(y, part), scores, upstream, epilogue, e[:, part])
+            r = triton_tiles.gradients(
+                x, weight, _inside(y, part), scores, upstream, epilogue, e[:, part], self._room(part)
+            )
         return e, r
 
     def _first_maximum(self, x: Tensor, y: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class Tiles(Products):
         for (part, weight), tiles in zip(self.weight(), each):
             out, epilogue = None if e is None else e[:, part], self.epilogue.slice(part.start, part.stop)
             these = partials.tiles(done, done + tiles)
-            triton_tiles.score(x, weight, _inside(y, part), epilogue, z_y, these, shift, out)
+            triton_tiles.score(x, weight, _inside(y, part), epilogue, z_y, these, shift, out, self._room(part))
             done += tiles
         lse_other, h_o, total = triton_tiles.merge(partials, shift, entropy)
         if masses is not None:
@@ -92,6 +94,10 @@ class Tiles(Products):
                 )
             masses[rows] = triton_tiles.masses(partials, shift, lse_other, plan.MASS_TILE // block)
         return Statistics(z_y, lse_other, h_o), total
+
+    def _room(self, part: slice) -> int | None:
+        """The last part may run over into the rows' padding."""
+        return self.sizes.room - part.start if part.stop == self.sizes.vocab else None
 
     def _block(self, x: Tensor, kernel: str) -> int:
         return configs.tile(kernel, x.device, x.dtype).vocab
