@@ -154,8 +154,11 @@ class Products:
             yield slice(0, self.sizes.vocab), self.p.weight
             return
         for part in spans(self.sizes.vocab, len(self.converted)):
-            converted = self.converted[: part.stop - part.start]
-            yield part, converted.copy_(self.p.weight_rows(part))
+            converted, order = self.converted[: part.stop - part.start], self.p.order
+            if order is not None and converted.dtype == self.p.weight.dtype:
+                yield part, torch.index_select(self.p.weight, 0, order[part], out=converted)
+            else:
+                yield part, converted.copy_(self.p.weight_rows(part))
 
     def logits(self, x_CH: Tensor) -> Tensor:
         """X Wᵀ in float32 (float64) before anything is rounded. [C, V]"""
@@ -222,10 +225,10 @@ class Products:
 
     def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None) -> None:
         """out[rows] = diag(r) E W, straight into place where the rows are a view of the right dtype."""
-        in_place = isinstance(rows, slice) and out_PH.dtype == e_CV.dtype
-        # rounded once: nothing follows the product, and it is one
-        last = r is None and not self.sizes.convert and out_PH.dtype == e_CV.dtype
-        dtype = out_PH.dtype if last else self.p.acc_dtype
+        # 16-bit results are rounded once: the product is one, and its rows have no factor, or one that rounds no worse
+        once = out_PH.dtype == e_CV.dtype and not (self.half and self.sizes.convert)
+        in_place = isinstance(rows, slice) and once
+        dtype = out_PH.dtype if once and r is None else self.p.acc_dtype
         dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=dtype)
         for part, weight in self.weight():
             mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
