@@ -29,6 +29,8 @@ BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 # Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
 LARGEST_RATIO = 1e16
+# The same for float16, which has no larger numbers; beyond, the others are below the last bit of the target's entry.
+LARGEST_HALF_RATIO = 6e4
 
 
 class Epilogue(NamedTuple):
@@ -188,7 +190,8 @@ def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -
         r: factor of a row of weights, [C].
         g_y: ∂L/∂z_y · J_y, [C].
     """
-    alone = g_y.abs() > LARGEST_RATIO * r.abs()
+    largest = LARGEST_HALF_RATIO if weights_CV.dtype == torch.float16 else LARGEST_RATIO
+    alone = g_y.abs() > largest * r.abs()
     if bool(alone.any()):
         weights_CV[alone] = 0
         r = torch.where(alone, 1, r)

@@ -38,4 +38,4 @@ def gradient(z, lse_other, h_o, g_lo, g_ho):
     factor = g_lo
     if g_ho is not None:
         factor = g_lo - g_ho * (h_o + log_q)
-    return tl.where(q > 0, q * factor, 0.0)
+    return tl.where(q == 0, 0.0, q * factor)  # 0 · inf; NaN stays

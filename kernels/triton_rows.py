@@ -19,6 +19,8 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -235,6 +237,7 @@ def token_loss_kernel(
             ref_logp = tl.load(ref_logp_ptr + row)
             ref_lam = tl.load(ref_lam_ptr + row)
         value, slope = _token_loss(lam, h_o, tl.load(weight_ptr + row), ref_logp, ref_lam, LOSS)
+        slope = tl.where(lse_other == -float("inf"), 0.0, slope)  # a certain token: no logit moves that
         _pull_back(
             z_row, out_row, bias_ptr, y, lse_other, h_o, slope, -slope, None, V, room, SOFTCAP, SCALE, NARROW, BLOCK_V,
             ACC,
@@ -249,7 +252,7 @@ def token_loss_kernel(
 @triton.jit
 def target_kernel(
     e_ptr, stride_ec,  # [C, V] in place: weights
-    target_ptr, r_ptr, gy_ptr,  # [C] in: column or −1, factor of the row, ∂L/∂z_y · J_y
+    target_ptr, r_ptr, gy_ptr, total_ptr,  # [C] in: column or −1, factor of the row, ∂L/∂z_y · J_y, Σ of the weights
     factor_ptr,  # [C] out: the factor, changed where the target's gradient dwarfs the others'
     V,
     LARGEST: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -260,7 +263,7 @@ def target_kernel(
     r = tl.load(r_ptr + row)
     g_y = tl.load(gy_ptr + row)
     e_row = e_ptr + row * stride_ec
-    alone = tl.abs(g_y) > LARGEST * tl.abs(r)
+    alone = tl.abs(g_y) > LARGEST * tl.abs(r) * tl.load(total_ptr + row)
     factor = tl.where(alone, 1.0, r)
     ratio = tl.where(g_y == 0, 0.0, g_y / tl.where(factor == 0, 1.0, factor)).to(e_ptr.dtype.element_ty)
     if alone:
@@ -296,9 +299,10 @@ def statistics(
     h_o = torch.empty_like(z_y) if entropy else None
     masses = None if tile is None else z_CV.new_empty(rows, -(-vocab // tile), dtype=acc)
     config = configs.rows(z_CV.device)
+    target_C, bias = dense(target_C, epilogue.bias)
     if rows:
         statistics_kernel[(rows,)](
-            z_CV, z_CV.stride(0), target_C, epilogue.bias, z_y, lse_other, h_o, masses,
+            z_CV, z_CV.stride(0), target_C, bias, z_y, lse_other, h_o, masses,
             0 if masses is None else masses.stride(0), vocab, room or vocab, epilogue.softcap, epilogue.scale,
             BLOCK_V=tile or config.block_vocab,
             num_warps=config.warps if tile is None else max(1, min(config.warps, tile // 256)),
@@ -331,14 +335,21 @@ def gradients_(
     if out.dtype == torch.float16:
         r, upstream = relative(upstream)
     config = configs.rows(z_CV.device)
+    target_C, bias, *given = dense(
+        target_C, epilogue.bias, scores.lse_other, scores.h_o if upstream.g_ho is not None else None, *upstream
+    )
     if len(z_CV):
         gradients_kernel[(len(z_CV),)](
-            z_CV, z_CV.stride(0), out, out.stride(0), target_C, epilogue.bias, scores.lse_other,
-            scores.h_o if upstream.g_ho is not None else None, *upstream, z_CV.shape[1], room or z_CV.shape[1], epilogue.softcap,
-            epilogue.scale, out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab,
+            z_CV, z_CV.stride(0), out, out.stride(0), target_C, bias, *given, z_CV.shape[1], room or z_CV.shape[1],
+            epilogue.softcap, epilogue.scale, out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab,
             num_warps=config.warps,
         )  # fmt: skip
     return out, r
+
+
+def dense(*vectors: Tensor | None) -> list[Any]:
+    """Vectors as kernels read them, with unit stride; None stays."""
+    return [v if v is None else v.contiguous() for v in vectors]
 
 
 def relative(upstream: Upstream) -> tuple[Tensor, Upstream]:
@@ -368,22 +379,24 @@ def token_loss_(
     z_y, lse_other, value = (z_CV.new_empty(len(z_CV), dtype=acc) for _ in range(3))
     h_o = torch.empty_like(z_y) if entropy else None
     config = config or configs.rows(z_CV.device)
+    vectors = dense(target_C, epilogue.bias, weight_C, *(ref or (None, None)))
     if len(z_CV):
         token_loss_kernel[(len(z_CV),)](
-            z_CV, z_CV.stride(0), out, out.stride(0), target_C, epilogue.bias, weight_C, *(ref or (None, None)), z_y,
-            lse_other, h_o, value, z_CV.shape[1], room or z_CV.shape[1], loss, epilogue.softcap, epilogue.scale,
-            out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab, num_warps=config.warps,
+            z_CV, z_CV.stride(0), out, out.stride(0), *vectors, z_y, lse_other, h_o, value, z_CV.shape[1],
+            room or z_CV.shape[1], loss, epilogue.softcap, epilogue.scale, out.element_size() < z_CV.element_size(),
+            BLOCK_V=config.block_vocab, num_warps=config.warps,
         )  # fmt: skip
     return Statistics(z_y, lse_other, h_o), value, out
 
 
-def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -> Tensor:
-    """As `torch_rows.with_target_`, without waiting for the device."""
+def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor, total: Tensor) -> Tensor:
+    """As `torch_rows.with_target_`, for weights with the sum `total` [C], and without waiting for the device."""
+    r, g_y, total = dense(r, g_y, total)
     factor = torch.empty_like(r)
     config = configs.rows(weights_CV.device)
     if len(r):
         target_kernel[(len(r),)](
-            weights_CV, weights_CV.stride(0), target_C, r, g_y, factor, weights_CV.shape[1], LARGEST_RATIO,
-            BLOCK_V=config.block_vocab, num_warps=config.warps,
+            weights_CV, weights_CV.stride(0), target_C.contiguous(), r, g_y, total, factor, weights_CV.shape[1],
+            LARGEST_RATIO, BLOCK_V=config.block_vocab, num_warps=config.warps,
         )  # fmt: skip
     return factor

@@ -23,7 +23,7 @@ import triton.language as tl
 from rgpb.kernels import configs
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 from rgpb.kernels.triton_epilogue import finish, gradient
-from rgpb.kernels.triton_rows import relative
+from rgpb.kernels.triton_rows import dense, relative
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -203,13 +203,15 @@ def _launch(
 ) -> None:  # fmt: skip
     rows, width = x_CH.shape
     vocab = w_VH.shape[0]
+    x_CH, w_VH = (t if t.stride(1) == 1 or width == 1 else t.contiguous() for t in (x_CH, w_VH))
+    target_C, bias, shift, *upstream = dense(target_C, epilogue.bias, shift, *upstream)  # type: ignore[assignment]
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(vocab, config.vocab)
     tma = config.tma and tma_ready(x_CH, w_VH)
     x: Any = TensorDescriptor.from_tensor(x_CH, [config.rows, config.width]) if tma else x_CH
     w: Any = TensorDescriptor.from_tensor(w_VH, [config.vocab, config.width]) if tma else w_VH
     top, total, mean = partials or (None, None, None)
     tiles_kernel[(min(tiles, configs.programs(config, x_CH.device)),)](
-        x, x_CH.stride(0), w, w_VH.stride(0), target_C, epilogue.bias, shift, *upstream, z_y, top, total, mean,
+        x, x_CH.stride(0), w, w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top, total, mean,
         0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab, width,
         room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
         width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,

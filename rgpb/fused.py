@@ -75,11 +75,11 @@ def fused_loss(
         cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
-        return_metrics: also return a dict of detached 0-d tensors (`metrics`).
+        return_metrics: also return a dict of detached tensors, 0-d but for `skipped/bound` (`metrics`).
         impl, engine: who does the work and how; "auto" takes what is predicted to be fastest. See `linear_logprob`.
         grad_tolerance, sort_vocab: let the weight's gradient leave out what is provably small; see `linear_logprob`.
-            The metrics `skipped/bound` and `skipped/share` (`rgpb.engine.skipping.Skipped`) are filled in by the
-            backward.
+            The metrics `skipped/bound`, in the shape of `target`, and `skipped/share` are NaN until the backward has
+            run (`rgpb.engine.skipping.Skipped`), and 0 where dW isn't asked for.
         workspace: bytes held at most beyond inputs and gradients; default 512 MiB.
         **options: the objective's own (`beta`, …).
 
@@ -106,7 +106,7 @@ def fused_loss(
         )
     label = check_label(spec, label, layout.responses, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance)
+    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, tolerance, sort_vocab)
     report = hidden.new_empty(0)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
@@ -146,8 +146,9 @@ def fused_loss(
         return loss
     with torch.no_grad():
         measured = metrics(responses, spec, options)
-    if len(report):
-        skipped = skipping.Skipped.read(report)
+    if tolerance is not None:
+        # without a second sweep for dW nothing is left out
+        skipped = skipping.Skipped.read(report if len(report) else hidden.new_zeros(target.numel() + 1).float())
         measured |= {"skipped/bound": skipped.bound.view(target.shape), "skipped/share": skipped.share}
     return loss, measured
 
@@ -192,14 +193,14 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
 
 def call_plan(
     hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+    impl: str = "auto", engine: str = "auto", tolerance: float | None = None, sort_vocab: bool = False,
 ) -> Plan:  # fmt: skip
     """What `fused_loss` will run for these arguments."""
     registered = OBJECTIVES.get(spec.name) is spec and encodable(options)
     return plan_call(
         hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
         couples=spec.couples if registered else "batch", scalar=reduction != "none", entropy_grad=spec.entropy_grad,
-        skipping=grad_tolerance is not None,
+        skipping=tolerance is not None, sort_vocab=sort_vocab,
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def linear_logprob(
             dtype. Default None: nothing is left out. The gradient of `hidden` stays whole. See `rgpb.engine.skipping`.
         sort_vocab: with `grad_tolerance`, order the vocabulary by its estimated mass first, so that what can be left
             out lies together.
-        workspace: bytes held at most beyond inputs, gradients and a few numbers per token; default 512 MiB.
+        workspace: bytes held at most beyond inputs, gradients and a few numbers per token (with `grad_tolerance` also a
+            number per 1024 entries of the vocabulary, with `sort_vocab` a few per entry); default 512 MiB.
 
     Returns:
         TokenScores of float32 (float64) tensors in the shape of `target`.
@@ -77,7 +78,10 @@ def linear_logprob(
     head = check_inputs(hidden, head, target, impl, workspace)
     tolerance = skipping.check(grad_tolerance, sort_vocab, entropy, head.weight.dtype)
     impl = resolve_impl(impl, hidden.device)
-    chosen = plan_call(hidden, head, impl, engine, workspace, entropy_grad=entropy, skipping=tolerance is not None)
+    chosen = plan_call(
+        hidden, head, impl, engine, workspace,
+        entropy_grad=entropy, skipping=tolerance is not None, sort_vocab=sort_vocab,
+    )  # fmt: skip
     z_y, lse_other, h_o, _ = raw_scores(
         hidden, head, target, ignore_index, entropy, entropy, chosen, tolerance, sort_vocab, workspace
     )
@@ -300,7 +304,7 @@ def _pull_back(
                 problem = problem.ordered(order)
             rows_of = None
             if tolerance is not None:
-                rows_of = skipping.choose(problem.target, ignore_index, masses, upstream, tolerance, report)
+                rows_of = skipping.choose(problem, masses, statistics, upstream, tolerance, report)
             dweight, dbias = chunked.head_gradient(problem, statistics, upstream, need_weight, need_bias, rows_of)
     return dhidden, weight.new_empty(0) if dweight is None else dweight, weight.new_empty(0) if dbias is None else dbias
 
@@ -324,8 +328,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(accumulated, *skipped, *([] if ctx.options[7] else [h_o]))
     # The sum O becomes dX in place, so it is held once and given away; a second backward recomputes.
     ctx.accumulated = [accumulated] if ctx.options[8] else []
-    ctx.skipped = skipped
-    ctx.save_for_backward(hidden, weight, bias, target, z_y, lse_other, h_o)
+    masses, order, ctx.report = skipped
+    ctx.save_for_backward(hidden, weight, bias, target, z_y, lse_other, h_o, masses, order)
 
 
 def is_traced(x: Tensor) -> bool:
@@ -343,7 +347,7 @@ def refuse_double_backward() -> None:
 
 def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor | None, *_: None) -> tuple[Any, ...]:
     refuse_double_backward()
-    hidden, weight, bias, target, z_y, lse_other, h_o = ctx.saved_tensors
+    hidden, weight, bias, target, z_y, lse_other, h_o, masses, order = ctx.saved_tensors
     *options, entropy, _, tolerance, _ = ctx.options
     softcap, scale, ignore_index, workspace = options[:4]
     g_zy, g_lo = (torch.zeros_like(z_y) if g is None else g.contiguous() for g in (g_zy, g_lo))
@@ -357,9 +361,7 @@ def _backward(ctx: Any, g_zy: Tensor | None, g_lo: Tensor | None, g_ho: Tensor |
         need_hidden = False
     recomputed: tuple[Any, ...] = (None, None, None)
     if need_hidden or need_weight or need_bias:
-        masses, order, report = ctx.skipped
-        if is_traced(report):  # a report can't be filled in later there
-            report = report.clone()
+        report = ctx.report.clone() if is_traced(ctx.report) else ctx.report  # there it can't be filled in later
         recomputed = torch.ops.rgpb.pull_back(
             hidden, weight, bias, target, *options, z_y, lse_other, h_o if entropy else None, g_zy, g_lo, g_ho,
             need_hidden, need_weight, need_bias, masses, order, tolerance, report,

@@ -63,7 +63,8 @@ class Problem(NamedTuple):
         made = sizes(
             vocab, width, self.weight.dtype, self.compute_dtype, self.weight.device.type, self.impl, self.engine
         )
-        return made if self.order is None else made._replace(convert=True)
+        strided = self.engine == "tiled" and self.weight.stride(1) != 1 and width > 1
+        return made.gathered() if self.order is not None else made._replace(convert=made.convert or strided)
 
     def ordered(self, order: Tensor) -> Problem:
         """The same with the vocabulary in that order. int64 [V]."""
@@ -403,11 +404,12 @@ SAMPLE_ROWS = 128
 
 def order_by_mass(p: Problem, kept: Kept) -> Tensor:
     """The vocabulary by falling softmax mass, estimated from rows at even distances. int64 [V]"""
-    vocab = p.weight.shape[0]
-    fits = max(1, p.workspace // (16 * vocab))
-    some = torch.linspace(0, kept.count - 1, min(SAMPLE_ROWS, fits, kept.count), device=p.target.device).long()
+    p = p._replace(engine="chunked", impl="torch")
+    fits, _ = row_chunk(p.sizes, p.workspace, kept.count)
+    rows = min(SAMPLE_ROWS, fits)
+    some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
     positions = some if kept.index is None else kept.index[some]
-    products = Products(p._replace(engine="chunked"), len(some))
+    products = Products(p, rows)
     z = products.logits(products.inputs(positions))
     torch_rows.apply_(z, products.epilogue)
     mass = z.sub_(z.logsumexp(1, keepdim=True)).exp_().sum(0)
@@ -500,6 +502,7 @@ def head_gradient(
         for s in spans(t.stop - t.start, slice_step)
     ):
         weight = p.weight_rows(part).to(dtype)
+        weight = weight.contiguous() if p.engine == "tiled" else weight
         places = part if p.order is None else p.order[part]
         chosen = None if rows_of is None else rows_of(part.start // tile)
         count = kept.count if chosen is None else len(chosen)
@@ -515,6 +518,7 @@ def head_gradient(
         for chunk in spans(count, rows_step):
             rows = kept.rows((chunk.start, chunk.stop)) if chosen is None else chosen[chunk]
             x = p.hidden[rows].to(dtype)
+            x = x.contiguous() if p.engine == "tiled" else x
             z = buffer[: len(x) * len(weight)].view(len(x), len(weight))
             e, r = slice_gradient_(p, x, weight, z, rows, part, statistics, upstream, epilogue)
             if dw is not None:

@@ -38,7 +38,7 @@ MASS_TILE = 1024
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
 # A slice of a 16-bit weight converted to float32, where the device has no mixed-precision product.
-CONVERT_BYTES = 16 * 2**20
+CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
 
 ENGINES = ("auto", "chunked", "tiled")
@@ -107,6 +107,7 @@ class Sizes(NamedTuple):
         impl: row kernels, "torch" or "triton".
         engine: "chunked" or "tiled".
         arch: key in `RATES`, or None.
+        ordered: whether the vocabulary is taken in another order.
         factored: whether rows have factors that are applied to the [C, H] sides, which takes float32 copies of them.
     """
 
@@ -121,6 +122,11 @@ class Sizes(NamedTuple):
     engine: str = "chunked"
     arch: str | None = None
     factored: bool = True
+    ordered: bool = False
+
+    def gathered(self) -> Sizes:
+        """The same with the vocabulary in another order: slices of the weight are gathered, dW is scattered."""
+        return self._replace(convert=True, ordered=True)
 
     @property
     def logit(self) -> int:
@@ -165,7 +171,10 @@ def sizes(
 
 def convert_rows(s: Sizes, workspace: int) -> int:
     """Rows of the weight converted at a time, 0 where no conversion is needed."""
-    return min(s.vocab, max(1, min(CONVERT_BYTES, workspace // 8) // (s.width * s.gemm))) if s.convert else 0
+    if not s.convert:
+        return 0
+    rows = max(1, min(CONVERT_BYTES.get(s.device_type, CONVERT_BYTES["cuda"]), workspace // 8) // (s.width * s.gemm))
+    return min(s.vocab, rows if rows < MASS_TILE else rows // MASS_TILE * MASS_TILE)
 
 
 def row_chunk(
@@ -228,7 +237,8 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
     On a GPU slices are as wide as they can be with all rows in one chunk: then the product itself is the finished dW.
     Otherwise, and on a CPU, a slice of it is summed over chunks of rows.
     """
-    column, summed = s.width * s.gemm * s.convert, s.width * s.acc * s.accumulate
+    summed = s.width * s.acc * (s.accumulate or s.ordered)
+    column = s.width * s.gemm * s.convert + summed * s.ordered
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
     if s.device_type != "cpu":
         while True:
@@ -243,7 +253,8 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
             if step <= MIN_SLICE:
                 break
             step = max(MIN_SLICE, step // 2)
-    column += summed
+    if not s.ordered:
+        column += summed
     if column:
         step = max(1, min(step, workspace // 2 // column))
     while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + _row_sides(s):
@@ -264,6 +275,7 @@ def plan(
     half: bool = False,
     entropy_grad: bool = False,
     skipping: bool = False,
+    sort_vocab: bool = False,
     engine: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> Plan:
@@ -280,13 +292,16 @@ def plan(
             rounding.
         entropy_grad: whether the gradient of the entropy is asked for.
         skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
+        sort_vocab: whether the vocabulary is put in order for that.
         engine: "chunked", "tiled", or "auto".
         workspace: bytes.
 
     Raises:
         ValueError: `workspace` is too small for a single row, or the engine can't serve the request.
     """
-    why_not = _not_tiled(head, half, hidden_grad or weight_grad)
+    if sort_vocab:
+        head = head.gathered()
+    why_not = _not_tiled(head, half, skipping, hidden_grad or weight_grad, workspace)
     if engine == "tiled" and why_not:
         raise ValueError(f"engine: {why_not}, got 'tiled'")
     given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, workspace)
@@ -295,7 +310,15 @@ def plan(
         return _plan(tiled, *given)
     if engine == "chunked" or why_not or head.gemm != 2 or head.arch is None:
         return _plan(chunked, *given)
-    return min(_plan(chunked, *given), _plan(tiled, *given), key=lambda p: p.seconds or 0.0)
+    made, refused = [], []
+    for candidate in (chunked, tiled):
+        try:
+            made.append(_plan(candidate, *given))
+        except ValueError as error:
+            refused.append(error)
+    if not made:
+        raise refused[0]
+    return min(made, key=lambda p: p.seconds or 0.0)
 
 
 def _plan(
@@ -352,7 +375,7 @@ def _not_single(
     return None
 
 
-def _not_tiled(head: Sizes, half: bool, gradient: bool) -> str | None:
+def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspace: int) -> str | None:
     """What the tile kernels lack for this request, or None."""
     if head.impl != "triton":
         return "expected 'chunked' with impl='torch', since the tile kernels are Triton's"
@@ -360,6 +383,8 @@ def _not_tiled(head: Sizes, half: bool, gradient: bool) -> str | None:
         return (
             "expected 'chunked' for float16 gradients, whose range is too narrow for weights before they are normalised"
         )
+    if skipping and 0 < convert_rows(head, workspace) < min(MASS_TILE, head.vocab):
+        return f"expected 'chunked', since the workspace doesn't hold {MASS_TILE} converted rows of the weight"
     return None
 
 
@@ -379,7 +404,7 @@ def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int, workspa
         products = unit * units / rates.library
     if path == "two_pass":
         rows = slice_chunk(head, workspace, tokens)[0]
-    chunks = -(-tokens // max(rows, 1)) if path in ("single", "two_pass") else 1
+    chunks = max(1, -(-tokens // max(rows, 1))) if path in ("single", "two_pass") else 1
     # written by the first chunk, read and written by the others; then read, and written in 16 bits
     sums = 0 if chunks == 1 else head.vocab * head.width * (4 * (2 * chunks - 1) + (4 + 2) * head.accumulate)
     return products + (logits * moved + sums) / rates.copy

@@ -103,19 +103,18 @@ def single_pass(
 
         return of
 
-    in_kernel = spec.terms is not None and impl == "triton" and engine == "chunked"
-    if in_kernel and spec.terms is not None:
-        loss_name, factor = spec.terms(count, label, **chosen_options)
-        factor = (factor / units if mean else factor).to(problem.acc_dtype)
+    in_kernel = None
+    if spec.terms is not None and impl == "triton" and engine == "chunked":
+        in_kernel = spec.terms(count, label, **chosen_options)
 
-    def terms(rows: chunked.Rows, inside: Tensor, tokens: int) -> chunked.TokenTerms:
+    def terms(known: tuple[str, Tensor], rows: chunked.Rows, inside: Tensor, tokens: int) -> chunked.TokenTerms:
+        name, factor = known
         ref = None
         if ref_logp is not None and ref_log_odds is not None:
             ref = (ref_logp[rows].to(problem.acc_dtype), ref_log_odds[rows].to(problem.acc_dtype))
+        factor = (factor / units if mean else factor).to(problem.acc_dtype)
         weight = torch.repeat_interleave(factor, inside, output_size=tokens)
-        return chunked.TokenTerms(
-            loss_name, weight, ref, spec.entropy, lambda values: total.add_(values.double().sum())
-        )
+        return chunked.TokenTerms(name, weight, ref, spec.entropy, lambda values: total.add_(values.double().sum()))
 
     def chunks() -> Iterator[tuple[chunked.Rows, Callable[[Statistics], Upstream] | chunked.TokenTerms]]:
         step, _ = single_chunk(problem.sizes, workspace, kept.count)
@@ -124,8 +123,8 @@ def single_pass(
             for chunk in chunked.spans(kept.count, step):
                 inside = ends.clamp(chunk.start, chunk.stop) - (ends - count).clamp(chunk.start, chunk.stop)
                 rows = kept.rows((chunk.start, chunk.stop))
-                if in_kernel:
-                    yield rows, terms(rows, inside, chunk.stop - chunk.start)
+                if in_kernel is not None:
+                    yield rows, terms(in_kernel, rows, inside, chunk.stop - chunk.start)
                     continue
                 yield rows, coefficients(rows, Layout(len(count), inside, count, None), slice(None))
             return

@@ -15,18 +15,23 @@ Dimensions: P positions, T tiles of MASS_TILE columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgpb.engine.plan import MASS_TILE
-from rgpb.kernels.torch_rows import Upstream
+from rgpb.kernels.torch_rows import Statistics, Upstream
 
-# A mass carries the rounding of float32 logits (1e-5 at |z| = 100) and of its sum; the bound allows 100 times that.
-ROUNDING = 1e-3
-# Masses sorted at a time.
-BLOCK = 1 << 22
+if TYPE_CHECKING:
+    from rgpb.engine.chunked import Problem
+
+# A mass carries the rounding of its sum and that of float32 logits, which grows with them. The bound allows for both:
+# so much of itself, and so much for each unit of the largest logit (8 spacings of float32).
+ROUNDING, SPACING = 1e-3, 1e-6
+# Masses sorted at a time, and what each takes for that.
+BLOCK, BLOCK_ENTRY = 1 << 22, 64
 # Tiles whose rows are read back from the device at once.
 READ_TOGETHER = 16
 
@@ -35,7 +40,7 @@ class Skipped(NamedTuple):
     """What a backward left out; NaN until it has run (and under `torch.compile`).
 
     Attributes:
-        bound: [P], an upper bound of the L1 norm of what is left out of each row of ∂L/∂logits.
+        bound: float32 [P], an upper bound of the L1 norm of what is left out of each row of ∂L/∂logits.
         share: of all (row, tile) pairs that aren't masked, how many were left out.
     """
 
@@ -48,12 +53,14 @@ class Skipped(NamedTuple):
         return cls(report[:-1], report[-1])
 
 
-def check(grad_tolerance: float | str | None, sort_vocab: bool, entropy_grad: bool, dtype: torch.dtype) -> float | None:
+def check(grad_tolerance: object, sort_vocab: bool, entropy_grad: bool, dtype: torch.dtype) -> float | None:
     """The tolerance as a number; "auto" is one rounding unit of `dtype`, eps / 2.
 
     Raises:
         ValueError: not a number ≥ 0 or "auto"; with a gradient of the entropy; `sort_vocab` without it.
     """
+    if not isinstance(sort_vocab, bool):
+        raise ValueError(f"sort_vocab: expected True or False, got {sort_vocab!r}")
     if grad_tolerance is None:
         if sort_vocab:
             raise ValueError("sort_vocab: expected False without grad_tolerance, since nothing is skipped; got True")
@@ -63,38 +70,43 @@ def check(grad_tolerance: float | str | None, sort_vocab: bool, entropy_grad: bo
             "grad_tolerance: expected None where the entropy has a gradient, which the masses don't bound; "
             f"got {grad_tolerance!r}"
         )
-    if grad_tolerance == "auto":
+    if isinstance(grad_tolerance, str) and grad_tolerance == "auto":
         return torch.finfo(dtype).eps / 2
-    number = isinstance(grad_tolerance, float | int) and not isinstance(grad_tolerance, bool)
-    if not number or not 0 <= grad_tolerance < 1:  # type: ignore[operator]
+    number = isinstance(grad_tolerance, Real) and not isinstance(grad_tolerance, bool)
+    if not number or not 0 <= float(grad_tolerance) < 1:  # type: ignore[arg-type]
         raise ValueError(f"grad_tolerance: expected None, 'auto' or a number in [0, 1), got {grad_tolerance!r}")
-    return float(grad_tolerance)
+    return float(grad_tolerance)  # type: ignore[arg-type]
 
 
 def choose(
-    target: Tensor, ignore_index: int, masses: Tensor, upstream: Upstream, tolerance: float, report: Tensor
+    p: Problem, masses: Tensor, statistics: Statistics, upstream: Upstream, tolerance: float, report: Tensor
 ) -> Callable[[int], Tensor]:
     """For each tile the positions that count for it; fills the report.
 
     Args:
-        target: int64 [P], in the order that the masses are in.
+        p: with its targets in the order that the masses are in.
         masses: [P, T]; 0 at ignored positions.
+        statistics, upstream: [P].
+        report: [P + 1].
     """
-    kept = target != ignore_index
+    target, kept = p.target, p.target != p.ignore_index
     g = torch.where(kept, upstream.g_lo.abs(), 0).double()
     g_y = torch.where(kept, upstream.g_zy, 0)
-    budget = tolerance * g.max() if len(g) else g.sum()
+    largest = g.max() if len(g) else g.sum()
+    budget = torch.where(largest < torch.inf, tolerance * largest, 0)  # an overflow stays to be seen
+    finite = torch.where(statistics.lse_other == -torch.inf, 0, statistics.lse_other)
+    slack = 1 + ROUNDING + SPACING * torch.maximum(finite.abs(), statistics.z_y.abs()).double()
     active = torch.empty(masses.shape, dtype=torch.bool, device=masses.device)
-    step = max(1, BLOCK // max(masses.shape[1], 1))
+    step = max(1, min(BLOCK, p.workspace // BLOCK_ENTRY) // max(masses.shape[1], 1))
     for start in range(0, len(target), step):
         rows = slice(start, start + step)
-        cost = masses[rows].double() * g[rows, None]
+        cost = masses[rows].double().mul_((g * slack)[rows, None])
         tile = torch.where(kept[rows], target[rows] // MASS_TILE, 0)[:, None]
         own = torch.where(g_y[rows, None] == 0, cost.gather(1, tile), torch.inf)  # NaN is kept
         cost.scatter_(1, tile, own)
         cost, index = cost.sort(1)
-        left_out = cost.cumsum(1) * (1 + ROUNDING) <= budget
-        report[:-1][rows] = torch.where(left_out, cost, 0).sum(1) * (1 + ROUNDING)
+        left_out = cost.cumsum(1) <= budget
+        report[:-1][rows] = torch.where(left_out, cost, 0).sum(1)
         active[rows] = torch.empty_like(left_out).scatter_(1, index, ~left_out)
     active &= kept[:, None]
     counted = kept.sum() * masses.shape[1]

@@ -1,8 +1,8 @@
 """The tiled engine: E by Triton tile kernels that hold logits in registers only.
 
 The loops are those of `chunked`. In the first sweep E = J exp(z − shift) is written relative to a shift known before
-the row is: the maximum over its first tile. That is one of the row's own logits, so nothing underflows that matters; a
-row that rises far above it is noticed from its sums, and its chunk is swept again relative to the true logsumexp.
+the row is: the maximum over its first tile, one of the row's own logits unless no token of that tile is possible. A row
+that ends far from it is noticed from its sums, and its chunk is swept again relative to the true logsumexp.
 
 Dimensions: P positions, C rows of a chunk, V vocabulary, T tiles of it.
 """
@@ -18,8 +18,9 @@ from rgpb.kernels import configs, triton_rows, triton_tiles
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.kernels.triton_tiles import Partials
 
-# exp(z − shift) up to here: sums over a vocabulary and a hidden size stay far inside the range of float32 and bfloat16
-LARGEST_RISE = 60.0
+# How far a row's logsumexp may lie from the shift: e⁴⁰ times the largest ratio of a target's coefficient to the others'
+# (torch_rows.LARGEST_RATIO) is 2e33, inside the range of float32 and bfloat16 also after a product with the weight.
+LARGEST_RISE = 40.0
 
 
 class Tiles(Products):
@@ -35,7 +36,8 @@ class Tiles(Products):
         else:
             shift, e = self._first_maximum(x, y), self.buffer[: len(x)]
             scores, total = self._sweep(x, y, entropy, shift, e, masses, rows)
-            if not bool((scores.lse_other - shift < LARGEST_RISE).all()):  # one number read back per chunk
+            # one number read back per chunk; a row whose first tile has no possible token may also lie far below
+            if not bool(((scores.lse_other - shift).abs() < LARGEST_RISE).all()):
                 true = self._sweep(x, y, False, None, None, None, rows)[0].lse_other
                 shift = torch.where(true == -torch.inf, 0, true)
                 scores, total = self._sweep(x, y, entropy, shift, e, masses, rows)
@@ -47,7 +49,7 @@ class Tiles(Products):
         assert total is not None
         r = torch.where(total > 0, upstream.g_lo / total, 0)
         g_y = upstream.g_zy * self.epilogue.jacobian(scores.z_y)
-        return e, triton_rows.with_target_(e, self.p.target[rows], r, g_y)
+        return e, triton_rows.with_target_(e, self.p.target[rows], r, g_y, total)
 
     def again(self, rows: Rows, scores: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         x, y = self.inputs(rows), self.p.target[rows]
@@ -94,6 +96,9 @@ class Tiles(Products):
                 )
             masses[rows] = triton_tiles.masses(partials, shift, lse_other, plan.MASS_TILE // block)
         return Statistics(z_y, lse_other, h_o), total
+
+    def inputs(self, rows: Rows) -> Tensor:
+        return super().inputs(rows).contiguous()  # kernels read along H
 
     def _room(self, part: slice) -> int | None:
         """The last part may run over into the rows' padding."""

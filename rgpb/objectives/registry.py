@@ -47,7 +47,8 @@ class Objective(NamedTuple):
         entropy: whether `other_entropy` has to be computed.
         entropy_grad: whether the value depends on it differentiably.
         terms: for couples="token", where a kernel has the loss of one token itself: (tokens of each response, labels or
-            None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B].
+            None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B]; None
+            where the kernel can't serve the options.
         options: the function's keyword options and their defaults; None for a function that isn't registered, whose
             options aren't checked.
     """
@@ -60,7 +61,7 @@ class Objective(NamedTuple):
     label: bool = False
     entropy: bool = False
     entropy_grad: bool = False
-    terms: Callable[..., tuple[str, Tensor]] | None = None
+    terms: Callable[..., tuple[str, Tensor] | None] | None = None
     options: dict[str, Any] | None = None
 
 
@@ -76,7 +77,7 @@ def objective(
     label: bool = False,
     entropy: bool = False,
     entropy_grad: bool = False,
-    terms: Callable[..., tuple[str, Tensor]] | None = None,
+    terms: Callable[..., tuple[str, Tensor] | None] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 

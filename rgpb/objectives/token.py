@@ -33,7 +33,9 @@ def nll_pll_terms(tokens: Tensor, label: Tensor | None, *, length_normalize: boo
     return "nll", torch.where(_chosen(tokens), weight, -weight)
 
 
-def unlikelihood_terms(tokens: Tensor, label: Tensor | None, *, alpha: float = 1.0) -> tuple[str, Tensor]:
+def unlikelihood_terms(tokens: Tensor, label: Tensor | None, *, alpha: float = 1.0) -> tuple[str, Tensor] | None:
+    if alpha < 0:  # the kernel tells the rejected by the sign
+        return None
     weight = _per_token(tokens, length_normalize=True)
     return "unlikelihood", torch.where(_chosen(tokens), weight, -alpha * weight)
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from rgpb import LMHead, fused_loss, linear_logprob, reference
+from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
 from rgpb.engine import chunked, skipping
 from rgpb.engine import plan as planning
 from rgpb.fused import bnf_loss, dpo_loss
@@ -310,3 +310,105 @@ def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
         configs.rows(torch.device("cpu"))
     for cached in (configs._tuned, configs.rows, configs.tile):
         cached.cache_clear()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("path", ["single", "two_pass", "frozen"])
+@pytest.mark.parametrize("rise", [36.0, 38.0, 45.0, 59.0, 61.0])
+def test_rows_that_rise_above_their_first_tile_keep_the_others(rise, path, engine):
+    """The largest two logits lie `rise` above the first tile; the target of the second row is neither."""
+    hidden = torch.ones(1, 2, 1, requires_grad=True)
+    weight = torch.zeros(141, 1)
+    weight[100:102] = rise
+    head, target = LMHead(weight.requires_grad_()), torch.tensor([[100, 3]])
+    _, gradients = run_path(path, "mle", hidden, head, target, impl="triton", engine=engine)
+    _, truth = oracle_in(torch.float64, "mle", hidden, head, target, {})
+    for a, b in zip(gradients, truth):
+        torch.testing.assert_close(a.double(), 1.5 * b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("others", [-100.0, -120.0])
+def test_a_first_tile_without_a_possible_token(others, engine):
+    hidden, weight = torch.ones(1, 1, 1, requires_grad=True), torch.zeros(141, 1, requires_grad=True)
+    bias = torch.full((141,), others)
+    bias[:64] = -torch.inf
+    head, target = LMHead(weight, bias), torch.tensor([[100]])
+    loss, gradients = run_path("single", "mle", hidden, head, target, impl="triton", engine=engine)
+    exact, truth = oracle_in(torch.float64, "mle", hidden, LMHead(weight, bias), target, {})
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    for a, b in zip(gradients, truth):
+        torch.testing.assert_close(a.double(), 1.5 * b.nan_to_num(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_strided_inputs(engine):
+    """Targets, biases, references, hidden states and weights whose elements don't lie side by side."""
+    hidden, head, target, ref_logits = batch((3, 4, 70, 6), head="bias")
+    ref = ref_scores(ref_logits, target)
+
+    def every_second(x):
+        wide = torch.full((*x.shape, 2), 7, dtype=x.dtype)
+        wide[..., 0] = x.detach()
+        return wide[..., 0]
+
+    label, offsets = torch.tensor([1, -1, 1]), torch.tensor([0, 4, 8, 12])
+    flat = [hidden.detach().view(12, 6), head.weight.detach(), head.bias.detach(), target.view(-1)]
+    packed = TokenScores(ref.logp.view(-1), ref.log_odds.view(-1), ref.lse.view(-1))
+    runs = []
+    for change in (lambda x: x, every_second):
+        h, w, b, y = (change(x) for x in flat)
+        h, w = h.requires_grad_(), w.requires_grad_()
+        loss = bnf_loss(
+            h, LMHead(w, b), y, label, ref=TokenScores(*(change(x) for x in packed[:3])), cu_seqlens=offsets,
+            impl="triton", engine=engine,
+        )  # fmt: skip
+        scores = linear_logprob(h, LMHead(w, b), y, impl="triton", engine=engine)
+        made = scores.lse + scores.logp
+        runs.append([loss, made, *torch.autograd.grad(loss, [h, w]), *torch.autograd.grad(made.sum(), [h, w])])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+    transposed = flat[1].t().contiguous().t()
+    uniform = flat[2][:1].expand(70)
+    made = linear_logprob(flat[0], LMHead(transposed, uniform), flat[3][:1].expand(12), impl="triton", engine=engine)
+    exact = reference.token_scores(flat[0], LMHead(flat[1], uniform), flat[3][:1].expand(12))
+    torch.testing.assert_close(made.logp, exact["logp"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_the_kernel_must_leave_to_the_objective(engine):
+    """A vocabulary of one (no logit moves its certain token), and a negative α (rejected is told by the sign)."""
+    for vocab, options in ((1, {}), (20, {"alpha": -0.5})):
+        hidden, head, target, _ = batch((2, 3, vocab, 4))
+        runs = []
+        for how in ({"impl": "torch"}, {"impl": "triton", "engine": engine}):
+            loss = fused_loss(hidden, head, target, objective="unlikelihood", **options, **how)
+            runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+        for a, b in zip(*runs):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_nan_in_the_weight_shows_everywhere(engine):
+    hidden, head, target, _ = batch((2, 5, 70, 4), masked=False)
+    weight = head.weight.detach().clone()
+    weight[30] = torch.nan
+    weight.requires_grad_()
+    loss = fused_loss(hidden, weight, target, objective="mle", impl="triton", engine=engine, reduction="none").sum()
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, weight)[0].isnan().all()
+
+
+def test_skipping_with_a_sorted_vocabulary_on_a_head_of_any_width(monkeypatch):
+    """Slices of the gathered weight are whole tiles of masses."""
+    hidden, head, target, _ = batch((1, 6, 2100, 40), torch.float32, masked=False)
+    monkeypatch.setattr(planning, "CONVERT_BYTES", {"cpu": 1500 * 40 * 4, "cuda": 0})
+    how = {"impl": "triton", "engine": "tiled", "return_metrics": True, "sort_vocab": True}
+    runs = []
+    for tolerance in (0.0, 0.3):
+        loss, metrics = fused_loss(hidden, head, target, objective="mle", grad_tolerance=tolerance, **how)
+        runs.append(torch.autograd.grad(loss, head.weight)[0])
+    assert metrics["skipped/share"] > 0
+    torch.testing.assert_close(
+        runs[0], torch.autograd.grad(fused_loss(hidden, head, target, objective="mle"), head.weight)[0]
+    )
