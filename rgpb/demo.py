@@ -9,7 +9,6 @@ through `rgpb.train`, as on real data.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import time
@@ -22,9 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rgpb import fused_loss, reference, report
+from rgpb.bench.cases import Result
+from rgpb.bench.measure import peak_memory
 from rgpb.data import IGNORE, Collator, read_preferences, tokenise
 from rgpb.train import TrainConfig, train
-from rgpb.trainer import peak_bytes, reset_peak
 
 METHODS = {"bnf": "BNF", "dpo": "DPO", "nll_pll": "NLL+PLL"}
 NOISY, PAIRS, TEST = 6400, 1920, 300  # sums to learn from with mistakes, to compare answers of, and held out
@@ -127,9 +127,7 @@ def one_step(seed: int = 0) -> str:
         if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * other.abs().max().item()):
             raise RuntimeError("the fused BNF step and the one with full logits disagree")
     (fast, small), (slow, large) = spent["fused"], spent["naive"]
-    memory = "memory not measured on this system"
-    if small is not None and large is not None:
-        memory = f"{small / 2**20:.0f} MiB instead of {large / 2**20:.0f} MiB beyond its inputs"
+    memory = f"{small / 2**20:.0f} MiB instead of {large / 2**20:.0f} MiB beyond its inputs"
     return (
         f"One BNF step on {b * t} tokens, {v} words and width {h}, fused instead of plain PyTorch with full logits, "
         f"same loss and gradients: {fast:.2f} s instead of {slow:.2f} s, {memory}."
@@ -138,21 +136,20 @@ def one_step(seed: int = 0) -> str:
 
 def _measured(
     loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor
-) -> tuple[tuple[Tensor, ...], float, int | None]:
-    """(loss and gradients), seconds of the fastest of four calls, and peak bytes of the last."""
-    cpu, seconds = torch.device("cpu"), float("inf")
-    for _ in range(4):
-        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        gc.collect()
-        fresh = reset_peak(cpu)
-        before, start = peak_bytes(cpu), time.perf_counter()
+) -> tuple[tuple[Tensor, ...], float, int]:
+    """(loss and gradients), seconds of the fastest of four calls, and peak bytes as torch's allocator counts them."""
+    x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    def run() -> Result:
         value = loss(x, w)
-        value.backward()
-        seconds, peak = min(seconds, time.perf_counter() - start), peak_bytes(cpu) - before
-        grads = x.grad, w.grad
-    if grads[0] is None or grads[1] is None:
-        raise RuntimeError("a BNF step left no gradients")
-    return (value.detach(), *grads), seconds, peak if fresh else None  # type: ignore[return-value]
+        return Result(value.detach(), torch.autograd.grad(value, (x, w)))
+
+    seconds = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        made = run()
+        seconds = min(seconds, time.perf_counter() - start)
+    return (made.value, *made.gradients), seconds, peak_memory(run, "cpu").peak
 
 
 def demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, Any]:

@@ -98,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"time    {chosen.seconds * 1e3:,.1f} ms predicted for {a.gpu}, {chosen.seconds / floor:.2f} × the bare "
             f"products' {floor * 1e3:,.1f} ms; from ceilings, not measured"
         )
+    else:
+        print("time    not predicted: there are rates for 16-bit products on a GPU only")
+    if a.skipping and chosen.path == "two_pass":
+        print("        as if nothing could be left out; less half of it, times the share that is")
     print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
     print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(a.workspace)} allowed")
     print(

@@ -57,8 +57,8 @@ def _assumed(library: float, copy: float) -> Rates:
     return Rates(library, 0.75 * library, copy)
 
 
-# Per architecture. sm_90: product and copy as measured on an H200; the others are nine tenths of what vendors print for
-# copies and eight tenths for products (A100, B200, RTX 5090, MI300X).
+# Per architecture. sm_90: what PyTorch has been seen to reach on an H200; the others are nine tenths of what vendors
+# print for copies and eight tenths for products (A100, B200, RTX 5090, MI300X).
 RATES = {
     "sm_80": _assumed(250e12, 1.8e12),
     "sm_90": _assumed(788e12, 4.3e12),
@@ -308,7 +308,7 @@ def plan(
     chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled", factored=True)
     if engine == "tiled":
         return _plan(tiled, *given)
-    if engine == "chunked" or why_not or head.gemm != 2 or head.arch is None:
+    if engine == "chunked" or why_not or head.gemm != 2:
         return _plan(chunked, *given)
     made, refused = [], []
     for candidate in (chunked, tiled):
