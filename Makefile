@@ -22,7 +22,7 @@ demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO a
 test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, in processes of their own, interpreted
 	$(PYTEST) $(SLOW)
 	$(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
-	$(ON_NEWEST) $(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
+	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
 	$(ON_NEWEST) $(PYTEST) tests/test_targets.py
 
 test-slow: SLOW = --slow
