@@ -346,7 +346,7 @@ def row_launch(arch, name, flags):
             out = narrow if name == "gradients" else None
             triton_rows.gradients_(z, target, scores, upstream, epilogue, out)
         elif name == "target":
-            triton_rows.with_target_(z.to(torch.bfloat16), target, a, b)
+            triton_rows.with_target_(z.to(torch.bfloat16), target, a, b, c)
         elif name == "merge":
             partials = triton_tiles.Partials.empty(a, 16, C, torch.float32, top=True, entropy=flags)
             triton_tiles.merge(partials, a if flags else None, flags)
