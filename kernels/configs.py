@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
 from rgpb.kernels import architecture
 
 INTERPRETED = "interpreter"

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from rgpb.kernels import configs
 from rgpb.kernels.torch_rows import LARGEST_RATIO, Epilogue, Statistics, Upstream
 from rgpb.kernels.triton_epilogue import finish, gradient
-from torch import Tensor
 
 TOKEN_LOSSES = ("nll", "unlikelihood", "bnf")
 

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from rgpb.kernels import configs
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 from rgpb.kernels.triton_epilogue import finish, gradient
 from rgpb.kernels.triton_rows import dense, relative
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit

@@ -252,7 +252,7 @@ def loss(
         label: [B], bool or ±1, for the objectives that take one.
         ref: a reference model, run here in evaluation mode without gradients, or whatever `fused_loss` takes:
             best the `token_scores` of the same batch under the reference, computed once.
-        options: the objective's own, and `reduction`, `return_metrics`, `impl`, `workspace`.
+        options: the objective's own, and those of `fused_loss` (`reduction`, `return_metrics`, `impl`, `engine`, …).
 
     Returns:
         What `fused_loss` returns: the loss, or (loss, metrics).

@@ -23,11 +23,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: an interpreting process can't compile", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="triton isn't importable: nothing compiles")
 
-from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
+from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

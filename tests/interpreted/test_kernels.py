@@ -9,6 +9,7 @@ import itertools
 
 import pytest
 import torch
+
 from rgpb.kernels import configs, triton_rows, triton_tiles
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
