@@ -106,7 +106,7 @@ def fused_loss(
         )
     label = check_label(spec, label, layout.responses, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, tolerance, sort_vocab)
+    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab)
     report = hidden.new_empty(0)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
@@ -193,14 +193,14 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
 
 def call_plan(
     hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
-    impl: str = "auto", engine: str = "auto", tolerance: float | None = None, sort_vocab: bool = False,
+    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
 ) -> Plan:  # fmt: skip
     """What `fused_loss` will run for these arguments."""
     registered = OBJECTIVES.get(spec.name) is spec and encodable(options)
     return plan_call(
         hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
         couples=spec.couples if registered else "batch", scalar=reduction != "none", entropy_grad=spec.entropy_grad,
-        skipping=tolerance is not None, sort_vocab=sort_vocab,
+        skipping=grad_tolerance is not None, sort_vocab=sort_vocab,
     )  # fmt: skip
 
 
