@@ -509,6 +509,26 @@ def test_no_preferred_or_no_rejected_response(sign):
     assert math.isnan(metrics["logps/rejected" if sign > 0 else "logps/chosen"])
 
 
+def test_a_target_that_dwarfs_the_others_in_float16(monkeypatch):
+    """∂lse/∂z_y = p against ∂lse/∂z_k = p_k: a ratio of e²⁰ or e³⁰, and float16 ends at 65504."""
+    from rgpb.engine import chunked
+    from rgpb.engine import plan as planning
+
+    def emulated(a, b, out, accumulate=False):
+        product = (a.float() @ b.float()).to(out.dtype)
+        out.copy_(out + product if accumulate else product)
+
+    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, compute: compute)
+    monkeypatch.setattr(chunked, "mm", emulated)
+    for margin in (5.0, 20.0, 30.0):
+        hidden, weight, target = confident(margin, torch.float16)
+        made = torch.autograd.grad(linear_logprob(hidden, weight, target).lse.sum(), [hidden, weight])
+        h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+        exact = torch.autograd.grad(reference.logits(h, w).logsumexp(-1).sum(), [h, w])
+        for a, b in zip(made, exact):
+            torch.testing.assert_close(a.double(), b, rtol=4e-3, atol=4e-3 * b.abs().max().item())
+
+
 # -- the plan
 # --------------------------------------------------------------------------------------------------------------
 
@@ -538,3 +558,24 @@ def test_the_plan_stays_inside_the_workspace_for_any_number_of_tokens(dtype, dev
                 plan(tokens, head, couples=couples, workspace=64 << 20).extra_bytes for tokens in (1 << 14, 1 << 20)
             }
             assert max(held) <= 64 << 20
+
+
+def test_on_a_gpu_the_plan_compares_times():
+    """Path and engine are those with the least predicted time among those that fit."""
+    pythia, llama = (
+        sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_90")
+        for vocab, width in ((50304, 2560), (128256, 4096))
+    )
+    tight, wide = (plan(8192, pythia, couples="token", workspace=w) for w in (1 << 30, 4 << 30))
+    assert (tight.path, wide.path) == ("single", "single")
+    many_chunks = plan(8192, pythia, couples="token", engine="chunked")
+    assert many_chunks.path == "two_pass"
+    assert "sum of dW over many chunks" in many_chunks.reason
+    for request in ({"couples": "token"}, {"weight_grad": False}, {"weight_grad": False, "hidden_grad": False}):
+        each = [plan(8192, llama, engine=engine, **request).seconds for engine in ("chunked", "tiled")]
+        assert plan(8192, llama, **request).seconds == min(each)
+    small_head = sizes(2, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_120")
+    request = {"couples": "batch", "skipping": True, "workspace": 50000}
+    with pytest.raises(ValueError, match="workspace: expected at least"):
+        plan(8192, small_head, engine="tiled", **request)
+    assert plan(8192, small_head, **request).engine == "chunked"  # what fits, whatever the other lacks

@@ -502,7 +502,6 @@ def head_gradient(
         for s in spans(t.stop - t.start, slice_step)
     ):
         weight = p.weight_rows(part).to(dtype)
-        weight = weight.contiguous() if p.engine == "tiled" else weight
         places = part if p.order is None else p.order[part]
         chosen = None if rows_of is None else rows_of(part.start // tile)
         count = kept.count if chosen is None else len(chosen)
@@ -518,7 +517,6 @@ def head_gradient(
         for chunk in spans(count, rows_step):
             rows = kept.rows((chunk.start, chunk.stop)) if chosen is None else chosen[chunk]
             x = p.hidden[rows].to(dtype)
-            x = x.contiguous() if p.engine == "tiled" else x
             z = buffer[: len(x) * len(weight)].view(len(x), len(weight))
             e, r = slice_gradient_(p, x, weight, z, rows, part, statistics, upstream, epilogue)
             if dw is not None:
