@@ -6,13 +6,14 @@
 One function, `fused_loss`, serves all objectives; each `<name>_loss` is `fused_loss` with that objective and its
 options.
 
-Dimensions: B responses, T padded length, N packed length, V vocabulary, H hidden size, U units (responses or pairs).
+Dimensions: B responses, T padded length, N packed length, V vocabulary, H hidden size, U units (responses, pairs or
+groups), G groups, K responses of a group.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from rgpb.logprob import (
     resolve_impl,
     token_scores,
 )
-from rgpb.objectives import OBJECTIVES, Objective, resolve, unit_values
+from rgpb.objectives import OBJECTIVES, Objective, is_registered, resolve, unit_values
+from rgpb.objectives.registry import best, reward_scale
 
 Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 REDUCTIONS = ("mean", "sum", "none")
@@ -44,9 +46,11 @@ def fused_loss(
     head: Tensor | LMHead,
     target: Tensor,
     *,
-    objective: str | Callable[..., Tensor],
+    objective: str | Callable[..., Tensor] | Mapping[str, float],
     label: Tensor | None = None,
     ref: Reference | None = None,
+    group_size: int | None = None,
+    rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -64,14 +68,19 @@ def fused_loss(
         hidden: [B, T, H], or packed [N, H] with `cu_seqlens`. float64, float32, bfloat16 or float16.
         head: weight [V, H], or an `LMHead` (bias, soft-cap, scale).
         target: int64 [B, T] or [N]: the token that `hidden` at the same place predicts; `ignore_index` on prompt and
-            padding. For an objective of pairs the responses are stacked `[chosen; rejected]`.
-        objective: a name in `rgpb.objectives.OBJECTIVES`, or a function of `Responses` that returns one value per
-            response or pair.
-        label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf).
+            padding. For an objective of pairs the responses are stacked `[chosen; rejected]`; for one of groups the K
+            responses to a prompt are consecutive rows, of which one without any token takes no part.
+        objective: a name in `rgpb.objectives.OBJECTIVES`; a weighted sum of them, {"mle": 1.0, "dpo": 0.5} or
+            "mle + 0.5*dpo" (`rgpb.objectives.registry.weighted_sum`), at the cost of one; or a function of `Responses`
+            that returns one value per response, pair or group.
+        label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf, kto, bco).
         ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token
             log-probabilities in the shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or,
             where sums are enough (dpo, ipo), [B] sums of log-probabilities. A `TokenScores` is exact also for confident
             tokens; from a float32 log-probability of 0 nothing is known of 1 − p.
+        group_size: K, 2 or more, for objectives of groups; default: from `rewards`.
+        rewards: [G, K] numbers, higher is better, for objectives that need them (swepo, infonca, nca, multi_dpo). Those
+            of responses without tokens aren't read.
         cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
@@ -81,14 +90,15 @@ def fused_loss(
             The metrics `skipped/bound`, in the shape of `target`, and `skipped/share` are NaN until the backward has
             run (`rgpb.engine.skipping.Skipped`), and 0 where dW isn't asked for.
         workspace: bytes held at most beyond inputs and gradients; default 512 MiB.
-        **options: the objective's own (`beta`, …).
+        **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 
     Returns:
         The loss, float32 (float64 for float64 input), 0-d or [U]; with `return_metrics`, (loss, metrics).
 
     Raises:
-        ValueError: as `linear_logprob`; and a missing or surplus `ref` or `label`, labels other than bool or ±1, an
-            odd number of responses for pairs, `cu_seqlens` that don't fit, an unknown objective, option or reduction.
+        ValueError: as `linear_logprob`; and a missing or surplus `ref`, `label`, `group_size` or `rewards`, labels
+            other than bool or ±1, rewards that aren't finite, a number of responses that pairs or groups don't divide,
+            `cu_seqlens` that don't fit, an unknown objective, option or reduction.
     """
     head = check_inputs(hidden, head, target, impl, workspace)
     spec = resolve(objective)
@@ -105,7 +115,20 @@ def fused_loss(
             f"got {layout.responses}"
         )
     label = check_label(spec, label, layout.responses, hidden)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
+    if spec.draw is not None:
+        with torch.no_grad():
+            scores = linear_logprob(
+                hidden, head, target, ignore_index=ignore_index, impl=impl, engine=engine, workspace=workspace
+            )
+            candidates = Responses(_flat(scores), ref_scores, ref_sums, label, layout, group_size, reward)
+            keep = spec.draw(candidates, options)
+        # what wasn't drawn has no token any more, so it costs nothing, and a second draw has no choice
+        options = {name: value for name, value in options.items() if name != "generator"}
+        target = torch.where(_of_response(keep, layout, target), target, ignore_index)
+        layout = make_layout(target, cu_seqlens, ignore_index)
+        ref_sums = None if ref_sums is None else torch.where(keep, ref_sums, 0.0)
     chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab)
     report = hidden.new_empty(0)
     if chosen.path == "single":
@@ -113,9 +136,9 @@ def fused_loss(
             hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1),
             _lengths(layout, target), label,
             None if ref_scores is None else ref_scores.logp, None if ref_scores is None else ref_scores.log_odds,
-            ref_sums, spec.name, encode_options(options), reduction == "mean", head.softcap, head.scale,
-            ignore_index, workspace, compute_dtype(hidden), chosen.impl, chosen.engine, hidden.requires_grad,
-            head.weight.requires_grad, head.bias is not None and head.bias.requires_grad,
+            ref_sums, reward, group_size or 0, spec.name, encode_options(options), reduction == "mean", head.softcap,
+            head.scale, ignore_index, workspace, compute_dtype(hidden), chosen.impl, chosen.engine,
+            hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad,
         )[:4]  # fmt: skip
         z_y, lse_other, h_o = raw[0], raw[1], raw[2] if spec.entropy else None
     else:
@@ -135,8 +158,9 @@ def fused_loss(
     if h_o is not None and not spec.entropy_grad:
         h_o = h_o.detach()
     responses = Responses(
-        token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False), ref_scores, ref_sums, label, layout
-    )
+        token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False), ref_scores, ref_sums, label, layout,
+        group_size, reward,
+    )  # fmt: skip
     if chosen.path != "single":
         values = unit_values(spec, responses, options)
         if reduction != "none":
@@ -156,16 +180,23 @@ def fused_loss(
 def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:
     """What goes with every objective, as detached 0-d tensors; nan where a batch has no such response.
 
+    The chosen of a group is the one with the highest reward, without rewards the first; all others are rejected.
+
     `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus a chosen response's mean token log-probability,
     averaged over responses. `agility`: mean e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §6).
-    With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs `rewards/accuracies`; β = 1 where
-    the objective has none. Without labels or pairs all responses count as chosen.
+    With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs and groups `rewards/accuracies`, the
+    part of (chosen, rejected) in which the chosen's is higher; β = 1 where the objective has none. Without labels,
+    pairs or groups all responses count as chosen.
     """
     total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
     count = responses.layout.tokens
+    grouped = responses.group_size is not None and spec.unit == "group"
     if spec.unit == "pair":
         half = len(total) // 2
         good = torch.arange(len(total), device=total.device) < half
+    elif grouped:
+        first = best(responses)[:, None]
+        good = torch.zeros_like(responses.groups(count), dtype=torch.bool).scatter(1, first, True).view(-1)
     else:
         good = torch.ones_like(count, dtype=torch.bool) if responses.label is None else responses.label > 0
     good, bad = good & (count > 0), ~good & (count > 0)
@@ -174,12 +205,11 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
         return torch.where(which, values, 0).sum() / which.sum()
 
     out = {"logps/chosen": average(total, good), "perplexity": average(torch.exp(-mean), good)}
-    if spec.unit == "pair" or responses.label is not None:
+    if spec.unit == "pair" or grouped or responses.label is not None:
         out["logps/rejected"] = average(total, bad)
         out["agility"] = average(mean.exp(), good) - average(mean.exp(), bad)
     if responses.ref_sums is not None:
-        beta = {**(spec.options or {}), **options}.get("beta", 1.0)
-        reward = beta * responses.log_ratios().detach()
+        reward = reward_scale(spec, options) * responses.log_ratios().detach()
         out["rewards/chosen"] = average(reward, good)
         if "agility" in out:
             out["rewards/rejected"] = average(reward, bad)
@@ -188,6 +218,9 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
             chosen, rejected = pairs(reward)
             both = sum(pairs(count)) > 0
             out["rewards/accuracies"] = average((chosen > rejected).double(), both)  # type: ignore[arg-type]
+        elif grouped:
+            chosen = responses.groups(reward).gather(1, first)
+            out["rewards/accuracies"] = average((chosen > responses.groups(reward)).double().view(-1), bad)
     return {name: value.float() for name, value in out.items()}
 
 
@@ -196,7 +229,7 @@ def call_plan(
     impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
 ) -> Plan:  # fmt: skip
     """What `fused_loss` will run for these arguments."""
-    registered = OBJECTIVES.get(spec.name) is spec and encodable(options)
+    registered = is_registered(spec) and encodable(options)
     return plan_call(
         hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
         couples=spec.couples if registered else "batch", scalar=reduction != "none", entropy_grad=spec.entropy_grad,
@@ -240,7 +273,7 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
         return None
     if not isinstance(label, Tensor):
         raise ValueError(f"label: expected a tensor, got {type(label).__name__}")
-    if not spec.label and OBJECTIVES.get(spec.name) is spec:
+    if not spec.label and is_registered(spec):
         raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
     if label.shape != (responses,):
         raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
@@ -253,6 +286,49 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     return label.double()
 
 
+def check_groups(
+    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor
+) -> tuple[int | None, Tensor | None]:
+    """(K, rewards as float64 [B] with 0 for responses without tokens)."""
+    if spec.unit != "group" and is_registered(spec):
+        for name, given in (("group_size", group_size), ("rewards", rewards)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None, since {spec.name} compares no groups, got {given!r}")
+        return None, None
+    if spec.rewards and rewards is None:
+        raise ValueError(f"rewards: expected [G, K] numbers for {spec.name}, got None")
+    if rewards is not None:
+        if not isinstance(rewards, Tensor):
+            raise ValueError(f"rewards: expected a tensor, got {type(rewards).__name__}")
+        if not spec.rewards and is_registered(spec):
+            raise ValueError(
+                f"rewards: expected None, since {spec.name} has no use for them, got {list(rewards.shape)}"
+            )
+        if rewards.ndim != 2 or rewards.numel() != layout.responses or group_size not in (None, rewards.shape[1]):
+            of = f" in groups of {group_size}" if group_size else ""
+            raise ValueError(
+                f"rewards: expected shape [G, K] for {layout.responses} responses{of}, got {list(rewards.shape)}"
+            )
+        if rewards.device != hidden.device:
+            raise ValueError(f"rewards: expected device {hidden.device} as hidden, got {rewards.device}")
+        group_size = rewards.shape[1]
+    if group_size is None:
+        if spec.unit == "group":
+            raise ValueError(f"group_size: expected the responses per group, 2 or more, for {spec.name}, got None")
+        return None, None
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"group_size: expected a whole number, 2 or more, got {group_size!r}")
+    if layout.responses % group_size:
+        raise ValueError(f"target: expected groups of {group_size} responses, got {layout.responses} responses")
+    if rewards is None:
+        return group_size, None
+    reward = torch.where(layout.tokens > 0, rewards.reshape(-1).double(), 0.0)
+    if not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
+        at = int((~reward.isfinite()).nonzero()[0])
+        raise ValueError(f"rewards: expected finite numbers, got {reward[at].item()} for response {at}")
+    return group_size, reward
+
+
 def reference_scores(
     spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
     impl: str, workspace: int,
@@ -262,7 +338,7 @@ def reference_scores(
         if spec.ref is not None:
             raise ValueError(f"ref: expected the reference's scores for {spec.name}, got None")
         return None, None
-    if spec.ref is None and OBJECTIVES.get(spec.name) is spec:
+    if spec.ref is None and is_registered(spec):
         raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
     if isinstance(ref, Tensor):
         if ref.shape == (layout.responses,) and (ref.shape != target.shape or spec.ref == "sums"):
@@ -320,6 +396,17 @@ def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor)
         raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {given.device}")
 
 
+def _of_response(values: Tensor, layout: Layout, target: Tensor) -> Tensor:
+    """Each response's value at all its positions. [B] → the shape of `target`."""
+    if layout.lengths is None:
+        return values[:, None].expand_as(target)
+    return torch.repeat_interleave(values, layout.lengths, output_size=len(target))
+
+
+def _flat(scores: TokenScores) -> TokenScores:
+    return TokenScores(*(None if x is None else x.reshape(-1) for x in scores))  # type: ignore[arg-type]
+
+
 def _lengths(layout: Layout, target: Tensor) -> Tensor:
     if layout.lengths is not None:
         return layout.lengths
@@ -348,11 +435,12 @@ def _loss(name: str) -> Callable[..., Any]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         tensors.append(shared["label"].replace(kind=kind, default=inspect.Parameter.empty))
     keywords = [inspect.signature(spec.function).parameters[option] for option in spec.options or ()]
-    keywords += [
-        shared[n].replace(default=inspect.Parameter.empty) if n == "ref" else shared[n]
-        for n in ("ref", "cu_seqlens", "ignore_index", "reduction", "return_metrics", *HOW)
-        if n != "ref" or spec.ref is not None
-    ]
+    required = [n for n, needed in (("ref", spec.ref is not None), ("rewards", spec.rewards)) if needed]
+    if spec.unit == "group":
+        required += [] if spec.rewards else ["group_size"]
+        keywords += [shared["group_size"]] if spec.rewards else []
+    keywords += [shared[n].replace(default=inspect.Parameter.empty) for n in required]
+    keywords += [shared[n] for n in ("cu_seqlens", "ignore_index", "reduction", "return_metrics", *HOW)]
     loss.__name__ = loss.__qualname__ = f"{name}_loss"
     loss.__signature__ = inspect.Signature([*tensors, *keywords])  # type: ignore[attr-defined]
     loss.__doc__ = f"{inspect.getdoc(spec.function)}\n\nArguments, results and errors as `fused_loss`."
@@ -362,28 +450,51 @@ def _loss(name: str) -> Callable[..., Any]:
 mle_loss = _loss("mle")
 nll_pll_loss = _loss("nll_pll")
 unlikelihood_loss = _loss("unlikelihood")
-exmate_loss = _loss("exmate")
 bnf_loss = _loss("bnf")
+exmate_loss = _loss("exmate")
+sequence_unlikelihood_loss = _loss("sequence_unlikelihood")
 dpo_loss = _loss("dpo")
 ipo_loss = _loss("ipo")
+slic_loss = _loss("slic")
 simpo_loss = _loss("simpo")
+cpo_loss = _loss("cpo")
+orpo_loss = _loss("orpo")
+rdpo_loss = _loss("rdpo")
+rpo_loss = _loss("rpo")
+exo_loss = _loss("exo")
+sppo_loss = _loss("sppo")
+nca_pair_loss = _loss("nca_pair")
+apo_zero_loss = _loss("apo_zero")
+apo_down_loss = _loss("apo_down")
+bco_loss = _loss("bco")
+kto_loss = _loss("kto")
+infonca_loss = _loss("infonca")
+nca_loss = _loss("nca")
+swepo_loss = _loss("swepo")
+rnce_loss = _loss("rnce")
+mc_po_loss = _loss("mc_po")
+multi_dpo_loss = _loss("multi_dpo")
 
 
 class FusedLoss(nn.Module):
     """`fused_loss` as a module: `FusedLoss("dpo", beta=0.1)(hidden, head, target, ref=ref)`.
 
     Args:
-        objective: a name or a function, as for `fused_loss`.
-        **options: anything of `fused_loss` that stays the same from call to call, the objective's options among it.
+        objective: a name, a sum or a function, as for `fused_loss`.
+        **options: anything of `fused_loss` that stays the same from call to call, the objective's options among it. A
+            `RunningMean` among them (bco's `delta`) is a submodule, so `state_dict` holds it.
 
     Raises:
         ValueError: an unknown objective.
     """
 
-    def __init__(self, objective: str | Callable[..., Tensor], **options: Any):
+    def __init__(self, objective: str | Callable[..., Tensor] | Mapping[str, float], **options: Any):
         super().__init__()
         self.objective, self.options = objective, options
         self.name = resolve(objective).name
+        for name, value in options.items():
+            if isinstance(value, nn.Module):
+                self.add_module(name.replace(".", "_"), value)
 
     def forward(
         self, hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor | None = None, **keywords: Any

@@ -1,6 +1,7 @@
-"""Tokens → responses → pairs: how a flat run of token scores is grouped, and what an objective sees of it.
+"""Tokens → responses → pairs or groups: how a flat run of token scores is grouped, and what an objective sees of it.
 
-Dimensions: P token positions (masked ones included), B responses, U units (responses, pairs or groups).
+Dimensions: P token positions (masked ones included), B responses, U units (responses, pairs or groups), G groups, K
+responses of a group.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Responses(NamedTuple):
         ref_sums: float64 [B], Σ log π_ref of each response, or None.
         label: float64 [B], +1 preferred and −1 dispreferred, or None.
         layout: the grouping of the P positions.
+        group_size: K where responses come in groups, consecutive rows, else None.
+        rewards: float64 [B], one of each response, or None. 0 for responses without tokens.
     """
 
     policy: TokenScores
@@ -76,11 +79,26 @@ class Responses(NamedTuple):
     ref_sums: Tensor | None
     label: Tensor | None
     layout: Layout
+    group_size: int | None = None
+    rewards: Tensor | None = None
 
     @property
     def n(self) -> Tensor:
         """Number of unmasked tokens, float64 [B]; a response without tokens counts as 1, so it can be divided by."""
         return self.layout.tokens.clamp(min=1).double()
+
+    @property
+    def present(self) -> Tensor:
+        """Whether a response has any token, bool [B]. One without takes no part in its group."""
+        return self.layout.tokens > 0
+
+    def groups(self, per_response: Tensor) -> Tensor:
+        """[B] → [G, K]."""
+        if self.group_size is None:
+            raise ValueError(
+                "group_size: expected the responses per group, since this objective compares them; got None"
+            )
+        return per_response.view(-1, self.group_size)
 
     def sum(self, per_token: Tensor) -> Tensor:
         """Σ over each response's tokens. [P] → float64 [B]."""

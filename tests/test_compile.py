@@ -81,8 +81,10 @@ def test_operators_pass_opcheck(given):
     opcheck(torch.ops.rgpb.score, (flat, weight, bias, y, *how, True, True, None, False))
     label, lengths = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.full((B,), T)
     for name, extra in (
-        ("bnf", (label, ref.logp.view(-1), ref.log_odds.view(-1), None)),
-        ("dpo", (None, None, None, ref.logp.sum(1).double())),
+        ("bnf", (label, ref.logp.view(-1), ref.log_odds.view(-1), None, None, 0)),
+        ("dpo", (None, None, None, ref.logp.sum(1).double(), None, 0)),
+        ("swepo", (None, None, None, ref.logp.sum(1).double(), torch.arange(B).double(), 2)),
+        ("1.0*mle + 0.5*dpo", (None, None, None, ref.logp.sum(1).double(), None, 0)),
     ):
         arguments = (flat, weight, bias, y, lengths, *extra, name, "", True, *how, True, True, True)
         opcheck(torch.ops.rgpb.single_pass, arguments)

@@ -192,10 +192,14 @@ def test_masked_rows_may_hold_anything():
 
 
 def test_unknown_objective_and_registration():
-    with pytest.raises(ValueError, match=r"objective: expected a function or one of \['bnf', .* got 'nope'"):
+    with pytest.raises(ValueError, match=r"objective: expected a function or one of \['apo_down', .* got 'nope'"):
         FusedLoss("nope")
-    with pytest.raises(ValueError, match="couples: expected one of .* got 'group'"):
-        objective(couples="group")
+    with pytest.raises(ValueError, match="couples: expected one of .* got 'prompt'"):
+        objective(couples="prompt")
+    with pytest.raises(ValueError, match="unit: expected 'group' with rewards or draw, got 'pair'"):
+        objective(couples="pair", rewards=True)
+    with pytest.raises(ValueError, match="name: expected an identifier, got 'my-loss'"):
+        objective("my-loss")(lambda responses: responses.logps())
     with pytest.raises(ValueError, match="name: expected a name that isn't taken, got 'dpo'"):
         objective("dpo")(lambda responses: responses.logps())
     with pytest.raises(ValueError, match="unit: expected 'pair' with couples='pair', got 'response'"):

@@ -285,7 +285,7 @@ def plan(
         tokens: N, at most; masked ones are compacted away before the first product.
         head: from `sizes`.
         hidden_grad, weight_grad: which gradients will be asked for.
-        couples: what the objective couples: "token" or "pair" (known before the whole batch is scored) or
+        couples: what the objective couples: "token", "pair" or "group" (known before the whole batch is scored) or
             "batch".
         scalar: whether the result is reduced to one number, so that coefficients are known up to a common factor.
         half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the

@@ -1,8 +1,8 @@
 """`rgpb::single_pass`: the loss and its gradients in one sweep, 3 units of work instead of 4.
 
-A chunk of whole units (pairs; or any tokens, where the objective couples none) is scored, the objective gives its
-coefficients, and the logits at hand become gradients at once. The operator takes the objective by its registered name,
-so that `torch.compile` sees a tensor function.
+A chunk of whole units (pairs or groups; or any tokens, where the objective couples none) is scored, the objective gives
+its coefficients, and the logits at hand become gradients at once. The operator takes the objective by its registered
+name, so that `torch.compile` sees a tensor function.
 
 Dimensions: P positions, B responses, V vocabulary, H hidden size.
 """
@@ -23,7 +23,7 @@ from rgpb.engine.plan import single_chunk
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import Layout, Responses, TokenScores, tokens_of_each
 from rgpb.logprob import is_traced, refuse_double_backward, token_scores
-from rgpb.objectives import OBJECTIVES, unit_values
+from rgpb.objectives import resolve, unit_values, units
 
 
 def encode_options(options: dict[str, Any]) -> str:
@@ -54,16 +54,17 @@ def autograd_inside_operator() -> Iterator[None]:
 @torch.library.custom_op("rgpb::single_pass", mutates_args=())
 def single_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, lengths: Tensor, label: Tensor | None,
-    ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None,
-    objective: str, options: str, mean: bool,
+    ref_logp: Tensor | None, ref_log_odds: Tensor | None, ref_sums: Tensor | None, rewards: Tensor | None,
+    group_size: int, objective: str, options: str, mean: bool,
     softcap: float | None, scale: float, ignore_index: int, workspace: int, compute_dtype: torch.dtype,
     impl: str, engine: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, z_y, lse_other, H_o, dhidden, dweight, dbias); what isn't needed is empty.
 
-    lengths: int64 [B], positions per response; ref_*: [P] or [B]; mean: whether the loss is the units' mean or sum.
+    lengths: int64 [B], positions per response; ref_*: [P] or [B]; rewards: float64 [B]; group_size: K, or 0 where there
+    are no groups; mean: whether the loss is the units' mean or sum.
     """
-    spec, chosen_options = OBJECTIVES[objective], ast.literal_eval("{" + options + "}")
+    spec, chosen_options = resolve(objective), ast.literal_eval("{" + options + "}")
     problem = chunked.Problem(
         hidden, weight, bias, target, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine
     )
@@ -71,7 +72,7 @@ def single_pass(
     chunked.check_rows(problem, kept)
     mask = target != ignore_index
     count = tokens_of_each(mask, lengths)
-    units = len(count) // 2 if spec.unit == "pair" else len(count)
+    total_units = units(spec, len(count), group_size)
     total = hidden.new_zeros((), dtype=torch.float64)
 
     def coefficients(rows: chunked.Rows, part: Layout, responses: Tensor | slice) -> Callable[[Statistics], Upstream]:
@@ -88,9 +89,12 @@ def single_pass(
                 sums = selected(ref_sums, responses)
                 if spec.couples == "token" and ref is not None:
                     sums = part.sum(ref.logp)  # of this chunk: parts have to add up
-                seen = Responses(policy, ref, sums, selected(label, responses), part)
+                seen = Responses(
+                    policy, ref, sums, selected(label, responses), part, group_size or None,
+                    selected(rewards, responses),
+                )  # fmt: skip
                 values = unit_values(spec, seen, chosen_options).sum()
-                return values / units if mean else values
+                return values / total_units if mean else values
 
             with autograd_inside_operator():
                 z_y, lse_other = (s.detach().requires_grad_() for s in statistics[:2])
@@ -112,7 +116,7 @@ def single_pass(
         ref = None
         if ref_logp is not None and ref_log_odds is not None:
             ref = (ref_logp[rows].to(problem.acc_dtype), ref_log_odds[rows].to(problem.acc_dtype))
-        factor = (factor / units if mean else factor).to(problem.acc_dtype)
+        factor = (factor / total_units if mean else factor).to(problem.acc_dtype)
         weight = torch.repeat_interleave(factor, inside, output_size=tokens)
         return chunked.TokenTerms(name, weight, ref, spec.entropy, lambda values: total.add_(values.double().sum()))
 
@@ -129,11 +133,12 @@ def single_pass(
                 yield rows, coefficients(rows, Layout(len(count), inside, count, None), slice(None))
             return
         end = [0, *ends.tolist()]
-        for first, last in pack_pairs(end, step):
-            ranges = [(end[first], end[last]), (end[units + first], end[units + last])]
-            rows = kept.rows(*ranges)
-            members = torch.arange(first, last, device=count.device)
-            members = torch.cat([members, members + units])
+        # a pair's responses lie one in each half, a group's K in a row
+        starts, width = ([0, total_units], 1) if spec.unit == "pair" else ([0], group_size)
+        for first, last in pack_units(count, starts, width, step):
+            runs = [(start + first * width, start + last * width) for start in starts]
+            rows = kept.rows(*((end[a], end[b]) for a, b in runs))
+            members = torch.cat([torch.arange(a, b, device=count.device) for a, b in runs])
             whole = Layout(len(members), count[members], count[members], None)
             yield rows, coefficients(rows, whole, members)
 
@@ -145,24 +150,27 @@ def single_pass(
     return total.to(z_y.dtype), z_y, lse_other, z_y.new_empty(0) if h_o is None else h_o, *made  # type: ignore[return-value]
 
 
-def pack_pairs(end: list[int], step: int) -> Iterator[tuple[int, int]]:
-    """Runs of whole pairs of at most `step` tokens; a longer pair is a run of its own. `end`: token offsets [2U+1]."""
-    units = (len(end) - 1) // 2
+def pack_units(count: Tensor, starts: list[int], width: int, step: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole units of at most `step` tokens; a longer unit is a run of its own.
+
+    Unit u has `width` responses from each of `starts` + u · width; `count` is the tokens of each response, [B].
+    """
+    tokens_of = count.view(len(starts), -1, width).sum((0, 2)).tolist()
     first = tokens = 0
-    for unit in range(units):
-        more = end[unit + 1] - end[unit] + end[units + unit + 1] - end[units + unit]
+    for unit, more in enumerate(tokens_of):
         if tokens and tokens + more > step:
             yield first, unit
             first, tokens = unit, 0
         tokens += more
     if tokens:
-        yield first, units
+        yield first, len(tokens_of)
 
 
 @single_pass.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, objective, options, mean,
-    softcap, scale, ignore_index, workspace, compute_dtype, impl, engine, need_hidden, need_weight, need_bias,
+    hidden, weight, bias, target, lengths, label, ref_logp, ref_log_odds, ref_sums, rewards, group_size, objective,
+    options, mean, softcap, scale, ignore_index, workspace, compute_dtype, impl, engine,
+    need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
     statistic = hidden.new_empty(target.shape, dtype=acc)
@@ -170,7 +178,7 @@ def _(  # type: ignore[no-untyped-def]
         hidden.new_empty((), dtype=acc),
         statistic,
         torch.empty_like(statistic),
-        torch.empty_like(statistic) if OBJECTIVES[objective].entropy else statistic.new_empty(0),
+        torch.empty_like(statistic) if resolve(objective).entropy else statistic.new_empty(0),
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
         weight.new_empty(weight.shape[0]) if need_bias else hidden.new_empty(0),
@@ -181,21 +189,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.gradients = list(output[4:])  # given away in the backward: one copy of dweight is all there is
-    ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
 
 
 def _backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
     refuse_double_backward()
     needs = ctx.needs_input_grad[:3]
     if g is None:
-        return (None,) * 22
+        return (None,) * 24
     if not ctx.gradients:  # a second backward through the same graph
         ctx.gradients = list(torch.ops.rgpb.single_pass(*ctx.saved_tensors, *ctx.options)[4:])
     made = []
     while ctx.gradients:
         made.append(_scale_(ctx.gradients.pop(0), g))
-    return *[x if need else None for x, need in zip(made, needs)], *[None] * 19
+    return *[x if need else None for x, need in zip(made, needs)], *[None] * 21
 
 
 def _scale_(gradient: Tensor, g: Tensor) -> Tensor:

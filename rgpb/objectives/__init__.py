@@ -6,8 +6,12 @@ def my_loss(responses, *, beta=0.1):
     return -F.logsigmoid(beta * (chosen - rejected))
 """
 
-from rgpb.objectives.registry import OBJECTIVES, Objective, objective, resolve, unit_values
+from rgpb.objectives.registry import OBJECTIVES, Objective, is_registered, objective, resolve, unit_values, units
 
-from rgpb.objectives import pair, token  # isort: skip  (they register themselves)
+from rgpb.objectives import group, pair, token, unpaired  # isort: skip  (they register themselves)
+from rgpb.objectives.unpaired import RunningMean
 
-__all__ = ["OBJECTIVES", "Objective", "objective", "pair", "resolve", "token", "unit_values"]
+__all__ = [
+    "OBJECTIVES", "Objective", "RunningMean", "group", "is_registered", "objective", "pair", "resolve", "token",
+    "unit_values", "units", "unpaired",
+]  # fmt: skip

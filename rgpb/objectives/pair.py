@@ -1,10 +1,14 @@
 """Objectives of a pair of responses to one prompt, stacked `[chosen; rejected]`.
 
-S = Σ log π_θ, R = Σ log π_ref, Δ = S − R, S̄ = S / n of a response; w chosen, l rejected; σ the sigmoid.
+S = Σ log π_θ, R = Σ log π_ref, Δ = S − R, S̄ = S / n of a response; w chosen, l rejected; σ the sigmoid. All of them
+take two responses as a pair as soon as one of the two has a token.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,3 +55,142 @@ def simpo(responses: Responses, *, beta: float = 2.0, gamma: float = 0.5) -> Ten
     """
     chosen, rejected = pairs(responses.logps(length_normalize=True))
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+@objective(couples="pair")
+def sequence_unlikelihood(responses: Responses, *, alpha: float = 1.0, length_normalize: bool = False) -> Tensor:
+    """−S_w − α log(1 − e^{S_l}), or with the means S̄. [B/2]
+
+    Tuan & Wang 2024, Eq. 5, with the probabilities of whole responses; Welleck et al. 2020. A rejected response without
+    tokens adds nothing.
+    """
+    chosen, rejected = pairs(responses.logps(length_normalize))
+    _, there = pairs(responses.present)
+    return -chosen - alpha * torch.where(there, log1mexp(torch.where(there, rejected, -1.0)), 0.0)
+
+
+@objective(couples="pair")
+def slic(responses: Responses, *, delta: float = 1.0, lam: float = 0.0) -> Tensor:
+    """max(0, δ − S_w + S_l) − λ S̄_w. [B/2]
+
+    Zhao et al. 2023; BNF (ICLR 2025), Table 2, which has λ = 0.
+    """
+    chosen, rejected = pairs(responses.logps())
+    return (delta - chosen + rejected).clamp(min=0) - lam * mean_chosen(responses)
+
+
+@objective(couples="pair")
+def cpo(
+    responses: Responses,
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.0,
+    lam: float = 1.0,
+    length_normalize: bool = False,
+) -> Tensor:
+    """−log σ(β (S_w − S_l) − γ) − λ S̄_w; `length_normalize`: with S̄ in the first term (CPO-SimPO). [B/2]
+
+    Xu et al. 2024; MC-PO (arXiv 2502.04567), Table 5.
+    """
+    chosen, rejected = pairs(responses.logps(length_normalize))
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma) - lam * mean_chosen(responses)
+
+
+@objective(couples="pair")
+def orpo(responses: Responses, *, lam: float = 0.1) -> Tensor:
+    """−S̄_w − λ log σ(a(S̄_w) − a(S̄_l)), a(S̄) = S̄ − log(1 − e^S̄), the log-odds. [B/2]
+
+    Hong et al. 2024, Eq. 6–7. A pair of which one response has no token has no odds ratio: its second term is 0.
+    """
+    means = responses.logps(length_normalize=True)
+    there = pairs(responses.present)
+    both = there[0] & there[1]
+    chosen, rejected = (torch.where(both, mean, -1.0) for mean in pairs(means))
+    ratio = chosen - log1mexp(chosen) - (rejected - log1mexp(rejected))
+    return -pairs(means)[0] - lam * torch.where(both, F.logsigmoid(ratio), 0.0)
+
+
+@objective(couples="pair", ref="sums")
+def rdpo(responses: Responses, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
+    """−log σ(β (Δ_w − Δ_l) + α (n_l − n_w)): DPO that discounts length. [B/2]
+
+    Park et al. 2024, Eq. 9.
+    """
+    chosen, rejected = pairs(beta * responses.log_ratios() - alpha * responses.layout.tokens)
+    return -F.logsigmoid(chosen - rejected)
+
+
+@objective(couples="pair", ref="sums")
+def rpo(responses: Responses, *, beta: float = 0.1, lam: float = 1.0) -> Tensor:
+    """−log σ(β (Δ_w − Δ_l)) − λ S̄_w. [B/2]
+
+    MC-PO (arXiv 2502.04567), Table 5; Pang et al. 2024.
+    """
+    return dpo(responses, beta=beta) - lam * mean_chosen(responses)
+
+
+@objective(couples="pair", ref="sums")
+def exo(responses: Responses, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
+    """σ(m) (log σ(m) − log(1 − ε)) + σ(−m) (log σ(−m) − log ε), m = β (Δ_w − Δ_l). [B/2]
+
+    Ji et al. 2024, Eq. 16: the reverse KL divergence to (1 − ε, ε), so ε in (0, 1). MC-PO's Table 5 drops ε.
+    """
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon: expected a number between 0 and 1, got {epsilon}")
+    chosen, rejected = pairs(responses.log_ratios())
+    margin = beta * (chosen - rejected)
+    up, down = F.logsigmoid(margin), F.logsigmoid(-margin)
+    return up.exp() * (up - math.log1p(-epsilon)) + down.exp() * (down - math.log(epsilon))
+
+
+@objective(couples="pair", ref="sums")
+def sppo(responses: Responses, *, beta: float = 0.1) -> Tensor:
+    """(Δ_w − 1 / (2β))² + (Δ_l + 1 / (2β))². [B/2]
+
+    Wu et al. 2024, with hard preferences. MC-PO's Table 5 prints 0.5 β for 0.5 / β.
+    """
+    chosen, rejected = pairs(responses.log_ratios())
+    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+
+
+@objective(couples="pair", ref="sums")
+def nca_pair(responses: Responses, *, beta: float = 0.1) -> Tensor:
+    """−log σ(βΔ_w) − ½ log σ(−βΔ_w) − ½ log σ(−βΔ_l). [B/2]
+
+    Chen et al. 2024 (NCA); MC-PO (arXiv 2502.04567), Table 5.
+    """
+    chosen, rejected = pairs(beta * responses.log_ratios())
+    return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
+
+
+@objective(couples="pair", ref="sums")
+def apo_zero(responses: Responses, *, beta: float = 0.1) -> Tensor:
+    """1 − σ(βΔ_w) + σ(βΔ_l): the chosen up, the rejected down. [B/2]
+
+    D'Oosterlinck et al. 2024 (APO), Eq. 7.
+    """
+    chosen, rejected = pairs(beta * responses.log_ratios())
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+@objective(couples="pair", ref="sums")
+def apo_down(responses: Responses, *, beta: float = 0.1) -> Tensor:
+    """σ(βΔ_w) + 1 − σ(β (Δ_w − Δ_l)): both down, the rejected further. [B/2]
+
+    D'Oosterlinck et al. 2024 (APO), Eq. 8.
+    """
+    chosen, rejected = pairs(beta * responses.log_ratios())
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def mean_chosen(responses: Responses) -> Tensor:
+    """S̄_w. [B/2]"""
+    return pairs(responses.logps(length_normalize=True))[0]
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 − e^x) for x ≤ 0, each branch where it is exact; −∞ at 0."""
+    near = x > -math.log(2)
+    return torch.where(
+        near, torch.log(-torch.expm1(torch.where(near, x, -0.1))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    )
