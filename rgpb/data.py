@@ -8,8 +8,8 @@ A row has a prompt and responses in one of three forms; other keys are left alon
 
 Texts are strings, or chats: lists of {"role": …, "content": …} in the prompt and in every response.
 
-Dimensions: R responses, U units (pairs or single responses), W responses of a unit (2 or 1), B responses of a batch,
-T padded length, N packed length.
+Dimensions: R responses, U units (groups, pairs or single responses), W responses of a unit (K, 2 or 1), B responses of
+a batch, T padded length, N packed length.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ FORMS = {
     "rewarded": ("prompt", "completions", "rewards"),
 }
 PAIRINGS = ("best-worst", "best-each", "all")
+GROUPS = "groups"  # in place of a pairing: all of a row's responses as one unit
 END, PAD = "<|endoftext|>", "<|pad|>"
 IGNORE = -100
 
@@ -222,16 +223,19 @@ def pair_up(preferences: Preferences, pairing: str = "best-worst") -> tuple[list
     Args:
         preferences: of any form.
         pairing: of K rewarded responses take "best-worst", one pair; "best-each", the best with every lower one; or
-            "all", every pair of different rewards. Of several best (worst) the first counts.
+            "all", every pair of different rewards. Of several best (worst) the first counts. Or "groups": all of them,
+            the best first; a pair is a group of two.
 
     Returns:
         The units, and the number of rows left out because all their rewards are equal.
 
     Raises:
-        ValueError: an unknown `pairing`.
+        ValueError: an unknown `pairing`, or groups of labelled responses.
     """
-    if pairing not in PAIRINGS:
-        raise ValueError(f"pairing: expected one of {PAIRINGS}, got {pairing!r}")
+    if pairing not in (*PAIRINGS, GROUPS):
+        raise ValueError(f"pairing: expected one of {(*PAIRINGS, GROUPS)}, got {pairing!r}")
+    if pairing == GROUPS and preferences.form == "labelled":
+        raise ValueError(f"{preferences.rows[0].where}: expected pairs or rewarded completions, got labelled responses")
     units: list[tuple[int, tuple[int, ...]]] = []
     tied = 0
     for r, row in enumerate(preferences.rows):
@@ -243,6 +247,8 @@ def pair_up(preferences: Preferences, pairing: str = "best-worst") -> tuple[list
         worst = min(places, key=row.rewards.__getitem__)
         if row.rewards[best] == row.rewards[worst]:
             tied += 1
+        elif pairing == GROUPS:
+            units.append((r, tuple(sorted(places, key=row.rewards.__getitem__, reverse=True))))
         elif pairing == "best-worst":
             units.append((r, (best, worst)))
         else:
@@ -319,25 +325,28 @@ class Response(NamedTuple):
         prompt: tokens of the prompt, ≥ 1.
         label: preferred or not.
         ref: log p and log-odds of the completion's tokens under the reference, float32 [n − prompt] each, or None.
+        reward: of a response of a group, higher is better; else None.
     """
 
     tokens: Tensor
     prompt: int
     label: bool
     ref: tuple[Tensor, Tensor] | None
+    reward: float | None = None
 
 
 class PreferenceDataset(Dataset[tuple[Response, ...]]):
-    """Tokenised units; item i is the tuple of its W responses, (chosen, rejected) or one.
+    """Tokenised units; item i is the tuple of its W responses: one, (chosen, rejected), or a group, the best first.
 
     Attributes:
         tokens: int32, all responses end to end, each with its prompt in front.
         starts: int64 [R + 1].
         prompts: int64 [R], prompt tokens of each response.
-        units: int64 [U, W], responses of each unit.
-        labels: bool [U, W].
+        units: int64 [U, W], responses of each unit; −1 fills up a group of fewer than W.
+        labels: bool [U, W]. Of a group the best.
         counts: what became of the rows: `rows`, `units`, `responses`, and what was left out or cut, by reason.
         ref: reference scores, or None until `with_ref`.
+        rewards: float64 [U, W] of groups, else None.
     """
 
     def __init__(
@@ -349,20 +358,30 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         labels: Tensor,
         counts: dict[str, int],
         ref: RefScores | None = None,
+        rewards: Tensor | None = None,
     ) -> None:
         self.tokens, self.starts, self.prompts = tokens, starts, prompts
-        self.units, self.labels, self.counts, self.ref = units, labels, counts, ref
+        self.units, self.labels, self.counts, self.ref, self.rewards = units, labels, counts, ref, rewards
 
     @property
     def paired(self) -> bool:
         """Whether a unit is a pair."""
-        return self.units.shape[1] == 2
+        return self.rewards is None and self.units.shape[1] == 2
 
     def __len__(self) -> int:
         return len(self.units)
 
     def __getitem__(self, index: int) -> tuple[Response, ...]:
-        return tuple(self.response(r, bool(label)) for r, label in zip(self.units[index].tolist(), self.labels[index]))
+        units, labels = self.units[index].tolist(), self.labels[index].tolist()
+        rewards = [None] * len(units) if self.rewards is None else self.rewards[index].tolist()
+        made: list[Response] = []
+        for r, label, reward in zip(units, labels, rewards):
+            if r < 0:  # one token of the prompt that predicts nothing
+                ref = None if self.ref is None else (torch.zeros(0), torch.zeros(0))
+                made.append(Response(made[0].tokens[:1], 1, False, ref, 0.0))
+            else:
+                made.append(self.response(r, label)._replace(reward=reward))
+        return tuple(made)
 
     def response(self, r: int, label: bool = True) -> Response:
         """Response r by itself."""
@@ -390,21 +409,25 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         expected = self.completion_starts()
         if not torch.equal(ref.starts, expected) or len(ref.logp) != int(expected[-1]):
             raise ValueError(f"ref: expected scores of {int(expected[-1])} tokens, got {len(ref.logp)}")
-        return PreferenceDataset(self.tokens, self.starts, self.prompts, self.units, self.labels, self.counts, ref)
+        return self._with(ref=ref)
 
     def preferred(self) -> PreferenceDataset:
         """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out."""
         chosen = self.units[self.labels].unique()
-        left = len(self.units.unique()) - len(chosen)
+        left = int((self.units.unique() >= 0).sum()) - len(chosen)
         counts = {**self.counts, "units": len(chosen), "responses": len(chosen), "left out as dispreferred": left}
         every = torch.ones(len(chosen), 1, dtype=torch.bool)
-        return PreferenceDataset(self.tokens, self.starts, self.prompts, chosen[:, None], every, counts, self.ref)
+        return self._with(units=chosen[:, None], labels=every, counts=counts, rewards=None)
 
     def first(self, count: int) -> PreferenceDataset:
         """The first `count` units."""
         units, labels = self.units[:count], self.labels[:count]
-        counts = {**self.counts, "units": len(units), "responses": len(units.unique())}
-        return PreferenceDataset(self.tokens, self.starts, self.prompts, units, labels, counts, self.ref)
+        counts = {**self.counts, "units": len(units), "responses": int((units.unique() >= 0).sum())}
+        rewards = None if self.rewards is None else self.rewards[:count]
+        return self._with(units=units, labels=labels, counts=counts, rewards=rewards)
+
+    def _with(self, **changes: Any) -> PreferenceDataset:
+        return PreferenceDataset(**{**vars(self), **changes})
 
     def fingerprint(self) -> str:
         """Hex digest of the tokens and where responses and prompts begin: what reference scores depend on."""
@@ -477,14 +500,20 @@ def tokenise(
     }
     if not kept:
         raise ValueError(f"{preferences.source}: expected something to train on, got nothing; {counts}")
-    single = preferences.form == "labelled"
+    single, width = preferences.form == "labelled", max(len(responses) for _, responses in kept)
+    rewards = None
+    if pairing == GROUPS:
+        of = [[preferences.rows[row].rewards[c] for c in responses] for row, responses in kept]
+        rewards = torch.tensor([r + [0.0] * (width - len(r)) for r in of], dtype=torch.float64)
+    first = [True] + [False] * (width - 1)
     return PreferenceDataset(
         torch.tensor(tokens, dtype=torch.int32),
         torch.tensor(starts),
         torch.tensor(lengths),
-        torch.tensor([[place[row, c] for c in responses] for row, responses in kept]),
-        torch.tensor([[preferences.rows[row].rewards[0] > 0] if single else [True, False] for row, _ in kept]),
+        torch.tensor([[place[row, c] for c in cs] + [-1] * (width - len(cs)) for row, cs in kept]),
+        torch.tensor([[preferences.rows[row].rewards[0] > 0] if single else first for row, _ in kept]),
         counts,
+        rewards=rewards,
     )
 
 
@@ -532,12 +561,13 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 class Collator:
-    """Units → a batch for `rgpb.hf`: all first responses of the units, then all second ones ([chosen; rejected]).
+    """Units → a batch for `rgpb.hf`: all first responses of the units, then all second ones ([chosen; rejected]); of
+    groups those of the first, then those of the second, and so on.
 
     Padded on the right: `input_ids`, `attention_mask`, `labels`, int64 [B, T]. Packed: `input_ids`, `labels`,
     `position_ids` [1, N] and `cu_seqlens` int32 [B + 1]. Labels are −100 on prompt and padding and not shifted. Always
     `label` bool [B]; with reference scores `ref_logp` and `ref_log_odds` float32, [B, T] or [N], aligned to the shifted
-    targets: 0 where those don't count.
+    targets: 0 where those don't count; of groups `rewards` float64 [G, K].
 
     Args:
         pad: the token that fills up padded rows.
@@ -549,6 +579,10 @@ class Collator:
 
     def __call__(self, units: Sequence[tuple[Response, ...]]) -> dict[str, Tensor]:
         responses = [unit[w] for w in range(len(units[0])) for unit in units]
+        extra: dict[str, Tensor] = {}
+        if responses[0].reward is not None:
+            responses = [response for unit in units for response in unit]
+            extra["rewards"] = torch.tensor([[r.reward for r in unit] for unit in units], dtype=torch.float64)
         columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
         for response in responses:
             columns["input_ids"].append(response.tokens)
@@ -561,18 +595,18 @@ class Collator:
                     whole[response.prompt - 1 : -1] = values
                     columns.setdefault(name, []).append(whole)
         fill = {"input_ids": self.pad, "labels": IGNORE}
-        label = torch.tensor([response.label for response in responses])
+        extra["label"] = torch.tensor([response.label for response in responses])
         lengths = torch.tensor([len(response.tokens) for response in responses])
         if not self.packing:
             pad_sequence = torch.nn.utils.rnn.pad_sequence
             batch = {name: pad_sequence(c, True, float(fill.get(name, 0))) for name, c in columns.items()}
             mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-            return {**batch, "attention_mask": mask, "label": label}
+            return {**batch, "attention_mask": mask, **extra}
         flat = {name: torch.cat(column) for name, column in columns.items()}
         packed = {name: values[None] if name in fill else values for name, values in flat.items()}
         packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
         packed["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        return {**packed, "label": label}
+        return {**packed, **extra}
 
 
 def reference_of(batch: dict[str, Tensor]) -> TokenScores | None:

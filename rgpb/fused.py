@@ -117,7 +117,7 @@ def fused_loss(
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    if spec.draw is not None:
+    if spec.draw is not None and (group_size or 0) > 1 + options.get("m", 1):  # else all are taken
         with torch.no_grad():
             scores = linear_logprob(
                 hidden, head, target, ignore_index=ignore_index, impl=impl, engine=engine, workspace=workspace
@@ -125,10 +125,11 @@ def fused_loss(
             candidates = Responses(_flat(scores), ref_scores, ref_sums, label, layout, group_size, reward)
             keep = spec.draw(candidates, options)
         # what wasn't drawn has no token any more, so it costs nothing, and a second draw has no choice
-        options = {name: value for name, value in options.items() if name != "generator"}
         target = torch.where(_of_response(keep, layout, target), target, ignore_index)
         layout = make_layout(target, cu_seqlens, ignore_index)
         ref_sums = None if ref_sums is None else torch.where(keep, ref_sums, 0.0)
+    if spec.draw is not None:
+        options = {name: value for name, value in options.items() if name != "generator"}
     chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab)
     report = hidden.new_empty(0)
     if chosen.path == "single":

@@ -39,11 +39,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rgpb.fused import Reference, fused_loss
+from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.fused import Reference, check_groups, fused_loss, make_layout, reference_scores
 from rgpb.head import LMHead
 from rgpb.layout import Responses, TokenScores
 from rgpb.logprob import linear_logprob
+from rgpb.objectives import Objective, resolve
 
+IGNORE = -100
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # As configs call them: Gemma, RecurrentGemma, xLSTM; Cohere, Falcon-H1, Muse; Granite and MiniCPM-3, Inkling.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -237,21 +240,28 @@ def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = 
 def loss(
     model: nn.Module,
     batch: Mapping[str, Any],
-    objective: str | Callable[[Responses], Tensor] = "bnf",
+    objective: str | Callable[[Responses], Tensor] | Mapping[str, float] = "bnf",
     *,
     label: Tensor | None = None,
     ref: Reference | nn.Module | None = None,
+    group_size: int | None = None,
+    rewards: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """`fused_loss` of a batch under a transformers model.
 
+    An objective that draws responses (mc_po) first scores all of them without gradient, in evaluation mode; only the
+    drawn ones then pass through the model for the gradient.
+
     Args:
         model: as for `token_scores`.
-        batch: padded or packed, as at the top of this module. Pairs are stacked `[chosen; rejected]`.
-        objective: a name, or a function of `Responses`.
+        batch: padded or packed, as at the top of this module. Pairs are stacked `[chosen; rejected]`, the responses of
+            a group are consecutive.
+        objective: a name, a weighted sum, or a function of `Responses`.
         label: [B], bool or ±1, for the objectives that take one.
         ref: a reference model, run here in evaluation mode without gradients, or whatever `fused_loss` takes:
             best the `token_scores` of the same batch under the reference, computed once.
+        group_size, rewards: K, and [G, K], for the objectives of groups.
         options: the objective's own, and those of `fused_loss` (`reduction`, `return_metrics`, `impl`, `engine`, …).
 
     Returns:
@@ -265,9 +275,73 @@ def loss(
         with _evaluating(teacher):
             ref_hidden, ref_head, _, _ = _forward(teacher, batch)
         ref = (ref_hidden, ref_head)
+    spec = resolve(objective)
+    if spec.draw is not None:
+        batch, ref, group_size = _drawn(_unwrap(model), batch, spec, ref, group_size, rewards, options)
     hidden, head, target, cu_seqlens = _forward(_unwrap(model), batch)
     inputs: dict[str, Any] = {"label": label, "ref": ref, "cu_seqlens": cu_seqlens}
+    inputs.update(group_size=group_size, rewards=rewards)
     return fused_loss(hidden, head, target, objective=objective, **inputs, **options)
+
+
+def _drawn(
+    model: PreTrainedModel, batch: Mapping[str, Any], spec: Objective, ref: Any, group_size: int | None,
+    rewards: Tensor | None, options: dict[str, Any],
+) -> tuple[Mapping[str, Any], TokenScores | None, int | None]:  # fmt: skip
+    """The batch, reference scores and group size of what `spec.draw` chooses; `options` lose their generator."""
+    with _evaluating(model):
+        hidden, head, target, cu_seqlens = _forward(model, batch)
+        how = {"impl": options.get("impl", "auto"), "workspace": options.get("workspace", DEFAULT_WORKSPACE)}
+        layout = make_layout(target, cu_seqlens, IGNORE)
+        size, reward = check_groups(spec, group_size, rewards, layout, hidden)
+        ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, **how)
+        scores = linear_logprob(hidden, head, target, **how)
+        scores = TokenScores(*(x.reshape(-1) for x in scores[:3]))  # type: ignore[union-attr]
+        keep = spec.draw(Responses(scores, ref_scores, ref_sums, None, layout, size, reward), options)  # type: ignore[misc]
+    assert size is not None  # checked above
+    most = int(keep.view(-1, size).sum(1).max())
+    # the drawn ones in their order, then, where a group has fewer, others that no longer count
+    places = keep.view(-1, size).int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    rows = (places + torch.arange(len(places), device=keep.device)[:, None] * size).view(-1)
+    options.pop("generator", None)
+    chosen = _rows(batch, rows, cu_seqlens)
+    dropped = ~keep[rows]
+    if bool(dropped.any()):
+        at = dropped[:, None] if cu_seqlens is None else _spread(dropped, cu_seqlens.diff()[rows])[None]
+        chosen["labels"] = chosen["labels"].masked_fill(at, IGNORE)
+    if ref_scores is None:
+        return chosen, None if ref_sums is None else ref_sums[rows], most  # type: ignore[return-value]
+    flat = {n: getattr(ref_scores, n).view(target.shape) for n in ("logp", "log_odds", "lse")}
+    picked = _rows(flat, rows, cu_seqlens)
+    return chosen, TokenScores(**picked), most
+
+
+def _rows(batch: Mapping[str, Any], rows: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """Some responses of a padded or packed batch, in the order of `rows` [R]; what isn't a tensor of it stays."""
+    if cu_seqlens is None:
+        count = next(len(x) for x in batch.values() if isinstance(x, Tensor))
+        return {
+            name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+            for name, value in batch.items()
+        }
+    lengths = cu_seqlens.long().diff()[rows]
+    ends = lengths.cumsum(0)
+    places = torch.arange(int(ends[-1]), device=rows.device)
+    places = places - _spread(ends - lengths - cu_seqlens.long()[rows], lengths)
+    tokens = int(cu_seqlens[-1])
+    out = {
+        name: value[..., places] if isinstance(value, Tensor) and value.ndim and value.shape[-1] == tokens else value
+        for name, value in batch.items()
+    }
+    for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in out:
+            out[name] = nn.functional.pad(ends, (1, 0)).to(cu_seqlens.dtype)
+    return out
+
+
+def _spread(values: Tensor, lengths: Tensor) -> Tensor:
+    """Each response's value at all its positions. [R] → [Σ lengths]"""
+    return torch.repeat_interleave(values, lengths.long())
 
 
 def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:

@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rgpb import hf, report
 from rgpb.bench.plan import argument, parse_bytes
 from rgpb.data import (
+    GROUPS,
     PAIRINGS,
     PreferenceDataset,
     Preferences,
@@ -51,7 +52,7 @@ from rgpb.data import (
     train_tokenizer,
 )
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.objectives import OBJECTIVES, Objective
+from rgpb.objectives import OBJECTIVES, Objective, resolve
 from rgpb.trainer import (
     Stage,
     device_of,
@@ -103,11 +104,13 @@ class TrainConfig:
     data: str = field(metadata={"help": "preference data: JSON lines (also gzipped), Parquet, or a saved dataset"})
     output: str = field(metadata={"help": "folder of the run"})
     eval_data: str | None = _option(None, f"held-out data; default: the first {EVAL_SAMPLE} units of --data")
-    loss: str = _option("bnf", "objective", choices="objectives")
+    loss: str = _option("bnf", "objective, or a weighted sum such as mle+0.5*dpo")
     loss_option: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "an option of the objective, such as beta=0.2; repeatable"}
     )
-    pairing: str = _option("best-worst", "which of K rewarded responses to compare", choices=PAIRINGS)
+    pairing: str = _option(
+        "best-worst", "which of K rewarded responses to compare; objectives of groups take all", choices=PAIRINGS
+    )
     model: str = _option("tiny-llama", f"folder of a model, or a new one with its own tokenizer: {', '.join(BUILT_IN)}")
     ref_model: str | None = _option(None, "folder of the reference model; default: the model before training")
     vocab_size: int = _option(1024, "of the tokenizer that a new model gets")
@@ -115,7 +118,7 @@ class TrainConfig:
     sft_lr: float | None = _option(None, "learning rate of the fine-tuning; default: --lr")
     epochs: float = _option(1.0, "passes over the data")
     steps: int | None = _option(None, "optimizer steps, instead of --epochs")
-    batch_size: int = _option(8, "pairs, or responses of unpaired data, in a batch")
+    batch_size: int = _option(8, "groups, pairs, or responses of unpaired data, in a batch")
     grad_accum: int = _option(1, "batches per optimizer step")
     lr: float = _option(1e-5, "peak learning rate")
     warmup: float = _option(0.1, "part of the steps over which it rises")
@@ -145,13 +148,14 @@ class TrainConfig:
         Raises:
             ValueError: an unknown name, or a number out of range.
         """
-        if self.loss not in OBJECTIVES:
-            raise ValueError(f"loss: expected one of {sorted(OBJECTIVES)}, got {self.loss!r}")
-        spec = OBJECTIVES[self.loss]
-        if spec.unit not in ("pair", "response"):
-            raise ValueError(f"loss: expected an objective of pairs or responses, got {self.loss} of {spec.unit}s")
+        try:
+            spec = resolve(self.loss)
+        except ValueError as error:
+            raise ValueError(f"loss: {str(error).removeprefix('objective: ')}") from None
         if self.pairing not in PAIRINGS:
             raise ValueError(f"pairing: expected one of {PAIRINGS}, got {self.pairing!r}")
+        if spec.unit == "group" and self.pairing != "best-worst":
+            raise ValueError(f"pairing: expected none, since {self.loss} takes whole groups; got {self.pairing!r}")
         for name in (
             "batch_size",
             "grad_accum",
@@ -196,12 +200,15 @@ def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"loss_option: expected one of {sorted(known)} for {spec.name}, got {key!r}")
         kind = type(known[key])
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if kind in (int, float) and number and math.isfinite(value) and kind(value) == value:
+        if known[key] is None and number and math.isfinite(value) and key.rpartition(".")[2] != "generator":
+            checked[key] = float(value)
+        elif kind in (int, float) and number and math.isfinite(value) and kind(value) == value:
             checked[key] = kind(value)
         elif kind in (bool, str) and isinstance(value, kind):
             checked[key] = value
         else:
-            raise ValueError(f"loss_option: expected {key} to be a {kind.__name__} for {spec.name}, got {value!r}")
+            wanted = "float" if known[key] is None else kind.__name__
+            raise ValueError(f"loss_option: expected {key} to be a {wanted} for {spec.name}, got {value!r}")
     return checked
 
 
@@ -232,11 +239,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return {**json.loads(result_file.read_text()), "resumed": None}
 
     tokenizer = _tokenizer(config, family, folder, preferences)
-    lengths: dict[str, Any] = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    train_set = tokenise(preferences, tokenizer, pairing=config.pairing, **lengths)
+    how: dict[str, Any] = {
+        "pairing": GROUPS if spec.unit == "group" else config.pairing,
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+    }
+    train_set = tokenise(preferences, tokenizer, **how)
     eval_set = train_set.first(EVAL_SAMPLE)
     if held_out is not None:
-        eval_set = tokenise(held_out, tokenizer, pairing=config.pairing, **lengths)
+        eval_set = tokenise(held_out, tokenizer, **how)
     model = _model(config, family, tokenizer)
     _check_tokens(model, config.model, (train_set, eval_set))
     hf.check_head(model)
@@ -263,9 +274,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def _read(path: str, spec: Objective) -> Preferences:
     preferences = read_preferences(path)
-    if spec.unit == "pair" and preferences.form == "labelled":
+    if spec.unit != "response" and preferences.form == "labelled":
         raise ValueError(
-            f"{path}:1: expected pairs (chosen, rejected) or rewarded completions, since {spec.name} compares two "
+            f"{path}:1: expected pairs (chosen, rejected) or rewarded completions, since {spec.name} compares "
             "responses; got rows of one labelled response"
         )
     return preferences
@@ -443,7 +454,7 @@ def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:
         parser.add_argument(
             flag,
             type=meta.get("type") or {"int": int, "float": float}.get(kind.partition(" ")[0], str),
-            choices=sorted(OBJECTIVES) if choices == "objectives" else choices,
+            choices=choices,
             required=required,
             default=None if required else entry.default,
             **{**keywords, "help": meta["help"] + shown},

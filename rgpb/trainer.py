@@ -2,7 +2,7 @@
 
 A `Stage` is one objective in one folder: `metrics.jsonl`, `checkpoint-*`, `model`, `result.json`.
 
-Dimensions: B responses of a batch, U units (pairs or responses), W responses of a unit.
+Dimensions: B responses of a batch, U units (groups, pairs or responses), W responses of a unit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from rgpb.data import (
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.fused import make_layout
 from rgpb.layout import Responses, TokenScores
-from rgpb.objectives import Objective, unit_values
+from rgpb.objectives import Objective, RunningMean, unit_values
+from rgpb.objectives import units as units_of
+from rgpb.objectives.registry import reward_scale
 
 if TYPE_CHECKING:
     from rgpb.train import TrainConfig
@@ -175,14 +177,16 @@ class PreferenceTrainer(Trainer):
         self.stage = stage
         self._sums: dict[str, list[Any]] = {}  # name → [Σ weight · value, Σ weight] since the last log
         self._started, self._peak = time.monotonic(), 0
+        # averages over the whole run that the objective compares with, unless they were given as numbers
+        self.running = {name: RunningMean() for name in stage.spec.running if stage.options.get(name) is None}
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
         if stage.config.progress:
             self.add_callback(_Bar(stage.title))
 
     def units(self, batch: dict[str, Tensor]) -> int:
-        """What the loss of a batch is a mean over: its pairs, or its responses."""
-        return len(batch["label"]) // (2 if self.stage.spec.unit == "pair" else 1)
+        """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
+        return units_of(self.stage.spec, len(batch["label"]), group_size_of(batch))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -206,9 +210,10 @@ class PreferenceTrainer(Trainer):
                 reduction="sum",
                 return_metrics=True,
                 workspace=self.stage.config.workspace,
-                **self.stage.options,
+                **group_arguments(spec, inputs),
+                **{**self.stage.options, **self.running},
             )
-        good = units if spec.unit == "pair" else label.sum()
+        good = label.sum() if spec.unit == "response" else units
         weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
         self._add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
@@ -254,6 +259,7 @@ class PreferenceTrainer(Trainer):
             "sums": {name: [float(x) for x in entry] for name, entry in self._sums.items()},
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
+            "running": {name: [float(mean.mean), float(mean.count)] for name, mean in self.running.items()},
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -263,6 +269,9 @@ class PreferenceTrainer(Trainer):
         self._sums = progress["sums"]
         self._started = time.monotonic() - progress["seconds"]
         self._peak = progress["peak_bytes"]
+        for name, (mean, count) in progress["running"].items():
+            self.running[name].mean.fill_(mean)
+            self.running[name].count.fill_(count)
 
     @torch.no_grad()
     def evaluate(
@@ -272,13 +281,19 @@ class PreferenceTrainer(Trainer):
         data: PreferenceDataset = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[assignment]
         model: Any = self.model
         stage, parts, training = self.stage, [], model.training
+        options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
+        if stage.spec.draw is not None:  # the same draws at every evaluation
+            options["generator"] = torch.Generator().manual_seed(stage.config.seed)
         model.eval()
         for inputs in self.get_eval_dataloader(data):  # type: ignore[arg-type]
             batch = self._prepare_inputs(inputs)
             with self.accelerator.autocast():
-                columns = score_batch(model, batch, stage.spec, stage.options, stage.config.workspace)
-            width = data.units.shape[1]
-            parts.append({name: column.view(-1, len(batch["label"]) // width).T for name, column in columns.items()})
+                columns = score_batch(model, batch, stage.spec, options, stage.config.workspace)
+            count = len(batch["label"]) // data.units.shape[1]
+            # a group's responses are consecutive, a pair's half a batch apart
+            grouped = data.rewards is not None
+            shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
+            parts.append(shaped)
         model.train(training)
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         metrics = summarise(whole, stage.spec, stage.options)
@@ -291,7 +306,19 @@ class PreferenceTrainer(Trainer):
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch of `Collator` without what only the objective reads."""
-    return {name: value for name, value in batch.items() if name not in ("label", "ref_logp", "ref_log_odds")}
+    return {n: value for n, value in batch.items() if n not in ("label", "rewards", "ref_logp", "ref_log_odds")}
+
+
+def group_size_of(batch: dict[str, Tensor]) -> int | None:
+    """K of a batch of groups, else None."""
+    return batch["rewards"].shape[1] if "rewards" in batch else None
+
+
+def group_arguments(spec: Objective, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What `fused_loss` takes of a batch of groups."""
+    if spec.unit != "group":
+        return {}
+    return {"group_size": group_size_of(batch), "rewards": batch["rewards"] if spec.rewards else None}
 
 
 def score_batch(
@@ -300,8 +327,9 @@ def score_batch(
     """Everything evaluation needs of a batch of `Collator`, from one sweep over the vocabulary.
 
     Returns:
-        On the CPU, per response [B]: `label`, `sum` and `mean` of its tokens' log-probabilities, and with a reference
-        `ratio`, the sum less the reference's; `value` of the objective, [B], or [B / 2] for pairs.
+        On the CPU, per response [B]: `label`, `present` (it has tokens), `sum` and `mean` of its tokens'
+        log-probabilities, and with a reference `ratio`, the sum less the reference's; `value` of the objective, one per
+        unit.
     """
     label, ref, cu_seqlens = batch["label"], reference_of(batch), batch.get("cu_seqlens")
     inputs = model_inputs(batch)
@@ -315,8 +343,15 @@ def score_batch(
         ref_sums=None if flat is None else layout.sum(flat.logp),
         label=label.double() * 2 - 1 if spec.label else None,
         layout=layout,
+        group_size=group_size_of(batch),
+        rewards=batch["rewards"].view(-1) if spec.rewards else None,
     )
-    out = {"label": label, "sum": responses.logps(), "mean": responses.logps(length_normalize=True)}
+    out = {
+        "label": label,
+        "present": responses.present,
+        "sum": responses.logps(),
+        "mean": responses.logps(length_normalize=True),
+    }
     if flat is not None:
         out["ratio"] = responses.log_ratios()
     out["value"] = unit_values(spec, responses, options)
@@ -330,39 +365,44 @@ def _flat(scores: TokenScores) -> TokenScores:
 def summarise(columns: dict[str, Tensor], spec: Objective, options: dict[str, Any]) -> dict[str, float]:
     """Averages over an evaluation set, by the names that `fused_loss` gives them.
 
-    `logps/accuracies` is this library's own: the part of pairs whose chosen response has the higher mean
-    log-probability. It needs no reference.
+    `logps/accuracies` is this library's own: the part of pairs (of a group: of the best with each other) whose chosen
+    response has the higher mean log-probability. It needs no reference.
 
     Args:
-        columns: as `score_batch` returns them, [U, W] each (`value` of pairs [U, 1]): column 0 of a pair is the chosen.
+        columns: as `score_batch` returns them, [U, W] each (`value` of pairs and groups [U, 1]): column 0 is the
+            chosen.
         spec, options: the objective. One without labels and pairs (mle) is averaged over the preferred responses.
     """
-    label, total, mean = columns["label"], columns["sum"], columns["mean"]
-    paired, value = label.shape[1] == 2, columns["value"]
+    label, present, total, mean = (columns[name] for name in ("label", "present", "sum", "mean"))
+    paired, value = label.shape[1] > 1, columns["value"]
     out = {"loss": (value[label] if wants_preferred(spec) else value).mean()}
-    sides = {"chosen": label, "rejected": ~label}
+    good, bad = label & present, ~label & present
+    sides = {"chosen": good, "rejected": bad}
     out.update({f"logps/{side}": total[which].mean() for side, which in sides.items()})
     if paired:
-        out["logps/accuracies"] = _ranked(mean, mean.abs())
-    out["perplexity"] = mean[label].neg().exp().mean()
-    out["agility"] = mean[label].exp().mean() - mean[~label].exp().mean()
+        out["logps/accuracies"] = _ranked(mean, mean.abs(), present)
+    out["perplexity"] = mean[good].neg().exp().mean()
+    out["agility"] = mean[good].exp().mean() - mean[bad].exp().mean()
     if "ratio" in columns:
-        reward = {**(spec.options or {}), **options}.get("beta", 1.0) * columns["ratio"]
+        reward = reward_scale(spec, options) * columns["ratio"]
         out.update({f"rewards/{side}": reward[which].mean() for side, which in sides.items()})
         out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         if paired:
-            out["rewards/accuracies"] = _ranked(columns["ratio"], total.abs())
+            out["rewards/accuracies"] = _ranked(columns["ratio"], total.abs(), present)
     return {name: value.item() for name, value in out.items() if not value.isnan() or name == "loss"}
 
 
-def _ranked(score: Tensor, size: Tensor) -> Tensor:
-    """Part of the pairs whose chosen response scores higher; a difference within float32's rounding counts half.
+def _ranked(score: Tensor, size: Tensor, present: Tensor) -> Tensor:
+    """Part of the pairs of a unit's first response with another whose first scores higher; a difference within
+    float32's rounding counts half.
 
     Args:
-        score: [U, 2], computed from numbers as large as `size` [U, 2].
+        score: [U, W], computed from numbers as large as `size` [U, W].
+        present: which responses there are, bool [U, W].
     """
-    difference, noise = score[:, 0] - score[:, 1], 1e-6 * size.sum(1)
-    return torch.where(difference.abs() > noise, (difference > 0).double(), 0.5).mean()
+    difference, noise = score[:, :1] - score[:, 1:], 1e-6 * (size[:, :1] + size[:, 1:])
+    right = torch.where(difference.abs() > noise, (difference > 0).double(), 0.5)
+    return right[present[:, :1] & present[:, 1:]].mean()
 
 
 class _Checkpoints(TrainerCallback):

@@ -55,8 +55,9 @@ class Objective(NamedTuple):
         terms: for couples="token", where a kernel has the loss of one token itself: (tokens of each response, labels or
             None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B]; None
             where the kernel can't serve the options.
-        draw: for an objective that looks at some of a group's responses only: (responses, options) → which, bool [B],
-            from scores without gradient. The others are then left out before anything is differentiated.
+        draw: for an objective that looks at the first response of a group and M others only (its option `m`):
+            (responses, options) → which, bool [B], from scores without gradient. The others are then left out before
+            anything is differentiated.
         running: names of options that may hold a `RunningMean`; `rgpb train` keeps one for each.
         options: the function's keyword options and their defaults; None for a function that isn't registered, whose
             options aren't checked.
