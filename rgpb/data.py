@@ -107,6 +107,32 @@ def read_preferences(path: str | Path) -> Preferences:
     return Preferences(str(path), form, rows)
 
 
+def read_prompts(path: str | Path) -> Preferences:
+    """Read the prompts of a file: rows of any form, or {"prompt": …} alone. Their responses aren't looked at.
+
+    Returns:
+        Preferences of the form "prompts", whose rows have no completions.
+
+    Raises:
+        ValueError: as `read_preferences`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    rows: list[Row] = []
+    for where, record in _records(path):
+        if not isinstance(record, dict) or record.get("prompt") is None:
+            raise ValueError(f"{where}: expected an object with the key prompt, got {_shown(record)}")
+        prompt = _text(where, "prompt", record["prompt"], None)
+        if rows and isinstance(prompt, list) != isinstance(rows[0].prompt, list):
+            expected, got = ("a chat" if isinstance(p, list) else "a string" for p in (rows[0].prompt, prompt))
+            raise ValueError(f"{where}: prompt: expected {expected}, as in {rows[0].where}, got {got}")
+        rows.append(Row(where, prompt, (), ()))
+    if not rows:
+        raise ValueError(f"{path}:1: expected at least one prompt, got an empty file")
+    return Preferences(str(path), "prompts", rows)
+
+
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, record) of every row."""
     if path.is_dir() or _starts_with(path, b"PAR1"):
@@ -342,7 +368,7 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         tokens: int32, all responses end to end, each with its prompt in front.
         starts: int64 [R + 1].
         prompts: int64 [R], prompt tokens of each response.
-        units: int64 [U, W], responses of each unit; −1 fills up a group of fewer than W.
+        units: int64 [U, W], responses of each unit; −1 fills up a group of fewer than W, which may be none.
         labels: bool [U, W]. Of a group the best.
         counts: what became of the rows: `rows`, `units`, `responses`, and what was left out or cut, by reason.
         ref: reference scores, or None until `with_ref`.
@@ -376,9 +402,9 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         rewards = [None] * len(units) if self.rewards is None else self.rewards[index].tolist()
         made: list[Response] = []
         for r, label, reward in zip(units, labels, rewards):
-            if r < 0:  # one token of the prompt that predicts nothing
+            if r < 0:  # one token that predicts nothing
                 ref = None if self.ref is None else (torch.zeros(0), torch.zeros(0))
-                made.append(Response(made[0].tokens[:1], 1, False, ref, 0.0))
+                made.append(Response(self.tokens[:1].long(), 1, False, ref, 0.0))
             else:
                 made.append(self.response(r, label)._replace(reward=reward))
         return tuple(made)
@@ -463,23 +489,14 @@ def tokenise(
         ValueError: a tokenizer without end token or chat template, a chat template whose text of the prompt changes
             with the response, lengths that don't fit, or data of which no unit is left.
     """
-    limit = max_length // 2 if max_prompt_length is None else max_prompt_length
-    if max_length < 2:
-        raise ValueError(f"max_length: expected at least 2, got {max_length}")
-    if limit < 1:
-        raise ValueError(f"max_prompt_length: expected at least 1, got {limit}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer: expected one with an end-of-sequence token, got none")
+    limit = prompt_limit(tokenizer, max_length, max_prompt_length)
     units, tied = pair_up(preferences, pairing)
     used = sorted({(row, completion) for row, completions in units for completion in completions})
     place = {response: r for r, response in enumerate(used)}
     rows = sorted({row for row, _ in used})
     prompts, completions = _texts(preferences, rows, used, tokenizer)
-    head, end = _beginning(tokenizer), tokenizer.eos_token_id
-    room = limit - len(head)
-    prompt_ids = {}
-    for row, ids in zip(rows, _ids(tokenizer, prompts)):
-        prompt_ids[row] = (head + ids[-room:] if room > 0 else ids[-limit:]) or head or [end]
+    end = tokenizer.eos_token_id
+    prompt_ids = dict(zip(rows, prompt_tokens(prompts, tokenizer, limit)))
 
     tokens, starts, lengths, cut = array("i"), [0], [], 0
     for (row, _), ids in zip(used, _ids(tokenizer, completions)):
@@ -517,19 +534,50 @@ def tokenise(
     )
 
 
+def prompt_limit(tokenizer: Any, max_length: int, max_prompt_length: int | None) -> int:
+    """Tokens a prompt may have: `max_prompt_length`, or half of `max_length`.
+
+    Raises:
+        ValueError: lengths that leave no room, or a tokenizer without end token.
+    """
+    limit = max_length // 2 if max_prompt_length is None else max_prompt_length
+    if max_length < 2:
+        raise ValueError(f"max_length: expected at least 2, got {max_length}")
+    if limit < 1:
+        raise ValueError(f"max_prompt_length: expected at least 1, got {limit}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with an end-of-sequence token, got none")
+    return limit
+
+
+def prompt_tokens(texts: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
+    """Token ids of prompts: their last `limit`, behind the beginning token where there is one; never none."""
+    head = _beginning(tokenizer)
+    room = limit - len(head)
+    return [
+        (head + ids[-room:] if room > 0 else ids[-limit:]) or head or [tokenizer.eos_token_id]
+        for ids in _ids(tokenizer, texts)
+    ]
+
+
+def prompt_text(row: Row, tokenizer: Any) -> str:
+    """A row's prompt as a string, a chat by the tokenizer's template.
+
+    Raises:
+        ValueError: a chat, and a tokenizer without template.
+    """
+    if isinstance(row.prompt, str):
+        return row.prompt
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(f"{row.where}: expected strings, since the tokenizer has no chat template; got a chat")
+    return tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+
+
 def _texts(
     preferences: Preferences, rows: Sequence[int], used: Sequence[tuple[int, int]], tokenizer: Any
 ) -> tuple[list[str], list[str]]:
     """Prompts and completions as strings, chats by the tokenizer's template."""
-    prompts: dict[int, str] = {}
-    for r in rows:
-        row = preferences.rows[r]
-        if isinstance(row.prompt, str):
-            prompts[r] = row.prompt
-        elif getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(f"{row.where}: expected strings, since the tokenizer has no chat template; got a chat")
-        else:
-            prompts[r] = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+    prompts = {r: prompt_text(preferences.rows[r], tokenizer) for r in rows}
     completions = []
     for r, c in used:
         row = preferences.rows[r]

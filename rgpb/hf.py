@@ -143,7 +143,7 @@ def check_head(model: nn.Module) -> None:
     linear: nn.Linear = model.get_output_embeddings()
     amplify = linear.register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             hidden = hidden_states(model, **inputs)
             if hidden.shape[-1] != head.weight.shape[1]:
                 found = f"{hidden.shape[-1]} in its hidden states and {head.weight.shape[1]} in its head"
@@ -272,7 +272,7 @@ def loss(
     """
     if isinstance(ref, nn.Module):
         teacher = _unwrap(ref, "ref")
-        with _evaluating(teacher):
+        with evaluating(teacher):
             ref_hidden, ref_head, _, _ = _forward(teacher, batch)
         ref = (ref_hidden, ref_head)
     spec = resolve(objective)
@@ -289,7 +289,7 @@ def _drawn(
     rewards: Tensor | None, options: dict[str, Any],
 ) -> tuple[Mapping[str, Any], TokenScores | None, int | None]:  # fmt: skip
     """The batch, reference scores and group size of what `spec.draw` chooses; `options` lose their generator."""
-    with _evaluating(model):
+    with evaluating(model):
         hidden, head, target, cu_seqlens = _forward(model, batch)
         how = {"impl": options.get("impl", "auto"), "workspace": options.get("workspace", DEFAULT_WORKSPACE)}
         layout = make_layout(target, cu_seqlens, IGNORE)
@@ -390,7 +390,7 @@ def _check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Te
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=cu_seqlens.device)
     tokens, other = _probe(model, 5), _probe(model, 5)
     other[:, :3] = tokens[:, :3].flip(1)
-    with _evaluating(model):
+    with evaluating(model):
         packed, beside, alone = (
             hidden_states(model, ids, position_ids=positions[:, -ids.shape[1] :])[:, -2:]
             for ids in (tokens, other, tokens[:, 3:])
@@ -476,7 +476,7 @@ def _probe(model: PreTrainedModel, count: int) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 METRICS = {
     "loss": "loss",
+    "reward/sampled": "mean reward of completions sampled from the model",
     "perplexity": "perplexity of preferred responses",
     "agility": "agility: p(preferred) − p(dispreferred) per token",
     "rewards/margins": "reward margin",
@@ -186,6 +187,8 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         ("log-likelihood since the start\n(dashed: dispreferred)", ["logps/chosen", "logps/rejected"]),
         ("pairs ranked rightly, by likelihood", ["logps/accuracies"]),
     ]
+    if any("reward/sampled" in record for records in runs.values() for record in records):
+        panels[-1] = ("reward of sampled completions", ["reward/sampled"])
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels):

@@ -10,6 +10,7 @@ Everything of a run lies in its output folder:
                              a checkpoint without it is incomplete and not used
     ref-<hash>.safetensors   reference scores of every response token, by hash of reference model and tokens
     tokenizer/               where it was learnt from the data
+    rollouts/                with `--online`: what was sampled, judged and trained on, round by round
     sft/                     the fine-tuning stage, a run of its own
     model/                   the trained model and its tokenizer
     result.json, report.md, report.png
@@ -21,6 +22,7 @@ never interrupted (bitwise on a CPU).
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import hashlib
 import json
@@ -38,7 +40,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rgpb import hf, report
+from rgpb import hf, online, report
 from rgpb.bench.plan import argument, parse_bytes
 from rgpb.data import (
     GROUPS,
@@ -47,6 +49,7 @@ from rgpb.data import (
     Preferences,
     RefScores,
     read_preferences,
+    read_prompts,
     texts_of,
     tokenise,
     train_tokenizer,
@@ -87,7 +90,7 @@ FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwr
 
 # What a run writes, and `overwrite` removes.
 OWN = (
-    *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "sft", "model"),
+    *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
     *("checkpoint-*", "ref-*.safetensors"),
 )
 
@@ -114,6 +117,12 @@ class TrainConfig:
     model: str = _option("tiny-llama", f"folder of a model, or a new one with its own tokenizer: {', '.join(BUILT_IN)}")
     ref_model: str | None = _option(None, "folder of the reference model; default: the model before training")
     vocab_size: int = _option(1024, "of the tokenizer that a new model gets")
+    online: bool = _option(False, "sample completions from the model, judge them by --reward, and train on those")
+    reward: str | None = _option(None, "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, completions)")
+    candidates: int = _option(4, "with --online: completions sampled for a prompt")
+    refresh: int = _option(16, "with --online: optimizer steps between two samplings")
+    temperature: float = _option(1.0, "with --online: of sampling")
+    max_new_tokens: int | None = _option(None, "with --online: of a completion; default: what --max-length leaves")
     sft_epochs: float = _option(0.0, "first fine-tune that long on the preferred responses; that is then the reference")
     sft_lr: float | None = _option(None, "learning rate of the fine-tuning; default: --lr")
     epochs: float = _option(1.0, "passes over the data")
@@ -164,11 +173,12 @@ class TrainConfig:
             "keep_checkpoints",
             "workspace",
             "vocab_size",
+            "refresh",
         ):
             _expect(name, getattr(self, name), "a positive whole number", lambda x: isinstance(x, int) and x > 0)
-        for name in ("steps", "eval_steps", "max_prompt_length"):
+        for name in ("steps", "eval_steps", "max_prompt_length", "max_new_tokens"):
             _expect(name, getattr(self, name), "a positive whole number", lambda x: x is None or int(x) == x > 0)
-        for name in ("epochs", "lr"):
+        for name in ("epochs", "lr", "temperature"):
             _expect(name, getattr(self, name), "a positive number", lambda x: 0 < x < math.inf)
         _expect("sft_lr", self.sft_lr, "a positive number", lambda x: x is None or 0 < x < math.inf)
         for name in ("sft_epochs", "weight_decay", "max_grad_norm"):
@@ -177,6 +187,14 @@ class TrainConfig:
         _expect("max_length", self.max_length, "at least 2", lambda x: x >= 2)
         if spec.ref is None and self.ref_model is not None:
             raise ValueError(f"ref_model: expected none, since {self.loss} has no reference; got {self.ref_model!r}")
+        _expect("candidates", self.candidates, "a whole number, 2 or more", lambda x: isinstance(x, int) and x >= 2)
+        if self.online and spec.unit != "group":
+            groups = sorted(name for name, known in OBJECTIVES.items() if known.unit == "group")
+            raise ValueError(f"loss: expected one of groups with online, of {groups}, got {self.loss!r}")
+        if self.online and self.sft_epochs:
+            raise ValueError(f"sft_epochs: expected 0 with online, which has prompts alone; got {self.sft_epochs}")
+        if self.reward is not None and not self.online:
+            raise ValueError(f"reward: expected none without online, got {self.reward!r}")
         if not self.sft_epochs and self.sft_lr is not None:
             raise ValueError(f"sft_lr: expected none without sft_epochs, got {self.sft_lr}")
         return spec, check_options(spec, self.loss_option)
@@ -215,8 +233,12 @@ def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, *, reward: online.Reward | None = None) -> dict[str, Any]:
     """Run `config`, or go on with it, or, where it is finished, only write its report again.
+
+    Args:
+        reward: with `online`, the reward function itself, in place of the name in `config.reward`:
+            (prompts, completions) → as many numbers, higher is better.
 
     Returns:
         What `result.json` holds: `steps`, `seconds`, `peak_bytes`, `counts` of the data, and the evaluations `before`
@@ -227,8 +249,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     spec, options = config.check()
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: this module's own
-    preferences = _read(config.data, spec)
-    held_out = None if config.eval_data is None else _read(config.eval_data, spec)
+    judge = _reward(config, reward)
+    preferences = _read(config.data, spec, config.online)
+    held_out = None if config.eval_data is None else _read(config.eval_data, spec, config.online)
     family = _family(config)
     _check_devices(config)
     folder = Path(config.output)
@@ -244,15 +267,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
     }
+    model = _model(config, family, tokenizer)
+    hf.check_head(model)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if judge is not None:
+        result = _train_online(config, spec, options, folder, preferences, held_out, tokenizer, model, pad, judge)
+        report.write(folder)
+        return result
     train_set = tokenise(preferences, tokenizer, **how)
     eval_set = train_set.first(EVAL_SAMPLE)
     if held_out is not None:
         eval_set = tokenise(held_out, tokenizer, **how)
-    model = _model(config, family, tokenizer)
     _check_tokens(model, config.model, (train_set, eval_set))
-    hf.check_head(model)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
             print(f"{name} data: {report.counted(data.counts)}")
@@ -272,7 +298,61 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _read(path: str, spec: Objective) -> Preferences:
+def _reward(config: TrainConfig, given: online.Reward | None) -> online.Reward | None:
+    """The reward function of an online run."""
+    if not config.online:
+        if given is not None:
+            raise ValueError("reward: expected none without online, got a function")
+        return None
+    if (config.reward is None) == (given is None):
+        got = "none" if given is None else "both"
+        raise ValueError(f"reward: expected a function, or its name in the settings, with online; got {got}")
+    return given or online.load_reward(config.reward or "")
+
+
+def _train_online(
+    config: TrainConfig, spec: Objective, options: dict[str, Any], folder: Path, prompts: Preferences,
+    held_out: Preferences | None, tokenizer: Any, model: PreTrainedModel, pad: int, reward: online.Reward,
+) -> dict[str, Any]:  # fmt: skip
+    """Sampling, judging and training in turn; evaluated on groups sampled once, before the first step."""
+    ref = None
+    if spec.ref is not None:
+        ref = _ref_model(config) or copy.deepcopy(model)
+        ref.requires_grad_(False)
+    count, per_step = len(prompts.rows), config.batch_size * config.grad_accum
+    steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
+    common: dict[str, Any] = {
+        "reward": reward, "ref": None if ref is None else moved(ref, device_of(config)), "folder": folder / "rollouts",
+        "candidates": config.candidates, "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length, "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature, "pad": pad, "batch_size": config.batch_size,
+        "workspace": config.workspace, "bf16": config.bf16, "seed": config.seed, "progress": config.progress,
+    }  # fmt: skip
+    data = online.Rollouts(
+        prompts, tokenizer, units=steps * per_step, per_round=config.refresh * per_step, **common
+    )  # fmt: skip
+    asked = data if held_out is None else online.Rollouts(held_out, tokenizer, units=1, per_round=1, **common)
+    some = range(min(EVAL_SAMPLE, len(asked.asked)))
+    evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
+    _check_tokens(model, config.model, (evaluated,))
+    if spec.ref is None:
+        evaluated.ref = None
+    stage = Stage(folder, config, spec, options, f"training online with {spec.name}")
+    return stage.fit(
+        model, tokenizer, pad, data, evaluated, config.epochs, steps, None,
+        measure=lambda policy: {"reward/sampled": asked.mean_reward(policy, some)},
+    )  # fmt: skip
+
+
+def _ref_model(config: TrainConfig) -> PreTrainedModel | None:
+    if config.ref_model is None:
+        return None
+    return AutoModelForCausalLM.from_pretrained(config.ref_model, dtype=torch.float32, local_files_only=True)
+
+
+def _read(path: str, spec: Objective, prompts: bool) -> Preferences:
+    if prompts:
+        return read_prompts(path)
     preferences = read_preferences(path)
     if spec.unit != "response" and preferences.form == "labelled":
         raise ValueError(
@@ -394,11 +474,9 @@ def _with_reference(
     eval_set: PreferenceDataset,
 ) -> tuple[PreferenceDataset, PreferenceDataset]:
     """Both sets with reference scores, from the cache where they are there."""
-    ref, name = model, config.model
+    ref = _ref_model(config) or model
     if config.ref_model is not None:
-        name = config.ref_model
-        ref = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=True)
-        _check_tokens(ref, name, (train_set, eval_set))
+        _check_tokens(ref, config.ref_model, (train_set, eval_set))
     device = device_of(config)
     weights = weights_fingerprint(ref)
     scored: list[PreferenceDataset] = []

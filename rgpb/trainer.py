@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
@@ -66,13 +67,19 @@ class Stage:
         model: PreTrainedModel,
         tokenizer: Any,
         pad: int,
-        train_set: PreferenceDataset,
+        train_set: Any,
         eval_set: PreferenceDataset,
         epochs: float,
         steps: int | None,
         lr: float | None,
+        measure: Callable[[Any], dict[str, float]] = lambda model: {},
     ) -> dict[str, Any]:
-        """Train from the last complete checkpoint, or from the start; save the model; write and return the result."""
+        """Train from the last complete checkpoint, or from the start; save the model; write and return the result.
+
+        Args:
+            train_set: a `PreferenceDataset`, or `rgpb.online.Rollouts`, whose policy the model becomes.
+            measure: metrics of the model that each evaluation adds.
+        """
         if self.result.exists():
             return {**json.loads(self.result.read_text()), "resumed": None}
         config = self.config
@@ -117,6 +124,9 @@ class Stage:
             data_collator=Collator(pad, config.packing),
             stage=self,
         )
+        trainer.measure = measure
+        if hasattr(train_set, "policy"):
+            train_set.policy, train_set.log = trainer.model, trainer.add
         if checkpoint is None:
             self.metrics.unlink(missing_ok=True)
             trainer.evaluate()
@@ -179,6 +189,7 @@ class PreferenceTrainer(Trainer):
         self._started, self._peak = time.monotonic(), 0
         # averages over the whole run that the objective compares with, unless they were given as numbers
         self.running = {name: RunningMean() for name in stage.spec.running if stage.options.get(name) is None}
+        self.measure: Callable[[Any], dict[str, float]] = lambda model: {}
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
         if stage.config.progress:
@@ -187,6 +198,11 @@ class PreferenceTrainer(Trainer):
     def units(self, batch: dict[str, Tensor]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
         return units_of(self.stage.spec, len(batch["label"]), group_size_of(batch))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Trainer's own order; that of the units themselves where the data is made on the way."""
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data) if hasattr(data, "policy") else super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -215,15 +231,15 @@ class PreferenceTrainer(Trainer):
             )
         good = label.sum() if spec.unit == "response" else units
         weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
-        self._add("loss", loss.detach() / units, units)
+        self.add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
-            self._add(name, value, weights.get(name.rpartition("/")[2], units))
+            self.add(name, value, weights.get(name.rpartition("/")[2], units))
         loss = loss / (num_items_in_batch or units)
         return (loss, {}) if return_outputs else loss
 
-    def _add(self, name: str, value: Tensor, weight: float | Tensor) -> None:
+    def add(self, name: str, value: Tensor | float, weight: float | Tensor) -> None:
         """Into the averages of the next log; a batch without such responses (nan) counts for nothing."""
-        value = value.double()
+        value = torch.as_tensor(value).double()
         missing = value.isnan() & (name != "loss")
         entry = self._sums.setdefault(name, [0.0, 0.0])
         entry[0] = entry[0] + torch.where(missing, 0.0, weight * value)
@@ -296,7 +312,7 @@ class PreferenceTrainer(Trainer):
             parts.append(shaped)
         model.train(training)
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        metrics = summarise(whole, stage.spec, stage.options)
+        metrics = {**summarise(whole, stage.spec, stage.options), **self.measure(model)}
         self._record("eval", metrics)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(named))

@@ -82,7 +82,7 @@ class TestObjectives:
         assert result["after"]["logps/rejected"] < 0
         result = train(config(path, tmp_path / "mle", loss="mle"))
         assert result["counts"]["left out as dispreferred"] == 12
-        with pytest.raises(ValueError, match=r"u\.jsonl:1: expected pairs .* since dpo compares two responses"):
+        with pytest.raises(ValueError, match=r"u\.jsonl:1: expected pairs .* since dpo compares responses"):
             train(config(path, tmp_path / "dpo"))
 
     def test_rewarded_rows(self, tmp_path):
@@ -320,7 +320,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"loss": "nope"}, r"loss: expected one of \['bnf', .*\], got 'nope'"),
+            ({"loss": "nope"}, r"loss: expected a function or one of \['apo_down', .*\], got 'nope'"),
             ({"loss_option": {"gamma": 1.0}}, r"loss_option: expected one of \['beta', .*\] for dpo, got 'gamma'"),
             ({"loss_option": {"beta": True}}, "loss_option: expected beta to be a float for dpo, got True"),
             ({"pairing": "x"}, "pairing: expected one of"),

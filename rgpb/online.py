@@ -1,0 +1,232 @@
+"""Online data: every few steps the policy answers prompts itself, a reward function judges, and it learns from that.
+
+    prompts ──policy.generate──▶ K completions each ──reward──▶ groups, the best first ──objective──▶ steps ──▶ again
+
+With `mc_po` this is OnMC-PO (arXiv 2502.04567, §3.2): the best completion is y₀, the kernel draws among the others.
+
+Dimensions: P prompts, K completions of a prompt.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rgpb import hf
+from rgpb.data import PreferenceDataset, Preferences, Response, prompt_limit, prompt_text, prompt_tokens
+from rgpb.trainer import save_whole_file, score_references
+
+Reward = Callable[[list[Any], list[str]], Sequence[float]]
+
+
+def load_reward(name: str) -> Reward:
+    """The reward function of "path/to/file.py:function" or "package.module:function".
+
+    Raises:
+        ValueError: no such file, module or function.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"reward: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
+    try:
+        if place.endswith(".py"):
+            if not Path(place).is_file():
+                raise ValueError(f"reward: expected a file, got {place!r}, which does not exist")
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(f"reward: expected a module that can be imported, got {place!r} ({error})") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward: expected a function {attribute!r} in {place}, got {type(function).__name__}")
+    return function
+
+
+class Rollouts(Dataset[tuple[Response, ...]]):
+    """The units of an online run, in order; those of a round are made when the first of them is asked for.
+
+    Each round lies in a file of its own, so that a run that goes on finds what it had; sampling has a seed of its own
+    per round and leaves all other random states as they are. Batches are fetched one ahead, so a round's first batch is
+    sampled one step before the round begins.
+
+    Args:
+        prompts: from `read_prompts`; taken in an order drawn from `seed`, again and again.
+        tokenizer: of the model.
+        reward: (prompts, completions) → numbers, higher is better. Prompts are strings or chats, as in the data;
+            completions are strings without special tokens.
+        ref: the reference model, on the device to use, or None.
+        folder: for `round-<number>.jsonl`: prompt, completions, rewards and the completions' token ids.
+        units: how many there are in all.
+        per_round: units between two samplings.
+        candidates: K.
+        max_length, max_prompt_length, max_new_tokens: of prompt and completion; see `TrainConfig`.
+        temperature: of sampling.
+        pad, batch_size, workspace, bf16, seed, progress: as in training.
+
+    Raises:
+        ValueError: lengths that leave no room for a completion.
+    """
+
+    def __init__(
+        self, prompts: Preferences, tokenizer: Any, *, reward: Reward, ref: PreTrainedModel | None, folder: Path,
+        units: int, per_round: int, candidates: int, max_length: int, max_prompt_length: int | None,
+        max_new_tokens: int | None, temperature: float, pad: int, batch_size: int, workspace: int, bf16: bool,
+        seed: int, progress: bool,
+    ) -> None:  # fmt: skip
+        limit = prompt_limit(tokenizer, max_length, max_prompt_length)
+        room = max_length - limit
+        if room < 1 or (max_new_tokens is not None and max_new_tokens > room):
+            raise ValueError(
+                f"max_new_tokens: expected 1 to {room}, what max_length={max_length} leaves beside {limit} of the "
+                f"prompt, got {max_new_tokens}"
+            )
+        self.tokenizer, self.reward, self.ref, self.folder = tokenizer, reward, ref, folder
+        self.units, self.per_round, self.candidates = units, per_round, candidates
+        self.new_tokens, self.temperature, self.pad = max_new_tokens or room, temperature, pad
+        self.batch_size, self.workspace, self.bf16 = batch_size, workspace, bf16
+        self.seed, self.progress, self.limit = seed, progress, limit
+        self.asked = [row.prompt for row in prompts.rows]
+        self.prompt_ids = prompt_tokens([prompt_text(row, tokenizer) for row in prompts.rows], tokenizer, limit)
+        self.counts = {"rows": len(prompts.rows), "units": units}
+        self.policy: PreTrainedModel | None = None
+        self.log: Callable[[str, float, int], None] = lambda name, value, weight: None
+        self._round, self._groups = -1, None  # type: int, PreferenceDataset | None
+
+    def __len__(self) -> int:
+        return self.units
+
+    def __getitem__(self, index: int) -> tuple[Response, ...]:
+        number, place = divmod(index, self.per_round)
+        if number != self._round or self._groups is None:
+            assert self.policy is not None  # `Stage.fit` sets it
+            first = number * self.per_round
+            which = [self.prompt_of(i) for i in range(first, min(first + self.per_round, self.units))]
+            self._groups = self.groups(self.policy, which, f"round-{number:05d}", log=True)
+            self._round = number
+        return self._groups[place]
+
+    def prompt_of(self, unit: int) -> int:
+        """The prompt of a unit: each pass over the prompts is in an order of its own."""
+        time, place = divmod(unit, len(self.asked))
+        order = torch.randperm(len(self.asked), generator=torch.Generator().manual_seed(self._seed(f"pass {time}")))
+        return int(order[place])
+
+    def groups(self, model: PreTrainedModel, which: Sequence[int], name: str, log: bool = False) -> PreferenceDataset:
+        """K judged completions of each of these prompts, with reference scores, from the file where it is there.
+
+        A prompt whose completions are all judged alike teaches nothing: its group has no response.
+        """
+        file = self.folder / f"{name}.jsonl"
+        if file.exists():
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        else:
+            rows = self.judged(model, which, name, self.candidates)
+            self.folder.mkdir(exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            save_whole_file(file, lambda place: place.write_text(text, encoding="utf-8"))
+        values = [row["rewards"] for row in rows]
+        if log:
+            self.log("reward/sampled", math.fsum(map(math.fsum, values)) / (len(values) * self.candidates), len(values))
+            self.log("reward/tied", sum(len(set(v)) == 1 for v in values) / len(values), len(values))
+        made = self._dataset(rows, which)
+        if self.ref is None:
+            return made
+        scores = score_references(
+            self.ref, made, pad=self.pad, batch_size=4 * self.batch_size, workspace=self.workspace, bf16=self.bf16
+        )
+        return made.with_ref(scores)
+
+    def judged(self, model: PreTrainedModel, which: Sequence[int], name: str, count: int) -> list[dict[str, Any]]:
+        """Completions of each of these prompts with their rewards, as rows of a file.
+
+        Raises:
+            ValueError: a reward function that doesn't return one finite number per completion.
+        """
+        sampled = self.sample(model, [self.prompt_ids[p] for p in which], self._seed(name), count)
+        texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
+        asked = [self.asked[p] for p in which for _ in range(count)]
+        values = [float(value) for value in self.reward(asked, texts)]
+        wrong = [value for value in values if not math.isfinite(value)]
+        if len(values) != len(texts) or wrong:
+            got = f"{len(values)} numbers" if len(values) != len(texts) else f"{wrong[0]}"
+            raise ValueError(f"reward: expected {len(texts)} finite numbers, one per completion, got {got}")
+        return [
+            {
+                "prompt": self.asked[p],
+                "completions": texts[i * count : (i + 1) * count],
+                "rewards": values[i * count : (i + 1) * count],
+                "tokens": sampled[i * count : (i + 1) * count],
+            }
+            for i, p in enumerate(which)
+        ]
+
+    def mean_reward(self, model: PreTrainedModel, which: Sequence[int]) -> float:
+        """Of one completion of each of these prompts, sampled anew with the same seed each time."""
+        rows = self.judged(model, which, "evaluation", 1)
+        return math.fsum(row["rewards"][0] for row in rows) / len(rows)
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel, prompts: list[list[int]], seed: int, count: int) -> list[list[int]]:
+        """`count` completions of each prompt from the model's own distribution at the temperature: token ids, with the
+        end token where it came, [P · count]."""
+        device = hf.read_head(model).weight.device
+        end, made = self.tokenizer.eos_token_id, []
+        cuda = [device] if device.type == "cuda" else []
+        bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not self.progress, leave=False)
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast:
+            torch.manual_seed(seed)
+            for first in range(0, len(prompts), self.batch_size):
+                part = prompts[first : first + self.batch_size]
+                width = max(map(len, part))
+                ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in part], device=device)
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+                out = model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, do_sample=True, temperature=self.temperature, top_k=0,
+                    top_p=1.0, num_return_sequences=count, max_new_tokens=self.new_tokens, pad_token_id=self.pad,
+                    eos_token_id=end,
+                )  # fmt: skip
+                for new in out[:, width:].tolist():
+                    made.append(new[: new.index(end) + 1] if end in new else new)
+                bar.update(len(part))
+        return made
+
+    def _dataset(self, rows: list[dict[str, Any]], which: Sequence[int]) -> PreferenceDataset:
+        tokens, starts = array("i"), [0]
+        prompts: list[int] = []
+        units: list[list[int]] = []
+        rewards: list[list[float]] = []
+        for row, p in zip(rows, which):
+            order = sorted(range(len(row["rewards"])), key=row["rewards"].__getitem__, reverse=True)
+            tied = len(set(row["rewards"])) == 1
+            units.append([-1 if tied else len(prompts) + k for k in range(len(order))])
+            rewards.append([row["rewards"][k] for k in order])
+            for k in order:
+                tokens.extend(self.prompt_ids[p] + row["tokens"][k])
+                starts.append(len(tokens))
+                prompts.append(len(self.prompt_ids[p]))
+        labels = torch.zeros(len(units), self.candidates, dtype=torch.bool)
+        labels[:, 0] = True
+        counts = {"rows": len(rows), "units": len(units), "responses": len(prompts)}
+        return PreferenceDataset(
+            torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts), torch.tensor(prompts), torch.tensor(units),
+            labels, counts, rewards=torch.tensor(rewards, dtype=torch.float64),
+        )  # fmt: skip
+
+    def _seed(self, name: str) -> int:
+        return zlib.crc32(f"{self.seed} {name}".encode())
