@@ -117,7 +117,7 @@ def fused_loss(
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    if spec.draw is not None and (group_size or 0) > 1 + options.get("m", 1):  # else all are taken
+    if spec.draw is not None and options.get("m", 1) != (group_size or 0) - 1:  # else all are taken
         with torch.no_grad():
             scores = linear_logprob(
                 hidden, head, target, ignore_index=ignore_index, impl=impl, engine=engine, workspace=workspace

@@ -52,8 +52,15 @@ def ref_scores(ref_logits, target):
 
 
 def arguments(name, ref_logits, target):
-    """(for the engine, for the oracle): reference and labels where the objective needs them."""
+    """(for the engine, for the oracle): reference, labels, groups and rewards where the objective needs them."""
     spec, ours, oracle = OBJECTIVES[name], {}, {}
+    if spec.unit == "group":
+        size = 3 if len(target) % 3 == 0 else 2
+        oracle["group_size"] = ours["group_size"] = size
+        if spec.rewards:
+            oracle["rewards"] = ours["rewards"] = torch.randn(len(target) // size, size)
+        if name == "mc_po":  # all of them; what is drawn otherwise has a test of its own
+            ours["m"], oracle["drawn"] = size - 1, [range(1, size)] * (len(target) // size)
     if spec.ref:
         ours["ref"], oracle["ref_logits"] = ref_scores(ref_logits, target), ref_logits
     if spec.label:
@@ -69,7 +76,7 @@ def oracle_in(dtype, name, hidden, head, target, oracle, **options):
     """The oracle's loss and gradients with every tensor in `dtype`."""
     h, w, *b = (x.detach().to(dtype).requires_grad_() for x in leaves(hidden, head))
     head = LMHead(w, b[0] if b else None, head.softcap, head.scale)
-    oracle = {k: v.to(dtype) if v.is_floating_point() else v for k, v in oracle.items()}
+    oracle = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in oracle.items()}
     loss = reference.LOSSES[name](h, head, target, **oracle, **options)
     return loss, torch.autograd.grad(loss.sum(), [h, w, *b])
 
@@ -110,8 +117,7 @@ def run_path(path, name, hidden, head, target, **keywords):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", sorted(reference.LOSSES))
 def test_float64_paths_equal_the_oracle(name, head, path):
-    shape = SHAPES["V and H off every tile"]
-    hidden, lm_head, target, ref_logits = batch(shape, head=head)
+    hidden, lm_head, target, ref_logits = batch((6, 7, 131, 13), head=head)  # three pairs, two groups of three
     ours, oracle = arguments(name, ref_logits, target)
     loss, gradients = run_path(path, name, hidden, lm_head, target, **ours)
     exact, exact_gradients = oracle_in(torch.float64, name, hidden, lm_head, target, oracle)
@@ -207,9 +213,10 @@ def test_packed_equals_padded():
     ref = ref_scores(ref_logits, target)
     packed_ref = TokenScores(ref.logp[keep], ref.log_odds[keep], ref.lse[keep])
     label = torch.tensor([True, False, True, False])
-    for name in ("bnf", "dpo", "mle", "unlikelihood"):
+    for name in ("bnf", "dpo", "mle", "unlikelihood", "swepo"):
         spec = OBJECTIVES[name]
         extra = {"label": label} if spec.label else {}
+        extra |= {"rewards": torch.tensor([[0.0, 1.0], [1.0, 0.0]])} if spec.rewards else {}
         ours = fused_loss(
             hidden[keep], head, target[keep], objective=name, cu_seqlens=offsets, **extra,
             **({"ref": packed_ref} if spec.ref else {}),
@@ -493,7 +500,7 @@ def test_a_vocabulary_of_one(name):
     ours, _ = arguments(name, ref_logits, target)
     for path in PATHS:
         loss, gradients = run_path(path, name, hidden, head, target, **ours)
-        assert loss == torch.inf if name == "unlikelihood" else torch.isfinite(loss)
+        assert loss == torch.inf if name.endswith("unlikelihood") else torch.isfinite(loss)
         for gradient in gradients:
             assert not gradient.any()
     assert not linear_logprob(hidden, head, target, entropy=True).entropy.any()

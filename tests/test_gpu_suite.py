@@ -248,10 +248,12 @@ def test_the_answer_in_float64(softcap):
     x = correct.make_inputs((4, 7, 61, 8), "fp32", "bias", "cpu")
     head = x.head._replace(softcap=softcap)
     leaves = [p.detach().double().requires_grad_() for p in (x.hidden, head.weight, head.bias)]
-    for loss in ("bnf", "dpo", "mle"):
-        formula = reference.LOSSES[loss]
+    for loss in ("bnf", "dpo", "mle", "swepo"):
+        formula, rewards = reference.LOSSES[loss], lineup.rewards_of(loss, x.target)
         ref, label = x.ref if formula.needs_ref else None, x.label if formula.needs_label else None
-        whole = formula(leaves[0], LMHead(leaves[1], leaves[2], softcap), x.target, ref=ref, label=label)
+        size = None if rewards is None else 2
+        exact_head = LMHead(leaves[1], leaves[2], softcap)
+        whole = formula(leaves[0], exact_head, x.target, ref=ref, label=label, rewards=rewards, group_size=size)
         found = lineup.exact(loss, x.hidden, head, x.target, x.ref, x.label)
         torch.testing.assert_close(found.value, whole.detach())
         for one, other in zip(found.gradients, torch.autograd.grad(whole, leaves)):

@@ -1,4 +1,4 @@
-"""Every loss, path, kernel and head against float64, at awkward shapes; each twice, to the same bits."""
+"""Every path, kernel and head against float64, at awkward shapes, with a loss of each kind; each twice, bitwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
 
 from .journal import Settings, Task, explain
-from .lineup import KERNELS, exact, graded, keywords, plan_of
+from .lineup import KERNELS, exact, graded, keywords, plan_of, rewards_of
 
 # B, T, V, H: off every tile; and in this workspace more than one chunk and slice of everything
 WORKSPACE = 64 * 2**20
@@ -28,6 +28,8 @@ HEADS = {"plain": (False, None, 1.0), "bias": (True, None, 1.0), "soft-cap and s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATHS = ("single", "two_pass", "frozen", "forward")
 SCORES, ENTROPY = "scores", "scores with entropy"
+# The kernels' own losses, and one of each way to couple tokens: the engine knows no more of a loss.
+LOSSES = ("mle", "nll_pll", "unlikelihood", "bnf", "exmate", "dpo", "ipo", "swepo")
 FIELDS = ("logp", "log_odds", "lse", "entropy", "other_entropy")
 # Of a loss, relative where it is above 1; of a log-probability; of the other scores; of a gradient, over its norm.
 VALUE, LOGP, OTHER = 1e-4, {"fp32": 1e-5, "bf16": 1e-5, "fp16": 1e-4}, 1e-4
@@ -122,7 +124,7 @@ def tasks(settings: Settings) -> Iterator[Task]:
         for dtype in DTYPES:
             for head in HEADS:
                 bench = Bench(shape, dtype, head, settings.device)
-                for loss in (SCORES, ENTROPY, *reference.LOSSES):
+                for loss in (SCORES, ENTROPY, *LOSSES):
                     for path in ("two_pass",) if loss in (SCORES, ENTROPY) else PATHS:
                         for kernels in KERNELS:
                             key = " | ".join((str(shape), dtype, head, loss, path, kernels))
@@ -165,8 +167,8 @@ def values(bench: Bench, loss: str, path: str, kernels: str) -> dict[str, Any]:
     def run() -> Result:
         value = fused_loss(
             hidden, head, x.target, objective=loss, label=x.label if spec.label else None,
-            ref=None if spec.ref is None else x.ref, reduction=reduction, workspace=WORKSPACE,
-            **how,
+            ref=None if spec.ref is None else x.ref, rewards=rewards_of(loss, x.target), reduction=reduction,
+            workspace=WORKSPACE, **how,
         ).mean()  # fmt: skip
         if path == "forward":
             return Result(value, ())

@@ -110,20 +110,21 @@ def make_case(name: str, shape: Shape, softcap: float | None, dtype: torch.dtype
 
 
 def exact(loss: str, hidden: Tensor, head: LMHead, target: Tensor, ref: Tensor | None, label: Tensor | None) -> Result:
-    """The oracle's loss and gradients of hidden, weight and bias in float64, one response or pair at a time."""
-    formula = reference.LOSSES[loss]
+    """The oracle's loss and gradients of hidden, weight and bias in float64, one response, pair or group at a time."""
+    formula, rewards = reference.LOSSES[loss], rewards_of(loss, target)
     x = hidden.detach().double()
     leaves = [p.detach().double().requires_grad_() for p in (head.weight, head.bias) if p is not None]
     exact_head = LMHead(leaves[0], leaves[1] if head.bias is not None else None, head.softcap, head.scale)
     value, made = x.new_zeros(()), [torch.zeros_like(p) for p in (x, *leaves)]
-    units = len(x) // 2 if formula.pair else len(x)
+    units = len(x) if formula.unit == "response" else len(x) // 2
     for unit in range(units):
-        places = [unit, unit + units] if formula.pair else [unit]
+        places = {"pair": [unit, unit + units], "group": [2 * unit, 2 * unit + 1]}.get(formula.unit, [unit])
+        of_group: dict[str, Any] = {} if rewards is None else {"rewards": rewards[unit : unit + 1], "group_size": 2}
         part = x[places].requires_grad_()
         one = formula(
             part, exact_head, target[places],
             ref=ref[places] if formula.needs_ref and ref is not None else None,
-            label=label[places] if formula.needs_label and label is not None else None,
+            label=label[places] if formula.needs_label and label is not None else None, **of_group,
         ) / units  # fmt: skip
         gradients = torch.autograd.grad(one, [part, *leaves])
         value += one.detach()
@@ -131,6 +132,13 @@ def exact(loss: str, hidden: Tensor, head: LMHead, target: Tensor, ref: Tensor |
         for total, gradient in zip(made[1:], gradients[1:]):
             total += gradient
     return Result(value, tuple(made))
+
+
+def rewards_of(loss: str, target: Tensor) -> Tensor | None:
+    """Rewards of groups of two, [B / 2, 2], where the loss needs them."""
+    if not OBJECTIVES[loss].rewards:
+        return None
+    return torch.linspace(0, 3, len(target), device=target.device).view(-1, 2)
 
 
 def graded(value: Tensor, *inputs: Tensor) -> Result:

@@ -106,7 +106,8 @@ def orpo(responses: Responses, *, lam: float = 0.1) -> Tensor:
     there = pairs(responses.present)
     both = there[0] & there[1]
     chosen, rejected = (torch.where(both, mean, -1.0) for mean in pairs(means))
-    ratio = chosen - log1mexp(chosen) - (rejected - log1mexp(rejected))
+    # finite also where both are certain
+    ratio = (chosen - log1mexp(chosen)).clamp(max=1e30) - (rejected - log1mexp(rejected)).clamp(max=1e30)
     return -pairs(means)[0] - lam * torch.where(both, F.logsigmoid(ratio), 0.0)
 
 
@@ -116,7 +117,7 @@ def rdpo(responses: Responses, *, beta: float = 0.1, alpha: float = 0.01) -> Ten
 
     Park et al. 2024, Eq. 9.
     """
-    chosen, rejected = pairs(beta * responses.log_ratios() - alpha * responses.layout.tokens)
+    chosen, rejected = pairs(beta * responses.log_ratios() - alpha * responses.layout.tokens.double())
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -189,8 +190,9 @@ def mean_chosen(responses: Responses) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 − e^x) for x ≤ 0, each branch where it is exact; −∞ at 0."""
-    near = x > -math.log(2)
-    return torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, x, -0.1))), torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    """log(1 − e^x) for x ≤ 0, each branch where it is exact; −∞ without gradient at 0."""
+    near, far = (x > -math.log(2)) & (x < 0), x <= -math.log(2)
+    value = torch.where(
+        near, torch.log(-torch.expm1(torch.where(near, x, -0.1))), torch.log1p(-torch.exp(torch.where(far, x, -1.0)))
     )
+    return torch.where(x < 0, value, -torch.inf)

@@ -74,7 +74,7 @@ def kto(
     else:
         baseline = _baseline("z0", z0, ratio, responses)
         baseline = baseline if isinstance(z0, float | int) else baseline.clamp(min=0)
-    weight = torch.where(label > 0, desirable_weight, undesirable_weight)
+    weight = desirable_weight * (label > 0).double() + undesirable_weight * (label < 0).double()
     return weight * torch.sigmoid(-label * beta * (ratio - baseline))
 
 

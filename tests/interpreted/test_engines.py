@@ -49,7 +49,7 @@ def as_on_cuda(monkeypatch):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", ["nll_pll", "unlikelihood", "bnf", "dpo"])
+@pytest.mark.parametrize("name", ["nll_pll", "unlikelihood", "bnf", "dpo", "swepo"])
 def test_float64_paths_equal_the_oracle(name, head, path, engine):
     shape = (4, *SHAPE[1:])
     hidden, lm_head, target, ref_logits = batch(shape, head=head)
@@ -120,7 +120,7 @@ def test_operators_pass_opcheck(engine):
     torch.library.opcheck(torch.ops.rgpb.score, (*plain, False, False, 0.1, True), test_utils=static)
     lengths = torch.tensor([6])
     single = (
-        h, head.weight, None, y, lengths, None, None, None, None, "mle", "", True, None, 1.0, -100, 1 << 20,
+        h, head.weight, None, y, lengths, None, None, None, None, None, 0, "mle", "", True, None, 1.0, -100, 1 << 20,
         torch.float64, "triton", engine, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rgpb.single_pass, single)

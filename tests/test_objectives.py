@@ -1,0 +1,537 @@
+"""The objectives themselves: coefficients in closed form, groups, drawing, weighted sums, running means, and one more
+from outside the package."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rgpb import OBJECTIVES, FusedLoss, Layout, Responses, TokenScores, fused_loss, linear_logprob, objective, reference
+from rgpb import fused as public
+from rgpb.engine.single import pack_units
+from rgpb.fused import bco_loss, call_plan, dpo_loss, kto_loss, mc_po_loss, mle_loss, rnce_loss, swepo_loss
+from rgpb.head import LMHead
+from rgpb.objectives import RunningMean, resolve, unit_values
+from rgpb.objectives.group import draw_negatives
+from rgpb.objectives.registry import parse_sum, reward_scale
+
+LENGTHS = [3, 5, 2, 4, 1, 6]  # tokens of six responses: three pairs, two groups of three
+
+
+def responses(seed=0, lengths=LENGTHS, group_size=3, scale=1.0):
+    """Scores of the policy, which require a gradient in log p, and of a reference; rewards; labels +, −, +, …"""
+    random = torch.Generator().manual_seed(seed)
+    tokens, n = sum(lengths), torch.tensor(lengths)
+
+    def scores():
+        odds = scale * torch.randn(tokens, generator=random, dtype=torch.float64)
+        return TokenScores(F.logsigmoid(odds), odds, torch.ones_like(odds))
+
+    odds = scores().log_odds.requires_grad_()
+    policy, ref = (
+        TokenScores(F.logsigmoid(odds), odds, torch.ones_like(odds), other_entropy=torch.ones_like(odds)),
+        scores(),
+    )
+    layout = Layout(len(n), n, n, None)
+    label = torch.tensor([1.0, -1.0] * (len(n) // 2), dtype=torch.float64)
+    rewards = torch.randn(len(n), generator=random, dtype=torch.float64)
+    return odds, Responses(policy, ref, layout.sum(ref.logp), label, layout, group_size, rewards)
+
+
+def coefficients(name, **options):
+    """−∂ Σ L / ∂ log p of every token [P], and the responses: dλ = (1 − p) d log p."""
+    odds, seen = responses()
+    values = unit_values(OBJECTIVES[name], seen, options)
+    (g,) = torch.autograd.grad(values.sum(), odds)
+    return -g / torch.sigmoid(-odds.detach()), seen
+
+
+def of_tokens(per_response):
+    return torch.repeat_interleave(per_response, torch.tensor(LENGTHS))
+
+
+def halves(chosen, rejected):
+    return torch.cat([chosen.expand(3), rejected.expand(3)])
+
+
+# What docs/objectives.md says of each: −∂L/∂ℓ of a token, from the sums. D = Δ, n tokens, S̄ = s.
+def closed(name, seen):
+    delta, n = seen.log_ratios().detach(), seen.n
+    s, total = seen.logps(True).detach(), seen.logps().detach()
+    b, sig, one = 0.1, torch.sigmoid, torch.ones(3, dtype=torch.float64)
+    m, odds = b * (delta[:3] - delta[3:]), torch.logit(s.exp())
+    groups = (b * delta).view(2, 3)
+    wanted, r = seen.rewards.view(2, 3).softmax(1), seen.rewards.view(2, 3)
+    if name == "bnf":
+        odds = seen.policy.log_odds.detach() - seen.ref.log_odds
+        return of_tokens(seen.label / n) * odds.clamp(max=0).exp()
+    if name == "unlikelihood":
+        e = seen.policy.log_odds.detach().exp()
+        return of_tokens(halves(one, -one) / n) * torch.where(of_tokens(halves(one, -one)) > 0, 1.0, e)
+    d = r - r.mean(1, keepdim=True)
+    u = groups + d.square()
+    multi = torch.zeros(2, 3, dtype=torch.float64)
+    for g in range(2):
+        best = int(r[g].argmax())
+        for j in range(3):
+            if j != best:
+                multi[g, best] += b * sig(groups[g, j] - groups[g, best]) / 2
+                multi[g, j] -= b * sig(groups[g, j] - groups[g, best]) / 2
+    known = {
+        "mle": lambda: 1 / n,
+        "nll_pll": lambda: halves(one, -one) / n,
+        "sequence_unlikelihood": lambda: halves(one, -total[3:].exp() / (1 - total[3:].exp())),
+        "exmate": lambda: halves(one, -s[3:].exp()) / n,
+        "dpo": lambda: b * halves(sig(-m), -sig(-m)),
+        "ipo": lambda: -2 * halves(one, -one) / n * (delta[:3] / n[:3] - delta[3:] / n[3:] - 5).repeat(2),
+        "slic": lambda: halves(one, -one) * (1 - total[:3] + total[3:] > 0).repeat(2),
+        "simpo": lambda: 2 * halves(one, -one) / n * sig(-2 * (s[:3] - s[3:]) + 0.5).repeat(2),
+        "cpo": lambda: b * halves(one, -one) * sig(-b * (total[:3] - total[3:])).repeat(2) + halves(one, 0 * one) / n,
+        "orpo": lambda: (
+            0.1 * halves(one, -one) / n / (1 - s.exp()) * sig(odds[3:] - odds[:3]).repeat(2)
+            + halves(one, 0 * one) / n
+        ),
+        "rdpo": lambda: b * halves(one, -one) * sig(-m - 0.01 * (n[3:] - n[:3])).repeat(2),
+        "rpo": lambda: b * halves(one, -one) * sig(-m).repeat(2) + halves(one, 0 * one) / n,
+        "exo": lambda: -b * halves(one, -one) * (sig(m) * sig(-m) * (m - math.log(999.0))).repeat(2),
+        "sppo": lambda: -2 * halves(delta[:3] - 5, delta[3:] + 5),
+        "nca_pair": lambda: halves(b * (1 - 1.5 * sig(b * delta[:3])), -b / 2 * sig(b * delta[3:])),
+        "apo_zero": lambda: b * halves(one, -one) * sig(b * delta) * sig(-b * delta),
+        "apo_down": lambda: halves(
+            b * (sig(m) * sig(-m) - sig(b * delta[:3]) * sig(-b * delta[:3])), -b * sig(m) * sig(-m)
+        ),
+        "bco": lambda: seen.label * b * sig(-seen.label * b * (delta - delta.mean())),
+        "kto": lambda: (lambda v: seen.label * b * sig(v) * sig(-v))(b * (delta - delta.mean().clamp(min=0))),
+        "infonca": lambda: b * (wanted - groups.softmax(1)).view(-1),
+        "nca": lambda: b * (wanted * sig(-groups) - sig(groups) / 3).view(-1),
+        "swepo": lambda: b * (u.masked_fill(d <= 0, -torch.inf).softmax(1) - u.softmax(1)).view(-1),
+        "rnce": lambda: b * (torch.eye(3)[0] - groups.softmax(1)).view(-1),
+        "mc_po": lambda: b * (torch.eye(3)[0] - groups.softmax(1)).view(-1),
+        "multi_dpo": lambda: multi.view(-1),
+    }  # fmt: skip
+    return of_tokens(known[name]())
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_the_documented_coefficients(name):
+    made, seen = coefficients(name, **({"m": 2} if name == "mc_po" else {}))
+    torch.testing.assert_close(made, closed(name, seen), rtol=1e-9, atol=1e-12)
+
+
+def test_each_objective_has_its_public_function():
+    import inspect
+
+    for name, spec in OBJECTIVES.items():
+        function = getattr(public, f"{name}_loss")
+        shown = inspect.signature(function).parameters
+        assert ("ref" in shown) == (spec.ref is not None)
+        assert ("label" in shown) == spec.label
+        assert ("rewards" in shown) == spec.rewards
+        assert ("group_size" in shown) == (spec.unit == "group")
+        assert set(spec.options) <= set(shown)
+        assert inspect.getdoc(spec.function) in inspect.getdoc(function)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+GROUPS = sorted(name for name, spec in OBJECTIVES.items() if spec.unit == "group")
+
+
+def batch(B, T=5, V=31, H=7, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(B, T, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype).requires_grad_()
+    target = torch.randint(V, (B, T))
+    ref = linear_logprob(torch.randn(B, T, H).to(dtype), torch.randn(V, H).to(dtype), target)
+    return hidden, weight, target, ref
+
+
+def group_arguments(name, groups, size, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    if OBJECTIVES[name].rewards:
+        return {"rewards": torch.randn(groups, size, generator=random, dtype=torch.float64)}
+    return {"group_size": size}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_group_filled_up_is_the_smaller_group(name, reduction):
+    """An empty response anywhere in it changes neither value nor gradient, whatever its reward."""
+    hidden, weight, target, ref = batch(4)
+    options = {"m": 1, "sampler": "max"} if name == "mc_po" else {}
+    given = group_arguments(name, 2, 2)
+    small = fused_loss(hidden, weight, target, objective=name, ref=ref, reduction=reduction, **given, **options)
+    order = torch.tensor([0, 2, 1, 2, 3, 2])  # row 2 stands for the empty ones
+    empty = torch.tensor([False, True, False, False, False, True])
+    wide = torch.where(empty[:, None], -100, target[torch.tensor([0, 2, 1, 2, 3, 2])])
+    if "rewards" in given:
+        r = given["rewards"]
+        nan = torch.nan
+        given = {"rewards": torch.tensor([[r[0, 0], nan, r[0, 1]], [r[1, 0], r[1, 1], nan]])}
+    else:
+        given = {"group_size": 3}
+    filled = fused_loss(
+        hidden[order], weight, wide, objective=name, ref=TokenScores(*(x[order] for x in ref[:3])), reduction=reduction,
+        **given, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(filled, small, rtol=1e-12, atol=1e-12)
+    wanted = (hidden, weight)
+    for a, b in zip(torch.autograd.grad(filled.sum(), wanted), torch.autograd.grad(small.sum(), wanted)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_with_nothing_to_compare_is_exactly_zero(name):
+    """One response alone; none at all; all rewards alike."""
+    hidden, weight, target, ref = batch(9)
+    target[1:3] = -100
+    target[3:6] = -100
+    given = group_arguments(name, 3, 3)
+    if "rewards" in given:
+        given["rewards"][2] = 0.3
+    values = fused_loss(hidden, weight, target, objective=name, ref=ref, reduction="none", **given)
+    gradients = torch.autograd.grad(values.sum(), (hidden, weight))
+    assert all(g.isfinite().all() for g in gradients)
+    assert values[1] == 0
+    assert not gradients[0][3:6].any()
+    if name in ("swepo", "rnce", "mc_po", "multi_dpo"):
+        assert values[0] == 0
+        assert not gradients[0][:3].any()
+    if name in ("swepo", "multi_dpo"):
+        assert values[2] == 0
+        assert not gradients[0][6:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "mc_po"])
+def test_single_pass_for_groups_that_fit_the_chunk(name):
+    """The plan takes it, in chunks of whole groups, and a group longer than the chunk is swept twice."""
+    hidden, weight, target, ref = batch(12, T=6)
+    target[4, 2:] = -100
+    target[7] = -100
+    given = group_arguments(name, 4, 3)
+    spec, wanted = OBJECTIVES[name], (hidden, weight)
+    plan = call_plan(hidden, LMHead(weight), spec, "mean", 1 << 29, {})
+    assert (plan.path, plan.units) == ("single", 3)
+    two = fused_loss(hidden, weight, target, objective=name, ref=ref, reduction="none", **given).mean()
+    expected = torch.autograd.grad(two, wanted)
+    row = 8 * (31 + 2 * 7)
+    for rows in (200, 40, 20, 9, 2):  # one chunk; several groups; one group; less than one; two rows
+        workspace = 8 * 31 * 8 + rows * row
+        one = fused_loss(hidden, weight, target, objective=name, ref=ref, workspace=workspace, **given)
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(one, wanted), expected):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_units_are_packed_whole():
+    count = torch.tensor([3, 1, 2, 0, 4, 1])
+    assert list(pack_units(count, [0], 2, 5)) == [(0, 1), (1, 2), (2, 3)]  # 4, 2, 5 tokens
+    assert list(pack_units(count, [0], 2, 6)) == [(0, 2), (2, 3)]
+    assert list(pack_units(count, [0, 3], 1, 6)) == [(0, 1), (1, 2), (2, 3)]  # pairs of 3, 5, 3 tokens
+    assert list(pack_units(count, [0], 3, 1)) == [(0, 1), (1, 2)]
+    assert list(pack_units(torch.zeros(4, dtype=torch.int64), [0], 2, 9)) == []
+
+
+def test_groups_with_metrics():
+    hidden, weight, target, ref = batch(6)
+    rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
+    _, metrics = swepo_loss(hidden, weight, target, ref=ref, rewards=rewards, beta=0.5, return_metrics=True)
+    reward = 0.5 * (linear_logprob(hidden, weight, target).logp - ref.logp).sum(1)
+    best, rest = reward[[1, 5]], reward[[0, 2, 3, 4]]
+    others = [(1, 0), (1, 2), (5, 3), (5, 4)]
+    expected = {
+        "rewards/chosen": best.mean(),
+        "rewards/rejected": rest.mean(),
+        "rewards/margins": best.mean() - rest.mean(),
+        "rewards/accuracies": torch.tensor([float(reward[i] > reward[j]) for i, j in others]).mean(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.detach().float())
+
+
+def test_groups_of_a_function_of_ones_own():
+    hidden, weight, target, ref = batch(6)
+
+    def spread(seen):
+        return seen.groups(seen.log_ratios()).var(1) * seen.groups(seen.rewards).sum(1)
+
+    rewards = torch.rand(2, 3)
+    values = fused_loss(hidden, weight, target, objective=spread, ref=ref, rewards=rewards, reduction="none")
+    ratio = (linear_logprob(hidden, weight, target).logp - ref.logp).sum(1).view(2, 3)
+    torch.testing.assert_close(values, ratio.var(1) * rewards.double().sum(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("swepo", {}, r"rewards: expected \[G, K\] numbers for swepo, got None"),
+        ("rnce", {}, "group_size: expected the responses per group, 2 or more, for rnce, got None"),
+        ("rnce", {"group_size": 4}, "target: expected groups of 4 responses, got 6 responses"),
+        ("rnce", {"group_size": 1}, "group_size: expected a whole number, 2 or more, got 1"),
+        ("rnce", {"group_size": 3.0}, "group_size: expected a whole number, 2 or more, got 3.0"),
+        ("rnce", {"rewards": torch.rand(2, 3)}, "rewards: expected None, since rnce has no use for them"),
+        ("dpo", {"group_size": 2}, "group_size: expected None, since dpo compares no groups, got 2"),
+        ("swepo", {"rewards": torch.rand(6)}, r"rewards: expected shape \[G, K\] for 6 responses, got \[6\]"),
+        ("swepo", {"rewards": torch.rand(2, 2)}, r"rewards: expected shape \[G, K\] for 6 responses, got \[2, 2\]"),
+        ("swepo", {"rewards": torch.rand(2, 3), "group_size": 2}, "for 6 responses in groups of 2"),
+        ("swepo", {"rewards": [[1.0, 2.0]]}, "rewards: expected a tensor, got list"),
+        ("swepo", {"rewards": torch.tensor([[torch.nan, 0, 1]] * 2)}, "rewards: expected finite numbers, got nan"),
+        ("swepo", {"rewards": torch.rand(2, 3), "mode": "x"}, "mode: expected one of"),
+        ("swepo", {"rewards": torch.rand(2, 3), "p": -1}, "p: expected 0 or more, got -1"),
+        ("infonca", {"rewards": torch.rand(2, 3), "tau": 0.0}, "tau: expected a positive number, got 0.0"),
+        ("multi_dpo", {"rewards": torch.rand(2, 3), "pairing": "x"}, "pairing: expected 'best' or 'all', got 'x'"),
+        ("mc_po", {"group_size": 3, "m": 3}, "m: expected a whole number from 1 to 2, the .* of a group, got 3"),
+        ("mc_po", {"group_size": 3, "m": 0}, "m: expected a whole number from 1 to 2"),
+        ("mc_po", {"group_size": 3, "m": "2"}, "m: expected a whole number from 1 to 2"),
+        ("mc_po", {"group_size": 3, "sampler": "x"}, "sampler: expected one of"),
+        ("exo", {"epsilon": 0.0}, "epsilon: expected a number between 0 and 1, got 0.0"),
+    ],
+)  # fmt: skip
+def test_refusals(name, given, message):
+    hidden, weight, target, ref = batch(6)
+    with pytest.raises(ValueError, match=message):
+        fused_loss(hidden, weight, target, objective=name, ref=ref, **given)
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def test_drawing_follows_the_policys_own_rewards():
+    """MC-PO Algorithm 1: each candidate with probability e^{βΔ} / Σ e^{βΔ}; the first always, itself never drawn."""
+    groups, beta = 20000, 0.7
+    logp = torch.tensor([0.4, -1.0, -3.0, -0.5], dtype=torch.float64)
+    n = torch.ones(4 * groups, dtype=torch.int64)
+    flat = logp.repeat(groups)
+    seen = Responses(TokenScores(flat, flat, flat), None, 0 * flat, None, Layout(len(n), n, n, None), 4)
+
+    def shares(**options):
+        generator = torch.Generator().manual_seed(0)
+        return draw_negatives(seen, {"generator": generator, **options}).view(groups, 4).double().mean(0)
+
+    expected = torch.cat([torch.ones(1), (beta * logp[1:]).softmax(0)])
+    spread = 4 * (expected * (1 - expected) / groups).sqrt() + 1e-12
+    assert ((shares(beta=beta, m=1) - expected).abs() <= spread).all()
+    assert (shares(sampler="random", m=2)[1:] - 2 / 3).abs().max() < 4 * (2 / 9 / groups) ** 0.5
+    torch.testing.assert_close(shares(sampler="max", m=1), torch.tensor([1.0, 0, 0, 1]).double())
+    torch.testing.assert_close(shares(sampler="min", m=2), torch.tensor([1.0, 1, 1, 0]).double())
+    # two without replacement: P(i first) + Σ_j P(j first) P(i | not j)
+    p = expected[1:]
+    both = torch.tensor([p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(3) if j != i) for i in range(3)])
+    assert (shares(beta=beta, m=2)[1:] - both).abs().max() < 4 * 0.5 / groups**0.5
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_the_loss_of_what_was_drawn(m):
+    """The same as `rnce` of the drawn rows alone, gradients too; and the rest of the rows have none."""
+    hidden, weight, target, ref = batch(8)
+    options = {"m": m, "beta": 0.4}
+    loss = mc_po_loss(
+        hidden, weight, target, ref=ref, group_size=4, generator=torch.Generator().manual_seed(5), **options
+    )
+    made = torch.autograd.grad(loss, (hidden, weight))
+    scores = linear_logprob(hidden.detach(), weight.detach(), target)
+    flat = TokenScores(*(x.reshape(-1) for x in scores[:3]))
+    n = torch.full((8,), 5)
+    seen = Responses(flat, None, ref.logp.sum(1), None, Layout(8, None, n, None), 4)
+    keep = draw_negatives(seen, {"generator": torch.Generator().manual_seed(5), **options})
+    rows = keep.nonzero().view(-1)
+    assert len(rows) == 2 * (m + 1)
+    again = rnce_loss(
+        hidden[rows], weight, target[rows], ref=TokenScores(*(x[rows] for x in ref[:3])), group_size=m + 1, beta=0.4
+    )
+    torch.testing.assert_close(loss, again, rtol=1e-12, atol=0)
+    for a, b in zip(made, torch.autograd.grad(again, (hidden, weight))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    assert not made[0][~keep].any()
+
+
+def test_drawing_is_seeded_and_moves():
+    hidden, weight, target, ref = batch(40)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return mc_po_loss(hidden, weight, target, ref=ref, group_size=4, generator=generator, reduction="none")
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    torch.manual_seed(3)
+    first = mc_po_loss(hidden, weight, target, ref=ref, group_size=4, reduction="none")
+    second = mc_po_loss(hidden, weight, target, ref=ref, group_size=4, reduction="none")
+    assert not torch.equal(first, second)  # torch's own generator goes on
+
+
+# -- weighted sums -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_sum_is_the_sum(reduction):
+    hidden, weight, target, ref = batch(6)
+    wanted = (hidden, weight)
+    whole = fused_loss(
+        hidden, weight, target, objective={"exmate": 2.0, "dpo": 0.5, "mle": -0.25}, ref=ref, reduction=reduction,
+        **{"dpo.beta": 0.3, "exmate.beta": 0.7},
+    )  # fmt: skip
+    parts = (
+        2 * public.exmate_loss(hidden, weight, target, beta=0.7, reduction=reduction)
+        + 0.5 * dpo_loss(hidden, weight, target, ref=ref, beta=0.3, reduction=reduction)
+        - 0.25 * mle_loss(hidden[:3], weight, target[:3], reduction=reduction)
+    )
+    torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(whole.sum(), wanted), torch.autograd.grad(parts.sum(), wanted)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_sum_costs_one_sweep():
+    hidden, weight, *_ = batch(6)
+    for name, units in (("mle + 0.5*dpo", 3), ("mle + bnf", 3), ("mle + 0.5*swepo", 3), ("mle + kto", 4)):
+        assert call_plan(hidden, LMHead(weight), resolve(name), "mean", 1 << 29, {}).units == units
+
+
+def test_sums_beside_groups_labels_and_pairs():
+    hidden, weight, target, ref = batch(6)
+    rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
+    best = torch.tensor([1, 5])
+    made = fused_loss(hidden, weight, target, objective="mle + 0.5*swepo", ref=ref, rewards=rewards)
+    expected = mle_loss(hidden[best], weight, target[best]) + 0.5 * swepo_loss(
+        hidden, weight, target, ref=ref, rewards=rewards
+    )
+    torch.testing.assert_close(made, expected)
+    made = fused_loss(hidden, weight, target, objective="mle + rnce", ref=ref, group_size=3)
+    first = mle_loss(hidden[[0, 3]], weight, target[[0, 3]]) + rnce_loss(hidden, weight, target, ref=ref, group_size=3)
+    torch.testing.assert_close(made, first)
+
+    label = torch.tensor([True, False, True, True, False, False])
+    made = fused_loss(hidden, weight, target, objective="mle + bnf", ref=ref, label=label, reduction="none")
+    bnf = public.bnf_loss(hidden, weight, target, label, ref=ref, reduction="none")
+    mle = mle_loss(hidden, weight, target, reduction="none")
+    torch.testing.assert_close(made, bnf + torch.where(label, mle, 0.0))
+
+    made = fused_loss(hidden, weight, target, objective="bnf + dpo", ref=ref)
+    sides = torch.tensor([1, 1, 1, -1, -1, -1])
+    expected = public.bnf_loss(hidden, weight, target, sides, ref=ref) + dpo_loss(hidden, weight, target, ref=ref)
+    torch.testing.assert_close(made, expected)
+
+
+def test_sums_are_read():
+    assert parse_sum("mle+dpo") == {"mle": 1.0, "dpo": 1.0}
+    assert parse_sum(" 2*exmate + -1e-3*dpo+1e+2 * ipo") == {"exmate": 2.0, "dpo": -1e-3, "ipo": 100.0}
+    assert resolve({"mle": 1, "dpo": 0.5}) is resolve("mle + 0.5*dpo")
+    for wrong, message in (
+        ("mle + nope", "expected terms such as mle or 0.5[*]dpo"),
+        ("mle + x*dpo", "expected terms such as mle"),
+        ("mle + mle", "expected each name once, got 'mle' twice"),
+        ({}, "expected at least one name and its weight"),
+        ({"nope": 1.0}, "expected names of .*, got 'nope'"),
+        ({"mle": math.inf}, "expected a finite number as weight of mle, got inf"),
+        ({"mle": "1"}, "expected a finite number as weight of mle, got '1'"),
+        ("dpo + rnce", "expected pairs or groups in one sum, got both"),
+        ("bnf + rnce", r"expected no labels beside groups, got \['bnf'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"objective: {message}"):
+            resolve(wrong)
+
+
+def test_a_sums_reward_is_that_of_its_first_term_with_one():
+    spec = resolve("exmate + 0.5*dpo")
+    assert reward_scale(spec, {}) == 0.1
+    assert reward_scale(spec, {"exmate.beta": 3.0}) == 0.1
+    assert reward_scale(spec, {"beta": 0.4}) == 0.4
+    assert reward_scale(spec, {"dpo.beta": 0.2, "beta": 0.4}) == 0.2
+    assert reward_scale(OBJECTIVES["mle"], {}) == 1.0
+    hidden, weight, target, ref = batch(2)
+    with pytest.raises(ValueError, match=r"options of .*: expected a subset of .*, got \['dpo.x'\]"):
+        fused_loss(hidden, weight, target, objective=spec.name, ref=ref, **{"dpo.x": 1.0})
+
+
+# -- what is estimated from the batch ----------------------------------------------------------------------------------
+
+
+def test_a_running_mean_is_in_the_state():
+    hidden, weight, target, ref = batch(6)
+    label = torch.tensor([1, -1, 1, -1, 1, 1])
+    loss = FusedLoss("bco", delta=RunningMean(), beta=0.5)
+    reward = 0.5 * (linear_logprob(hidden, weight, target).logp - ref.logp).sum(1).detach()
+    first = loss(hidden, weight, target, label, ref=ref)
+    torch.testing.assert_close(first, bco_loss(hidden, weight, target, label, ref=ref, beta=0.5))
+    part = TokenScores(*(x[:2] for x in ref[:3]))
+    second = loss(hidden[:2], weight, target[:2], label[:2], ref=part)
+    mean = torch.cat([reward, reward[:2]]).mean()
+    torch.testing.assert_close(
+        second, bco_loss(hidden[:2], weight, target[:2], label[:2], ref=part, beta=0.5, delta=float(mean))
+    )
+    state = loss.state_dict()
+    other = FusedLoss("bco", delta=RunningMean(), beta=0.5)
+    other.load_state_dict(state)
+    torch.testing.assert_close(
+        other(hidden, weight, target, label, ref=ref), loss(hidden, weight, target, label, ref=ref)
+    )
+
+
+def test_estimates_have_no_gradient_and_leave_out_empty_responses():
+    hidden, weight, target, ref = batch(6)
+    target[2] = -100
+    ref = TokenScores(*(torch.where(target == -100, 0.0, x) for x in ref[:3]))
+    label = torch.tensor([1, -1, 1, -1, 1, 1])
+    delta = (linear_logprob(hidden, weight, target).logp - ref.logp).sum(1).detach()
+    there = torch.tensor([0, 1, 3, 4, 5])
+    for loss, options in (
+        (bco_loss, {"delta": float(0.1 * delta[there].mean())}),
+        (kto_loss, {"z0": max(0.0, float(delta[there].mean()))}),
+    ):
+        estimated = loss(hidden, weight, target, label, ref=ref)
+        fixed = loss(hidden, weight, target, label, ref=ref, **options)
+        torch.testing.assert_close(estimated, fixed, rtol=1e-10, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(estimated, (hidden, weight)), torch.autograd.grad(fixed, (hidden, weight))):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_kto_with_mismatched_completions_and_weights():
+    hidden, weight, target, ref = batch(6)
+    label = torch.tensor([1, -1, 1, -1, 1, 1])
+    delta = (linear_logprob(hidden, weight, target).logp - ref.logp).sum(1).detach()
+    for mismatched, z0 in ((torch.tensor([[0.5, 1.5]]), 1.0), (torch.tensor([-2.0]), 0.0)):
+        made = kto_loss(
+            hidden, weight, target, label, ref=ref, z0=mismatched, desirable_weight=2.0, undesirable_weight=0.5,
+            reduction="none",
+        )  # fmt: skip
+        expected = torch.where(label > 0, 2.0, 0.5) * (1 - torch.sigmoid(label * 0.1 * (delta - z0)))
+        torch.testing.assert_close(made, expected)
+    with pytest.raises(ValueError, match="z0: expected a number, a RunningMean or None, got str"):
+        kto_loss(hidden, weight, target, label, ref=ref, z0="x")
+
+
+# -- one from outside the package --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workspace", [1 << 29, 6000])
+def test_an_objective_is_one_function_and_one_line(workspace):
+    """A group objective that the package doesn't have: value and gradients on its own path, in sums, with metrics."""
+
+    @objective(couples="group", ref="sums", rewards=True)
+    def pessimist_of_this_test(seen, *, beta=0.1):
+        """The margin of the worst response over the mean, as a hinge. [G]"""
+        scores = beta * seen.groups(seen.log_ratios())
+        worst = scores.gather(1, seen.groups(seen.rewards).argmin(1, keepdim=True))[:, 0]
+        return (1 + worst - scores.mean(1)).clamp(min=0)
+
+    try:
+        hidden, weight, target, ref = batch(6)
+        rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
+        given = {"ref": ref, "rewards": rewards, "workspace": workspace}
+        loss, metrics = fused_loss(
+            hidden, weight, target, objective="pessimist_of_this_test", return_metrics=True, beta=0.2, **given
+        )
+        z = reference.logits(hidden, weight)
+        logp = z.log_softmax(-1).gather(-1, target[..., None])[..., 0].sum(1)
+        scores = 0.2 * (logp - ref.logp.sum(1)).view(2, 3)
+        dense = (1 + torch.stack([scores[0, 0], scores[1, 1]]) - scores.mean(1)).clamp(min=0).mean()
+        torch.testing.assert_close(loss, dense)
+        for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(dense, (hidden, weight))):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert "rewards/margins" in metrics
+        both = fused_loss(hidden, weight, target, objective="mle + 2*pessimist_of_this_test", beta=0.2, **given)
+        torch.testing.assert_close(both, 2 * dense + mle_loss(hidden[[1, 5]], weight, target[[1, 5]]))
+    finally:
+        del OBJECTIVES["pessimist_of_this_test"]
