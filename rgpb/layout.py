@@ -112,6 +112,29 @@ class Responses(NamedTuple):
         """S = Σ log p, or its mean over the tokens. float64 [B]."""
         return self.mean(self.policy.logp) if length_normalize else self.sum(self.policy.logp)
 
+    def log_complement(self) -> Tensor:
+        """log(1 − e^S), the log-probability of any other response. float64 [B].
+
+        Whatever isn't this response leaves it at exactly one token: 1 − e^S = Σ_t (1 − p_t) Π_{u<t} p_u. So it is right
+        to the last digit also where S rounds to 0. −∞, without gradient, where every p is 1 and where there are no
+        tokens.
+        """
+        logp, rest = self.policy.logp.double(), torch.nn.functional.logsigmoid(-self.policy.log_odds.double())
+        layout, counts = self.layout, rest > -torch.inf
+        if layout.mask is not None:
+            logp, counts = torch.where(layout.mask, logp, 0.0), counts & layout.mask
+        width = len(logp) // max(layout.responses, 1)
+        lengths = torch.full_like(layout.tokens, width) if layout.lengths is None else layout.lengths
+        upto = logp.cumsum(0)
+        start = torch.nn.functional.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
+        left = torch.where(counts, upto - logp - repeat(start, lengths, logp) + rest, -torch.inf)
+        most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf)
+        known = most > -torch.inf
+        most = torch.where(known, most, 0.0)
+        parts = torch.where(counts, left - repeat(most, lengths, logp), -torch.inf).exp()
+        total = torch.where(known, sum_of_each(parts, lengths), 1.0)
+        return torch.where(known, most + total.log(), -torch.inf)
+
     def log_ratios(self, length_normalize: bool = False) -> Tensor:
         """Δ = Σ log π_θ − Σ log π_ref, or that per token. float64 [B]."""
         if self.ref_sums is None:
@@ -125,6 +148,11 @@ def sum_of_each(values: Tensor, lengths: Tensor) -> Tensor:
     if not len(lengths):
         return values.sum().expand(0)
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
+
+
+def repeat(per_response: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+    """Each response's value at all its positions. [B], [B], [P] → [P]"""
+    return torch.repeat_interleave(per_response, lengths, output_size=len(like))
 
 
 def tokens_of_each(mask: Tensor, lengths: Tensor) -> Tensor:

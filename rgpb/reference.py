@@ -322,7 +322,10 @@ def cpo(
     lam: float = 1.0,
     length_normalize: bool = False,
 ) -> Tensor:
-    """−log σ(β(S_w − S_l) − γ) − λ S̄_w, or S̄ in the first term as MC-PO Table 5; Xu et al. 2024."""
+    """−log σ(β(S_w − S_l) − γ) − λ S̄_w, or S̄ in both terms. Xu et al. 2024.
+
+    MC-PO Table 5 has the second form, with λβ for λ.
+    """
     margin = beta * (w.logp(length_normalize) - l.logp(length_normalize)) - gamma
     return -F.logsigmoid(margin) - lam * w.logp(True)
 
@@ -347,7 +350,7 @@ def rdpo(w: Response, l: Response, *, beta: float = 0.1, alpha: float = 0.01) ->
 
 @partial(Loss, unit="pair", ref=True)
 def rpo(w: Response, l: Response, *, beta: float = 0.1, lam: float = 1.0) -> Tensor:
-    """−log σ(β(Δ_w − Δ_l)) − λ S̄_w. MC-PO Table 5; Liu et al. 2024."""
+    """−log σ(β(Δ_w − Δ_l)) − λ S̄_w. Pang et al. 2024; MC-PO Table 5 prints Δ_w for S̄_w."""
     return -F.logsigmoid(beta * (w.log_ratio() - l.log_ratio())) - lam * w.logp(True)
 
 
@@ -386,7 +389,10 @@ def apo_down(w: Response, l: Response, *, beta: float = 0.1) -> Tensor:
 
 @partial(Loss, unit="batch", ref=True, label=True)
 def bco(responses: list[Response], *, beta: float = 0.1, delta: float | None = None) -> Tensor:
-    """−log σ(label · (βΔ − δ)), δ the detached mean of βΔ over the batch unless given. Jung et al. 2024. [B]"""
+    """−log σ(label · (βΔ − δ)), δ the detached mean of βΔ over the batch unless given. Jung et al. 2024. [B]
+
+    MC-PO Table 5 prints −βΔ − δ for the rejected, where the label's sign belongs to δ, too.
+    """
     rewards, label = _rewards(responses, beta), _labels(responses)
     shift = rewards.detach().mean() if delta is None else delta
     return -F.logsigmoid(label * (rewards - shift))

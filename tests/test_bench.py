@@ -194,8 +194,8 @@ def test_bench_writes_and_renders(tmp_path, capsys):
         content["provenance"]
     )
     rows = [report.Row(**row) for row in content["rows"]]
-    # per case: 3 losses × (3 floors, 2 naive, 3 fused), log-prob: floor, naive, fused
-    assert len(rows) == 4 * (3 * 8 + 3)
+    # per case: 4 losses × (3 floors, 2 naive, 3 fused), log-prob: floor, naive, fused
+    assert len(rows) == 4 * (4 * 8 + 3)
     assert {row.status for row in rows} == {"ok"}
     for row in rows:
         assert row.seconds_20 <= row.seconds <= row.seconds_80

@@ -374,7 +374,7 @@ def confident(margin, dtype):
 
 
 @pytest.mark.parametrize("margin", [0.0, 8.0, 17.0, 40.0, 80.0, 1e4])
-@pytest.mark.parametrize("name", ["bnf", "unlikelihood", "dpo", "exmate"])
+@pytest.mark.parametrize("name", ["bnf", "unlikelihood", "sequence_unlikelihood", "orpo", "dpo", "exmate"])
 def test_confident_tokens(name, margin):
     """p → 1: log(1 − p) down to −1e4, where a float32 log p knows nothing of it."""
     hidden, weight, target = confident(margin, torch.float32)
@@ -388,6 +388,10 @@ def test_confident_tokens(name, margin):
     loss = fused_loss(hidden, weight, target, objective=name, **ours)
     gradients = torch.autograd.grad(loss, [hidden, weight])
     exact, exact_gradients = oracle_in(torch.float64, name, hidden, LMHead(weight), target, oracle)
+    assert all(g.isfinite().all() for g in (loss, *gradients))
+    if name == "orpo" and margin > 700:  # float64 itself has no e⁻⁷⁴⁶ for the oracle's odds; here they are equal
+        torch.testing.assert_close(loss.double(), 0.1 * exact.new_tensor(2).log())
+        return
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
     for gradient, truth in zip(gradients, exact_gradients):
         size = max(

@@ -14,7 +14,6 @@ from rgpb import reference
 from rgpb.head import LMHead
 from rgpb.reference import LOSSES, bnf, bnf_as_printed, dynamic_target, token_scores
 
-NEEDS_REF = {"bnf", "dpo", "ipo"}
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
@@ -38,9 +37,17 @@ def batch(seed=0, b=4, t=5, h=6, v=11, dtype=torch.float64):
 
 
 def extras(name, ref_logits):
-    """The reference and labels that the loss of this name asks for."""
-    given = {"ref_logits": ref_logits} if name in NEEDS_REF else {}
-    return given | ({"label": torch.tensor([True, False, True, False])} if name == "bnf" else {})
+    """What the loss of this name asks for beside four responses: reference, labels, or two groups."""
+    loss = LOSSES[name]
+    given = {
+        "ref_logits": (loss.needs_ref, ref_logits),
+        "label": (loss.needs_label, torch.tensor([True, False, True, False])),
+        "group_size": (loss.unit == "group", 2),
+        "rewards": (loss.needs_rewards, torch.tensor([[1.0, 0.0], [0.0, 1.0]])),
+        "drawn": (loss.needs_drawn, [[1], [1]]),
+        "delta": (name == "slic", 99.0),  # so that the hinge isn't flat
+    }
+    return {argument: value for argument, (needed, value) in given.items() if needed}
 
 
 # Chosen: tokens of probability ½ and ¼, under the reference ¼ and ½; the third position is masked.
@@ -80,9 +87,198 @@ def log_sigmoid(x):
     ],
 )
 def test_by_hand(name, options, expected):
-    ref = {"ref": REF} if name in NEEDS_REF else {}
+    ref = {"ref": REF} if LOSSES[name].needs_ref else {}
     loss = LOSSES[name](HIDDEN, eye(), TARGET, **ref, **options)
-    assert loss.item() == pytest.approx(expected, abs=1e-14)
+    assert loss.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+
+
+# For Δ_w = log 2 and Δ_l = −log 4, so Δ_w − Δ_l = log 8
+REF_HALF = torch.tensor([[0.125, 0.5, 9.0], [0.5, 0.5, 0.25]], dtype=torch.float64).log()
+LOG2 = math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("sequence_unlikelihood", {}, math.log(8) - math.log(63 / 64)),
+        ("sequence_unlikelihood", {"alpha": 0.3}, math.log(8) - 0.3 * math.log(63 / 64)),
+        ("sequence_unlikelihood", {"length_normalize": True}, math.log(8) / 2 - math.log(3 / 4)),  # e^{S̄_l} is ¼
+        ("slic", {}, 0.0),  # 1 − log 8 is negative
+        ("slic", {"delta": 3.0}, 3 - math.log(8)),
+        ("slic", {"delta": 2.0, "lam": 0.5}, math.log(8) / 4),
+        ("cpo", {}, -log_sigmoid(0.1 * math.log(8)) + math.log(8) / 2),
+        ("cpo", {"beta": 1.0, "gamma": LOG2, "lam": 0.5}, math.log(5 / 4) + math.log(8) / 4),  # σ(log 8 − log 2) = 4/5
+        ("cpo", {"beta": 2.0, "lam": 0.0, "length_normalize": True}, math.log(3 / 2)),  # S̄_w − S̄_l = ½ log 2
+        ("orpo", {}, math.log(8) / 2 - 0.1 * math.log(3 / (2 + 8**0.5))),  # odds 1/(√8 − 1) and ⅓
+        ("orpo", {"lam": 2.0}, math.log(8) / 2 - 2 * math.log(3 / (2 + 8**0.5))),
+        ("rdpo", {}, -log_sigmoid(0.1 * math.log(8) + 0.01)),
+        ("rdpo", {"beta": 1.0, "alpha": -LOG2}, math.log(5 / 4)),
+        ("rpo", {}, -log_sigmoid(0.1 * math.log(8)) + math.log(8) / 2),
+        ("rpo", {"beta": 1.0, "lam": 0.5}, math.log(9 / 8) + math.log(8) / 4),
+        ("exo", {"beta": 1 / 3, "epsilon": 0.25}, 2 / 3 * math.log(8 / 9) + 1 / 3 * math.log(4 / 3)),
+        ("exo", {"beta": 1 / 3}, 2 / 3 * math.log(2 / 3 / 0.999) + 1 / 3 * math.log(1 / 3 / 0.001)),
+        ("sppo", {}, (LOG2 - 5) ** 2 + (5 - math.log(4)) ** 2),
+        ("sppo", {"beta": 0.25}, (LOG2 - 2) ** 2 + (2 - math.log(4)) ** 2),
+        ("nca_pair", {"beta": 1.0}, math.log(3 / 2) + math.log(3) / 2 + math.log(5 / 4) / 2),
+        ("nca_pair", {}, -log_sigmoid(LOG2 / 10) - (log_sigmoid(-LOG2 / 10) + log_sigmoid(LOG2 / 5)) / 2),
+        ("apo_zero", {"beta": 1.0}, 1 / 3 + 1 / 5),
+        ("apo_zero", {"beta": 2.0}, 1 / 5 + 1 / 17),
+        ("apo_down", {"beta": 1.0}, 2 / 3 + 1 / 9),
+        ("apo_down", {"beta": 2.0}, 4 / 5 + 1 / 65),
+    ],
+)
+def test_pairs_by_hand(name, options, expected):
+    ref = {"ref": REF_HALF} if LOSSES[name].needs_ref else {}
+    loss = LOSSES[name](HIDDEN, eye(), TARGET, **ref, **options)
+    assert loss.item() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("bco", {"beta": 1.0}, [math.log1p(2**-1.5)] * 2),  # δ = −½ log 2, and both are 1.5 log 2 from it
+        ("bco", {"beta": 1.0, "delta": LOG2}, [LOG2, math.log(9 / 8)]),
+        ("bco", {}, [-log_sigmoid(0.15 * LOG2)] * 2),
+        ("kto", {"beta": 1.0}, [1 / 3, 1 / 5]),  # the mean is negative, so z₀ = 0
+        ("kto", {"beta": 1.0, "desirable_weight": 1.3, "undesirable_weight": 0.7}, [1.3 / 3, 0.7 / 5]),
+        ("kto", {"beta": 1.0, "z0": torch.tensor([[2 * LOG2, 0.0]], dtype=torch.float64)}, [1 / 2, 1 / 9]),
+        ("kto", {"beta": 1.0, "z0": torch.tensor([-2 * LOG2, 0.0], dtype=torch.float64)}, [1 / 3, 1 / 5]),
+        ("kto", {"beta": 1.0, "z0": -LOG2}, [1 / 5, 1 / 3]),
+        ("kto", {"beta": 2.0, "z0": LOG2}, [1 / 2, 1 / 65]),
+    ],
+)
+def test_unpaired_by_hand(name, options, expected):
+    """An empty third response counts neither in the mean nor in its value."""
+    hidden = torch.cat([HIDDEN, torch.full_like(HIDDEN[:1], math.nan)])
+    target = torch.cat([TARGET, torch.full_like(TARGET[:1], -100)])
+    ref = torch.cat([REF_HALF, torch.full_like(REF[:1], math.nan)])
+    values = LOSSES[name](hidden, eye(), target, ref=ref, label=torch.tensor([1, -1, 1]), reduction="none", **options)
+    assert values.tolist() == pytest.approx([*expected, 0.0], abs=1e-14)
+
+
+@pytest.mark.parametrize("name", ["bco", "kto"])
+def test_shift_is_detached(name):
+    """Two responses to one token, one label: ∂L/∂Δ is that of the formula with the shift as a constant."""
+    p = torch.tensor([[[0.5, 0.5]], [[0.8, 0.2]]], dtype=torch.float64)
+    hidden = p.log().requires_grad_()
+    ref = torch.full((2, 1), math.log(0.4), dtype=torch.float64)
+    target = torch.zeros(2, 1, dtype=torch.int64)
+    LOSSES[name](hidden, eye(2), target, ref=ref, label=torch.ones(2), beta=1.0, reduction="sum").backward()
+    shift = (math.log(5 / 4) + math.log(2)) / 2
+    for i, (delta, p_y) in enumerate(((math.log(5 / 4), 0.5), (math.log(2), 0.8))):
+        q = 1 / (1 + math.exp(shift - delta))
+        slope = q - 1 if name == "bco" else -q * (1 - q)
+        assert hidden.grad[i, 0].tolist() == pytest.approx([slope * (1 - p_y), -slope * (1 - p_y)], abs=1e-14)
+
+
+# Two groups of one-token responses, Δ = log 2, 0 and −log 2; in the first an empty response stands between them.
+# In the second the fourth repeats the first.
+GROUP_P = [0.5, 0.25, 0.9, 0.125, 0.5, 0.25, 0.125, 0.5]
+GROUP_HIDDEN = torch.tensor([[[p, 1 - p]] for p in GROUP_P], dtype=torch.float64).log()
+GROUP_TARGET = torch.tensor([0, 0, -100, 0, 0, 0, 0, 0])[:, None]
+GROUP_REF = torch.full((8, 1), math.log(0.25), dtype=torch.float64)
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rewards", "expected"),
+    [
+        # softmax(r) = (2, 4, 1)/7 and softmax(βΔ) = (4, 2, 1)/7; then uniform over (4, 2, 1, 4)/11
+        ("infonca", {"beta": 1.0}, [LOG2, 2 * LOG2, NAN, 0.0, 0.0, 0.0, 0.0, 0.0],
+         [-(2 * math.log(4 / 7) + 4 * math.log(2 / 7) + math.log(1 / 7)) / 7, math.log(11) - 5 / 4 * LOG2]),
+        ("infonca", {"beta": 1.0, "tau": 0.5}, [LOG2 / 2, LOG2, NAN, 0.0, 0.0, 0.0, 0.0, 0.0],
+         [-(2 * math.log(4 / 7) + 4 * math.log(2 / 7) + math.log(1 / 7)) / 7, math.log(11) - 5 / 4 * LOG2]),
+        # σ(βΔ) = (2/3, 1/2, 1/3)
+        ("nca", {"beta": 1.0}, [LOG2, 2 * LOG2, NAN, 0.0, 5.0, 5.0, 5.0, 5.0],
+         [(2 * math.log(3 / 2) + 4 * LOG2 + math.log(3)) / 7 + math.log(9) / 3,
+          (math.log(27 / 2) + math.log(27)) / 4]),
+        ("nca", {"beta": 1.0, "tau": 0.5}, [LOG2 / 2, LOG2, NAN, 0.0, 5.0, 5.0, 5.0, 5.0],
+         [(2 * math.log(3 / 2) + 4 * LOG2 + math.log(3)) / 7 + math.log(9) / 3,
+          (math.log(27 / 2) + math.log(27)) / 4]),
+        # d = (0, 1, −1): Y+ is the second; weights 2, 1·2, ½·2. Then no positive
+        ("swepo", {"beta": 1.0, "alpha": LOG2}, [1.0, 2.0, NAN, 0.0, 3.0, 3.0, 3.0, 3.0], [math.log(5 / 2), 0.0]),
+        ("swepo", {"beta": 1.0, "p": 0}, [1.0, 2.0, NAN, 0.0, 3.0, 3.0, 3.0, 3.0], [math.log(7 / 2), 0.0]),
+        # d = (1, 1, −2), weights 4, 2, ½·4 or ½·16; then d = (−½, −½, −½, 1½), weights 2·√2, √2, ½·√2, 2·√8
+        ("swepo", {"beta": 1.0, "alpha": LOG2, "p": 1}, [3.0, 3.0, NAN, 0.0, 0.0, 0.0, 0.0, 2.0],
+         [math.log(8 / 6), math.log(7.5 / 4)]),
+        ("swepo", {"beta": 1.0, "alpha": LOG2}, [3.0, 3.0, NAN, 0.0, 0.0, 0.0, 0.0, 0.0], [math.log(14 / 6), 0.0]),
+        ("swepo", {"beta": 1.0, "alpha": LOG2, "p": 1, "mode": "one_vs_all"},
+         [3.0, 3.0, NAN, 0.0, 1.0, 1.0, 1.0, 1.0], [math.log(8 / 4), 0.0]),
+        ("rnce", {"beta": 1.0}, None, [math.log(7 / 4), math.log(11 / 4)]),
+        ("rnce", {"beta": 2.0}, None, [math.log(21 / 16), math.log(37 / 16)]),
+        # the best is the second: σ = 1/3 and 2/3 against the others, and 4/5 for (first, last)
+        ("multi_dpo", {"beta": 1.0}, [1.0, 2.0, NAN, 0.0, 3.0, 3.0, 3.0, 3.0], [-math.log(2 / 9) / 2, 0.0]),
+        ("multi_dpo", {"beta": 1.0, "pairing": "all"}, [1.0, 2.0, NAN, 0.0, 3.0, 0.0, 3.0, 3.0],
+         [-math.log(8 / 45) / 3, -math.log(2 / 3 * 1 / 3 * 2 / 3) / 3]),
+        ("multi_dpo", {"beta": 1.0, "label_smoothing": 0.25}, [1.0, 0.0, NAN, 1.0, 3.0, 3.0, 3.0, 3.0],
+         [-0.75 * math.log(2 / 3) - 0.25 * math.log(1 / 3), 0.0]),
+    ],
+)  # fmt: skip
+def test_groups_by_hand(name, options, rewards, expected):
+    given = {} if rewards is None else {"rewards": torch.tensor(rewards, dtype=torch.float64).view(2, 4)}
+    values = LOSSES[name](
+        GROUP_HIDDEN, eye(2), GROUP_TARGET, ref=GROUP_REF, group_size=4, reduction="none", **given, **options
+    )
+    assert values.tolist() == pytest.approx(expected, rel=1e-14, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        ([[1], [2]], [math.log(3 / 2), math.log(5 / 4)]),
+        ([[3], [3]], [math.log(5 / 4), math.log(2)]),
+        ([[1, 3], [1, 3]], [math.log(7 / 4), math.log(5 / 2)]),
+        ([[2], []], [0.0, 0.0]),  # an empty response, and nothing drawn: y₀ alone
+    ],
+)
+def test_mc_po_by_hand(drawn, expected):
+    given = {"ref": GROUP_REF, "group_size": 4, "drawn": drawn, "beta": 1.0, "reduction": "none"}
+    assert LOSSES["mc_po"](GROUP_HIDDEN, eye(2), GROUP_TARGET, **given).tolist() == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", ["rnce", "mc_po", "swepo", "multi_dpo"])
+def test_group_without_contrast(name):
+    """An empty y₀, or equal rewards: exactly 0, and no gradient from this group."""
+    target = GROUP_TARGET.clone()
+    given = {"rewards": torch.tensor([[1.0] * 4, [0.0, 1.0, 2.0, 3.0]])}
+    if name in ("rnce", "mc_po"):
+        target[0] = -100
+        given = {"drawn": [[1, 3], [1, 2]]} if name == "mc_po" else {}
+    hidden = GROUP_HIDDEN.clone().requires_grad_()
+    values = LOSSES[name](hidden, eye(2), target, ref=GROUP_REF, group_size=4, reduction="none", **given)
+    values.sum().backward()
+    assert values[0].item() == 0.0
+    assert values[1].item() > 0
+    assert not hidden.grad[:4].any()
+    assert hidden.grad[4:7].all()
+
+
+@pytest.mark.parametrize("length_normalize", [True, False])
+def test_complement_of_a_nearly_certain_response(length_normalize):
+    """Two tokens of odds e^40 : 1, where S rounds to 0: 1 − e^S is 2e⁻⁴⁰, and half that for S̄."""
+    hidden = torch.tensor([[[0.0, 0.0]] * 2, [[40.0, 0.0]] * 2], dtype=torch.float64, requires_grad=True)
+    target = torch.zeros(2, 2, dtype=torch.int64)
+    loss = LOSSES["sequence_unlikelihood"](hidden, eye(2), target, length_normalize=length_normalize)
+    rejected = math.log(2) * (not length_normalize) - 40
+    assert loss.item() == pytest.approx(math.log(2) * (1 if length_normalize else 2) - rejected, rel=1e-14)
+    loss.backward()
+    # d log(1 − e^S)/dz = −e^S (1 − p)/(1 − e^S), to be multiplied by n⁻¹ for S̄: ½ per token either way
+    assert hidden.grad[1].flatten().tolist() == pytest.approx([0.5, -0.5] * 2, rel=1e-12)
+    odds = LOSSES["orpo"](hidden, eye(2), target, lam=1.0)  # log odds 0 and 40
+    assert odds.item() == pytest.approx(math.log(2) + 40, rel=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 3000.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite(name, scale):
+    """Up to tokens whose probability underflows or rounds to 1."""
+    hidden, weight, target, ref_logits = batch()
+    hidden = (scale * hidden).requires_grad_()
+    loss = LOSSES[name](hidden, weight, target, **extras(name, ref_logits))
+    loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
+    assert hidden.grad.any() or scale > 1, "at first nothing is saturated"
 
 
 @pytest.mark.parametrize("name", ["bnf", "bnf_as_printed"])
@@ -226,7 +422,7 @@ def test_packed_equals_padded(name):
         )
         values.sum().backward()
         results.append((values.detach(), w.grad))
-    assert len(results[0][0]) == (4 if name in ("mle", "bnf") else 2)
+    assert len(results[0][0]) == (2 if LOSSES[name].unit in ("pair", "group") else 4)
     assert results[0][1].abs().sum() > 0
     for padded, packed in zip(*results):
         torch.testing.assert_close(packed, padded, **EXACT)
@@ -242,7 +438,9 @@ def test_no_token(name):
     assert loss.item() == 0.0
     assert not hidden.grad.any()
 
-    target[0] = -100  # pair 0 is responses 0 and 2, both empty now
+    target[0] = -100  # pair 0 is responses 0 and 2, both empty now; so is group 0 once they are neighbours
+    if LOSSES[name].unit == "group":
+        hidden, target, ref_logits = (x[[0, 2, 1, 3]] for x in (hidden, target, ref_logits))
     values = LOSSES[name](hidden, weight, target, **extras(name, ref_logits), reduction="none")
     assert values[0].item() == 0.0
     assert values[1].item() != 0.0
@@ -252,10 +450,11 @@ def test_no_token(name):
 
 
 def test_half_empty_pair():
-    """An empty rejected response has log π = 0: ExMATE adds β · e⁰, the others nothing."""
+    """An empty rejected response has log π = 0: ExMATE adds β · e⁰, these others nothing."""
     target = torch.tensor([[0, 0, -100], [-100] * 3])
     nll = -S_W / 2
-    for name, expected in {"nll_pll": nll, "unlikelihood": nll, "exmate": nll + 1}.items():
+    nothing_added = dict.fromkeys(("nll_pll", "unlikelihood", "orpo"), nll)
+    for name, expected in (nothing_added | {"sequence_unlikelihood": 2 * nll, "exmate": nll + 1}).items():
         assert LOSSES[name](HIDDEN, eye(), target).item() == pytest.approx(expected, abs=1e-14)
 
 
@@ -273,6 +472,33 @@ def test_half_empty_pair():
         ("mle", {"cu_seqlens": torch.tensor([0, 2])}, r"target: expected \[N\] beside cu_seqlens"),
         ("mle", {"head": eye().float()}, "hidden: expected the head's torch.float32, got torch.float64"),
         ("simpo", {"hidden": HIDDEN[:1], "target": TARGET[:1]}, "target: expected chosen and rejected"),
+        ("kto", {"ref": REF}, r"label: expected labels \[B\] for kto, got None"),
+        ("mle", {"group_size": 2}, "group_size: expected None for mle, got 2"),
+        ("dpo", {"ref": REF, "rewards": REF}, "rewards: expected None for dpo, got"),
+        ("rnce", {"ref": REF}, "group_size: expected the size K of a group for rnce, got None"),
+        ("rnce", {"ref": REF, "group_size": 3}, "group_size: expected a divisor of the 2 responses, got 3"),
+        ("rnce", {"ref": REF, "group_size": 0}, "group_size: expected a divisor of the 2 responses, got 0"),
+        ("rnce", {"ref": REF, "group_size": 2, "rewards": REF}, "rewards: expected None for rnce, got"),
+        ("nca", {"ref": REF, "group_size": 2}, r"rewards: expected rewards \[G, K\] for nca, got None"),
+        ("nca", {"ref": REF, "group_size": 2, "rewards": torch.zeros(2)}, r"expected \[G, K\] = \[1, 2\], got \[2\]"),
+        (
+            "nca",
+            {"ref": REF, "group_size": 2, "rewards": torch.tensor([[0.0, math.nan]])},
+            "rewards: expected finite values where a response has tokens",
+        ),
+        (
+            "swepo",
+            {"ref": REF, "group_size": 2, "rewards": torch.zeros(1, 2), "mode": "best"},
+            "mode: expected 'above_mean' or 'one_vs_all', got 'best'",
+        ),
+        (
+            "multi_dpo",
+            {"ref": REF, "group_size": 2, "rewards": torch.zeros(1, 2), "pairing": "worst"},
+            "pairing: expected 'best' or 'all', got 'worst'",
+        ),
+        ("mc_po", {"ref": REF, "group_size": 2}, "drawn: expected the drawn rows of each group for mc_po, got None"),
+        ("mc_po", {"ref": REF, "group_size": 2, "drawn": [[0]]}, "drawn: expected rows 1 … 1 for each of 1 groups"),
+        ("mc_po", {"ref": REF, "group_size": 2, "drawn": [[1], [1]]}, "drawn: expected rows 1 … 1 for each of 1"),
     ],
 )
 def test_bad_input(name, change, message):

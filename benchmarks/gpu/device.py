@@ -182,7 +182,9 @@ def light_batch(shape: Shape, device: str) -> Batch:
     target = torch.randint(vocab, hidden.shape[:2], **more)
     ref = -20 * torch.rand(hidden.shape[:2], **more) - 1e-3
     label = 1.0 - 2 * (torch.arange(len(target), device=device) % 2)
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, ref.new_zeros(0))
+    return Batch(
+        hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, ref.new_zeros(0, 2), ref.new_zeros(0)
+    )
 
 
 # -- certified skipping ------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def peaked_batch(shape: Shape, device: str, seed: int = 0) -> Batch:
     logp = torch.cat(found).view(target.shape)
     ref = (logp + 0.3 * normal(*target.shape)).clamp(max=-1e-3).float()
     label = 1.0 - 2 * (torch.arange(len(target), device=device) % 2)
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, logp)
+    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, ref.new_zeros(0, 2), logp)
 
 
 class Peaked:

@@ -9,7 +9,7 @@ Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V voc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,7 @@ class Batch(NamedTuple):
         target: int64 [B, T].
         label: float32 [B], ±1.
         ref: float32 [B, T], log π_ref of the targets: the policy's own, perturbed; BNF's ratio is capped for some.
+        rewards: float64 [G, K] of groups of four, or two, responses.
         logp: float64 [B, T], the exact log-probabilities of the targets.
     """
 
@@ -66,6 +67,7 @@ class Batch(NamedTuple):
     target: Tensor
     label: Tensor
     ref: Tensor
+    rewards: Tensor
     logp: Tensor
 
 
@@ -122,7 +124,9 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> 
     logp = logp.view(target.shape)
     ref = (logp + 0.3 * normal(*target.shape)).clamp(max=-1e-3).float()
     label = 1.0 - 2 * (torch.arange(len(target), device=device) % 2)
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, logp)
+    rewards = torch.linspace(0, 7, len(target), dtype=torch.float64, device=device).sin()
+    rewards = rewards.view(-1, 4 if len(target) % 4 == 0 else 2)
+    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, rewards, logp)
 
 
 # -- naive PyTorch -----------------------------------------------------------------------------------------------------
@@ -149,7 +153,20 @@ def naive_mle(log_p: Tensor, batch: Batch) -> Tensor:
     return -_at(log_p, batch.target).mean(-1).mean()
 
 
-NAIVE: dict[str, Callable[[Tensor, Batch], Tensor]] = {"bnf": naive_bnf, "dpo": naive_dpo, "mle": naive_mle}
+def naive_swepo(log_p: Tensor, batch: Batch) -> Tensor:
+    """SWEPO Eq. 9–11 with β = 0.1, α = 1, p = 2; the responses of a group are consecutive. log_p [B, T, V]."""
+    deviation = batch.rewards - batch.rewards.mean(1, keepdim=True)
+    score = 0.1 * (_at(log_p, batch.target) - batch.ref).sum(-1).view_as(deviation) + deviation**2
+    positive = score.masked_fill(deviation <= 0, -torch.inf)
+    return (score.logsumexp(1) - positive.logsumexp(1)).mean()
+
+
+NAIVE: dict[str, Callable[[Tensor, Batch], Tensor]] = {
+    "bnf": naive_bnf,
+    "dpo": naive_dpo,
+    "swepo": naive_swepo,
+    "mle": naive_mle,
+}
 
 
 def _at(log_p: Tensor, target: Tensor) -> Tensor:
@@ -209,8 +226,8 @@ def fused(batch: Batch, loss: str, path: str, impl: str, workspace: int) -> Cont
             return Result(linear_logprob(hidden, weight, batch.target, impl=impl, workspace=workspace).logp, ())
         label, ref = batch.label if spec.label else None, None if spec.ref is None else batch.ref
         value = fused_loss(
-            hidden, weight, batch.target, objective=loss, label=label, ref=ref, reduction=reduction, impl=impl,
-            workspace=workspace,
+            hidden, weight, batch.target, objective=loss, label=label, ref=ref,
+            rewards=batch.rewards if spec.rewards else None, reduction=reduction, impl=impl, workspace=workspace,
         )  # fmt: skip
         return _with_gradients(value.mean(), hidden, weight)
 
@@ -248,20 +265,24 @@ class Floor:
 
 
 def exact(batch: Batch, loss: str, weight_grad: bool) -> Result:
-    """The oracle's loss and gradients in float64, one response or pair at a time: at most 256 rows of logits."""
+    """The oracle's loss and gradients in float64, one response, pair or group at a time: at most 512 rows of logits."""
     if loss == LOG_PROB:
         return Result(batch.logp, ())
     formula = reference.LOSSES[loss]
     hidden, weight = batch.hidden.detach().double(), batch.weight.detach().double().requires_grad_(weight_grad)
     value, dhidden, dweight = batch.logp.new_zeros(()), torch.zeros_like(hidden), torch.zeros_like(weight)
-    units = len(hidden) // 2 if formula.pair else len(hidden)
+    size = batch.rewards.shape[1] if formula.unit == "group" else 2 if formula.unit == "pair" else 1
+    units = len(hidden) // size
     for unit in range(units):
-        places = [unit, unit + units] if formula.pair else [unit]
+        places = [unit * size + k if formula.unit == "group" else unit + units * k for k in range(size)]
+        of_group: dict[str, Any] = {}
+        if formula.unit == "group":
+            of_group = {"rewards": batch.rewards[unit : unit + 1], "group_size": size}
         x = hidden[places].requires_grad_()
         ref, label = (x[places] if needed else None for x, needed in (
             (batch.ref, formula.needs_ref), (batch.label, formula.needs_label),
         ))  # fmt: skip
-        part = formula(x, weight, batch.target[places], ref=ref, label=label) / units
+        part = formula(x, weight, batch.target[places], ref=ref, label=label, **of_group) / units
         dhidden[places], *more = torch.autograd.grad(part, [x, weight] if weight_grad else [x])
         value += part.detach()
         if more:

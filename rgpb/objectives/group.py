@@ -20,7 +20,7 @@ from rgpb.objectives.registry import best, objective
 # Scores of those that take no part: e^ABSENT is 0, and no gradient through it is NaN.
 ABSENT = -1e30
 # Rewards this close to their mean, relative to the largest, are at the mean: float32 rounding isn't a preference.
-EQUAL = 1e-6
+EQUAL = 2**-23
 SAMPLERS = ("mc", "max", "min", "random")
 MODES = ("above_mean", "one_vs_all")
 

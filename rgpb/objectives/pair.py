@@ -64,9 +64,10 @@ def sequence_unlikelihood(responses: Responses, *, alpha: float = 1.0, length_no
     Tuan & Wang 2024, Eq. 5, with the probabilities of whole responses; Welleck et al. 2020. A rejected response without
     tokens adds nothing.
     """
-    chosen, rejected = pairs(responses.logps(length_normalize))
+    chosen, _ = pairs(responses.logps(length_normalize))
+    _, others = pairs(mean_complement(responses) if length_normalize else responses.log_complement())
     _, there = pairs(responses.present)
-    return -chosen - alpha * torch.where(there, log1mexp(torch.where(there, rejected, -1.0)), 0.0)
+    return -chosen - alpha * torch.where(there, others, 0.0)
 
 
 @objective(couples="pair")
@@ -102,13 +103,10 @@ def orpo(responses: Responses, *, lam: float = 0.1) -> Tensor:
 
     Hong et al. 2024, Eq. 6–7. A pair of which one response has no token has no odds ratio: its second term is 0.
     """
-    means = responses.logps(length_normalize=True)
-    there = pairs(responses.present)
+    means, there = responses.logps(length_normalize=True), pairs(responses.present)
+    chosen, rejected = pairs((means - mean_complement(responses)).clamp(max=1e30))  # finite also where both are certain
     both = there[0] & there[1]
-    chosen, rejected = (torch.where(both, mean, -1.0) for mean in pairs(means))
-    # finite also where both are certain
-    ratio = (chosen - log1mexp(chosen)).clamp(max=1e30) - (rejected - log1mexp(rejected)).clamp(max=1e30)
-    return -pairs(means)[0] - lam * torch.where(both, F.logsigmoid(ratio), 0.0)
+    return -pairs(means)[0] - lam * torch.where(both, F.logsigmoid(chosen - rejected), 0.0)
 
 
 @objective(couples="pair", ref="sums")
@@ -189,10 +187,11 @@ def mean_chosen(responses: Responses) -> Tensor:
     return pairs(responses.logps(length_normalize=True))[0]
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 − e^x) for x ≤ 0, each branch where it is exact; −∞ without gradient at 0."""
-    near, far = (x > -math.log(2)) & (x < 0), x <= -math.log(2)
-    value = torch.where(
-        near, torch.log(-torch.expm1(torch.where(near, x, -0.1))), torch.log1p(-torch.exp(torch.where(far, x, -1.0)))
-    )
-    return torch.where(x < 0, value, -torch.inf)
+def mean_complement(responses: Responses) -> Tensor:
+    """log(1 − e^S̄), right also where S rounds to 0. −∞ where that is so of every token. float64 [B]"""
+    whole = responses.log_complement()  # log(1 − e^S)
+    certain = whole < -40  # then 1 − e^S̄ is (1 − e^S) / n to the last digit
+    likely = (whole < -math.log(2)) & ~certain
+    total = torch.where(likely, torch.log1p(-torch.where(likely, whole, -1.0).exp()), responses.logps())
+    mean = torch.where(certain, -1.0, total / responses.n)
+    return torch.where(certain, whole - responses.n.log(), torch.log(-torch.expm1(mean)))
