@@ -374,17 +374,12 @@ def confident(margin, dtype):
 
 
 @pytest.mark.parametrize("margin", [0.0, 8.0, 17.0, 40.0, 80.0, 1e4])
-@pytest.mark.parametrize("name", ["bnf", "unlikelihood", "sequence_unlikelihood", "orpo", "dpo", "exmate"])
+@pytest.mark.parametrize("name", sorted(reference.LOSSES))
 def test_confident_tokens(name, margin):
     """p → 1: log(1 − p) down to −1e4, where a float32 log p knows nothing of it."""
     hidden, weight, target = confident(margin, torch.float32)
-    spec = OBJECTIVES[name]
     ref_logits = reference.logits(hidden.detach().double() * 0.9, weight.detach().double())
-    ours, oracle = {}, {}
-    if spec.ref:
-        ours["ref"], oracle["ref_logits"] = ref_scores(ref_logits, target), ref_logits
-    if spec.label:
-        ours["label"] = oracle["label"] = torch.tensor([1, -1])
+    ours, oracle = arguments(name, ref_logits, target)
     loss = fused_loss(hidden, weight, target, objective=name, **ours)
     gradients = torch.autograd.grad(loss, [hidden, weight])
     exact, exact_gradients = oracle_in(torch.float64, name, hidden, LMHead(weight), target, oracle)
@@ -394,12 +389,11 @@ def test_confident_tokens(name, margin):
         return
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
     for gradient, truth in zip(gradients, exact_gradients):
-        # what cancels between the pair: 1 − p; for the odds ratio λ itself
-        cancels = 0.1 if name == "orpo" else 1 / (1 + math.exp(min(margin, 700)))
-        size = max(truth.abs().max().item(), cancels)
-        torch.testing.assert_close(
-            gradient.double(), truth, rtol=1e-4, atol=1e-6 * size + 1e-16
-        )  # 1e-16: the oracle's own p − f
+        # what cancels between the responses: a coefficient (1 / β of sppo) times 1 − p, or for the odds ratio λ itself
+        cancels = 0.1 if name == "orpo" else (10 if name == "sppo" else 1) / (1 + math.exp(min(margin, 700)))
+        size = max(truth.abs().max().item(), cancels * hidden.abs().max().item())
+        # the oracle's own p − onehot is off by 1e-16 for each token
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-6 * size + 1e-15)
 
 
 def test_log_odds_of_a_saturated_token_are_exact():
