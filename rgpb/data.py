@@ -352,6 +352,7 @@ class Response(NamedTuple):
         label: preferred or not.
         ref: log p and log-odds of the completion's tokens under the reference, float32 [n − prompt] each, or None.
         reward: of a response of a group, higher is better; else None.
+        mismatch: the same prompt with the completion of another one, where the objective wants that; else None.
     """
 
     tokens: Tensor
@@ -359,6 +360,7 @@ class Response(NamedTuple):
     label: bool
     ref: tuple[Tensor, Tensor] | None
     reward: float | None = None
+    mismatch: Response | None = None
 
 
 class PreferenceDataset(Dataset[tuple[Response, ...]]):
@@ -373,6 +375,7 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         counts: what became of the rows: `rows`, `units`, `responses`, and what was left out or cut, by reason.
         ref: reference scores, or None until `with_ref`.
         rewards: float64 [U, W] of groups, else None.
+        mismatches: from `mismatched`, or None.
     """
 
     def __init__(
@@ -385,9 +388,11 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         counts: dict[str, int],
         ref: RefScores | None = None,
         rewards: Tensor | None = None,
+        mismatches: PreferenceDataset | None = None,
     ) -> None:
         self.tokens, self.starts, self.prompts = tokens, starts, prompts
-        self.units, self.labels, self.counts, self.ref, self.rewards = units, labels, counts, ref, rewards
+        self.units, self.labels, self.counts, self.ref = units, labels, counts, ref
+        self.rewards, self.mismatches = rewards, mismatches
 
     @property
     def paired(self) -> bool:
@@ -406,7 +411,8 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
                 ref = None if self.ref is None else (torch.zeros(0), torch.zeros(0))
                 made.append(Response(self.tokens[:1].long(), 1, False, ref, 0.0))
             else:
-                made.append(self.response(r, label)._replace(reward=reward))
+                mismatch = None if self.mismatches is None else self.mismatches.response(r)
+                made.append(self.response(r, label)._replace(reward=reward, mismatch=mismatch))
         return tuple(made)
 
     def response(self, r: int, label: bool = True) -> Response:
@@ -443,7 +449,39 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         left = int((self.units.unique() >= 0).sum()) - len(chosen)
         counts = {**self.counts, "units": len(chosen), "responses": len(chosen), "left out as dispreferred": left}
         every = torch.ones(len(chosen), 1, dtype=torch.bool)
-        return self._with(units=chosen[:, None], labels=every, counts=counts, rewards=None)
+        return self._with(units=chosen[:, None], labels=every, counts=counts, rewards=None, mismatches=None)
+
+    def mismatched(self, max_length: int) -> PreferenceDataset:
+        """Each response's prompt with the completion of the next response that has another prompt, [R, 1].
+
+        Raises:
+            ValueError: all prompts are the same.
+        """
+        ends = self.starts.tolist()
+        both = [
+            (tuple(self.tokens[a : a + n].tolist()), self.tokens[a + n : b].tolist())
+            for a, b, n in zip(ends, ends[1:], self.prompts.tolist())
+        ]
+        if len({prompt for prompt, _ in both}) == 1:
+            raise ValueError(
+                "data: expected responses to two prompts at least, to put completions behind other prompts; got one "
+                "(kto does without with --loss-option z0=0)"
+            )
+        following = len(both) * [0]  # the nearest response behind it with another prompt, cyclically
+        place = next(r for r in range(len(both)) if both[r][0] != both[-1][0])
+        for r in reversed(range(len(both))):
+            following[r] = place
+            if both[r][0] != both[r - 1][0]:
+                place = r
+        tokens, starts = array("i"), [0]
+        for r, (prompt, _) in enumerate(both):
+            tokens.extend([*prompt, *both[following[r]][1]][:max_length])
+            starts.append(len(tokens))
+        count, responses = {"responses": len(both)}, torch.arange(len(both))[:, None]
+        return PreferenceDataset(
+            torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts), self.prompts, responses,
+            torch.ones_like(responses, dtype=torch.bool), count,
+        )  # fmt: skip
 
     def first(self, count: int) -> PreferenceDataset:
         """The first `count` units."""
@@ -615,7 +653,8 @@ class Collator:
     Padded on the right: `input_ids`, `attention_mask`, `labels`, int64 [B, T]. Packed: `input_ids`, `labels`,
     `position_ids` [1, N] and `cu_seqlens` int32 [B + 1]. Labels are −100 on prompt and padding and not shifted. Always
     `label` bool [B]; with reference scores `ref_logp` and `ref_log_odds` float32, [B, T] or [N], aligned to the shifted
-    targets: 0 where those don't count; of groups `rewards` float64 [G, K].
+    targets: 0 where those don't count; of groups `rewards` float64 [G, K]; where responses have one, `mismatched`, such
+    a batch of their mismatches.
 
     Args:
         pad: the token that fills up padded rows.
@@ -643,6 +682,9 @@ class Collator:
                     whole[response.prompt - 1 : -1] = values
                     columns.setdefault(name, []).append(whole)
         fill = {"input_ids": self.pad, "labels": IGNORE}
+        others = [(response.mismatch,) for response in responses if response.mismatch is not None]
+        if others:
+            extra["mismatched"] = self(others)  # type: ignore[assignment]
         extra["label"] = torch.tensor([response.label for response in responses])
         lengths = torch.tensor([len(response.tokens) for response in responses])
         if not self.packing:

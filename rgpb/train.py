@@ -274,10 +274,15 @@ def train(config: TrainConfig, *, reward: online.Reward | None = None) -> dict[s
         result = _train_online(config, spec, options, folder, preferences, held_out, tokenizer, model, pad, judge)
         report.write(folder)
         return result
-    train_set = tokenise(preferences, tokenizer, **how)
-    eval_set = train_set.first(EVAL_SAMPLE)
-    if held_out is not None:
-        eval_set = tokenise(held_out, tokenizer, **how)
+
+    def tokenised(data: Preferences) -> PreferenceDataset:
+        made = tokenise(data, tokenizer, **how)
+        if any(options.get(name) is None for name in spec.mismatched):
+            made.mismatches = made.mismatched(config.max_length)
+        return made
+
+    train_set = tokenised(preferences)
+    eval_set = train_set.first(EVAL_SAMPLE) if held_out is None else tokenised(held_out)
     _check_tokens(model, config.model, (train_set, eval_set))
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
@@ -473,17 +478,19 @@ def _with_reference(
     train_set: PreferenceDataset,
     eval_set: PreferenceDataset,
 ) -> tuple[PreferenceDataset, PreferenceDataset]:
-    """Both sets with reference scores, from the cache where they are there."""
+    """Both sets, and their mismatches, with reference scores, from the cache where they are there."""
     ref = _ref_model(config) or model
     if config.ref_model is not None:
         _check_tokens(ref, config.ref_model, (train_set, eval_set))
     device = device_of(config)
     weights = weights_fingerprint(ref)
-    scored: list[PreferenceDataset] = []
-    for data in (train_set, eval_set):
-        if data.tokens is train_set.tokens and scored and scored[0].ref is not None:
-            scored.append(data.with_ref(scored[0].ref))
-            continue
+    known: dict[int, RefScores] = {}  # by the tokens' identity: the evaluation set may be a part of the training set
+
+    def scored(data: PreferenceDataset) -> PreferenceDataset:
+        if data.mismatches is not None:
+            data.mismatches = scored(data.mismatches)
+        if id(data.tokens) in known:
+            return data.with_ref(known[id(data.tokens)])
         key = hashlib.sha256(f"{weights} {data.fingerprint()} {config.bf16} {device.type}".encode()).hexdigest()[:16]
         cache = folder / f"ref-{key}.safetensors"
         if cache.exists():
@@ -499,8 +506,10 @@ def _with_reference(
                 progress=config.progress,
             )
             save_whole_file(cache, lambda path, scores=ref_scores: save_file(scores._asdict(), path))  # type: ignore[misc]
-        scored.append(data.with_ref(ref_scores))
-    return scored[0], scored[1]
+        known[id(data.tokens)] = ref_scores
+        return data.with_ref(ref_scores)
+
+    return scored(train_set), scored(eval_set)
 
 
 # -- command line ----------------------------------------------------------------------------------------------------

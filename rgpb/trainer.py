@@ -227,7 +227,7 @@ class PreferenceTrainer(Trainer):
                 return_metrics=True,
                 workspace=self.stage.config.workspace,
                 **group_arguments(spec, inputs),
-                **{**self.stage.options, **self.running},
+                **{**mismatched_ratios(model, inputs, spec, self.stage), **self.stage.options, **self.running},
             )
         good = label.sum() if spec.unit == "response" else units
         weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
@@ -304,7 +304,8 @@ class PreferenceTrainer(Trainer):
         for inputs in self.get_eval_dataloader(data):  # type: ignore[arg-type]
             batch = self._prepare_inputs(inputs)
             with self.accelerator.autocast():
-                columns = score_batch(model, batch, stage.spec, options, stage.config.workspace)
+                estimated = mismatched_ratios(model, batch, stage.spec, stage)
+                columns = score_batch(model, batch, stage.spec, {**estimated, **options}, stage.config.workspace)
             count = len(batch["label"]) // data.units.shape[1]
             # a group's responses are consecutive, a pair's half a batch apart
             grouped = data.rewards is not None
@@ -322,7 +323,23 @@ class PreferenceTrainer(Trainer):
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A batch of `Collator` without what only the objective reads."""
-    return {n: value for n, value in batch.items() if n not in ("label", "rewards", "ref_logp", "ref_log_odds")}
+    beside = ("label", "rewards", "ref_logp", "ref_log_odds", "mismatched")
+    return {name: value for name, value in batch.items() if name not in beside}
+
+
+@torch.no_grad()
+def mismatched_ratios(model: nn.Module, batch: dict[str, Any], spec: Objective, stage: Stage) -> dict[str, Tensor]:
+    """Δ [B] of a batch's mismatched completions, for the options that take it and weren't given."""
+    names = [name for name in spec.mismatched if stage.options.get(name) is None]
+    if not names or "mismatched" not in batch:
+        return {}
+    other = batch["mismatched"]
+    ref, cu_seqlens, inputs = reference_of(other), other.get("cu_seqlens"), model_inputs(other)
+    assert ref is not None  # `kto` has one
+    logp = hf.token_scores(model, inputs, workspace=stage.config.workspace).logp
+    target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(logp.shape)
+    ratio = make_layout(target, cu_seqlens, IGNORE).sum((logp - ref.logp).reshape(-1))
+    return dict.fromkeys(names, ratio)
 
 
 def group_size_of(batch: dict[str, Tensor]) -> int | None:

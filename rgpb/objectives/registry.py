@@ -59,6 +59,8 @@ class Objective(NamedTuple):
             (responses, options) → which, bool [B], from scores without gradient. The others are then left out before
             anything is differentiated.
         running: names of options that may hold a `RunningMean`; `rgpb train` keeps one for each.
+        mismatched: names of options that take Δ of completions behind prompts they don't belong to; `rgpb train` makes
+            them.
         options: the function's keyword options and their defaults; None for a function that isn't registered, whose
             options aren't checked.
     """
@@ -75,6 +77,7 @@ class Objective(NamedTuple):
     terms: Callable[..., tuple[str, Tensor] | None] | None = None
     draw: Callable[..., Tensor] | None = None
     running: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
     options: dict[str, Any] | None = None
 
 
@@ -95,13 +98,14 @@ def objective(
     terms: Callable[..., tuple[str, Tensor] | None] | None = None,
     draw: Callable[..., Tensor] | None = None,
     running: tuple[str, ...] = (),
+    mismatched: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 
     Args:
         name: default: the function's own name. Registering the same function again (a notebook cell) replaces it.
         unit: default: "pair" or "group" for `couples` of that name, else "response".
-        couples, ref, label, rewards, entropy, entropy_grad, terms, draw, running: see `Objective`.
+        couples, ref, label, rewards, entropy, entropy_grad, terms, draw, running, mismatched: see `Objective`.
 
     Raises:
         ValueError: a name that is taken or isn't an identifier, an unknown value of `couples`, `unit` or `ref`, two
@@ -139,7 +143,7 @@ def objective(
         SUMS.clear()
         OBJECTIVES[key] = Objective(
             key, function, couples, kind, ref, label, rewards, entropy or entropy_grad, entropy_grad, terms, draw,
-            running, options,
+            running, mismatched, options,
         )  # fmt: skip
         return function
 
@@ -284,6 +288,7 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
         entropy=any(spec.entropy for spec in specs),
         entropy_grad=any(spec.entropy_grad for spec in specs),
         running=tuple(f"{spec.name}.{name}" for spec in specs for name in spec.running),
+        mismatched=tuple(f"{spec.name}.{name}" for spec in specs for name in spec.mismatched),
         options=options,
     )  # fmt: skip
     SUMS[key] = made

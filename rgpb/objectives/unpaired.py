@@ -51,7 +51,7 @@ def bco(responses: Responses, *, beta: float = 0.1, delta: RunningMean | float |
     return -F.logsigmoid(_labels(responses) * (reward - _baseline("delta", delta, reward, responses)))
 
 
-@objective(couples="batch", ref="sums", label=True)
+@objective(couples="batch", ref="sums", label=True, mismatched=("z0",))
 def kto(
     responses: Responses,
     *,
