@@ -383,6 +383,19 @@ def test_a_sum_is_the_sum(reduction):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_the_papers_recipes_are_sums():
+    """RPO is DPO with SFT (MC-PO, Table 5); DPO, SLiC with λ and CPO likewise."""
+    hidden, weight, target, ref = batch(6)
+    for name, recipe, given in (
+        ("rpo", "dpo + 0.7*mle", {"ref": ref}),
+        ("cpo", "cpo + 0.7*mle", {}),
+        ("slic", "slic + 0.7*mle", {}),
+    ):
+        whole = fused_loss(hidden, weight, target, objective=name, lam=0.7, **given)
+        bare = {f"{name}.lam": 0.0} if name != "rpo" else {}
+        torch.testing.assert_close(fused_loss(hidden, weight, target, objective=recipe, **given, **bare), whole)
+
+
 def test_a_sum_costs_one_sweep():
     hidden, weight, *_ = batch(6)
     for name, units in (("mle + 0.5*dpo", 3), ("mle + bnf", 3), ("mle + 0.5*swepo", 3), ("mle + kto", 4)):

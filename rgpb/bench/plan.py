@@ -11,7 +11,7 @@ import torch
 
 from rgpb.bench.cases import naive_bytes
 from rgpb.engine.plan import ENGINES, RATES, Plan, Sizes, plan, sizes
-from rgpb.objectives import OBJECTIVES
+from rgpb.objectives import resolve
 
 GPUS = {"a100": "sm_80", "h200": "sm_90", "b200": "sm_100", "rtx5090": "sm_120", "mi300x": "gfx9"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("plan", help=__doc__, description=__doc__)
     for name, text in (("tokens", "N, response tokens"), ("hidden", "H"), ("vocab", "V")):
         parser.add_argument(f"--{name}", type=argument(positive), required=True, help=text)
-    parser.add_argument("--loss", choices=sorted(OBJECTIVES), default="bnf")
+    parser.add_argument("--loss", type=argument(resolve), default="bnf", help="or a sum; default %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
     parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="for the time; default %(default)s")
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: `workspace` is too small for one row, or the engine can't serve the request.
     """
-    a, spec, dtype = arguments, OBJECTIVES[arguments.loss], DTYPES[arguments.dtype]
+    a, spec, dtype = arguments, arguments.loss, DTYPES[arguments.dtype]
     cuda = a.device_type == "cuda"
     head = sizes(
         a.vocab, a.hidden, dtype, dtype, a.device_type, a.impl or ("triton" if cuda else "torch"),
