@@ -299,12 +299,13 @@ def _drawn(
         scores = TokenScores(*(x.reshape(-1) for x in scores[:3]))  # type: ignore[union-attr]
         keep = spec.draw(Responses(scores, ref_scores, ref_sums, None, layout, size, reward), options)  # type: ignore[misc]
     assert size is not None  # checked above
-    most = int(keep.view(-1, size).sum(1).max())
+    most = max(2, int(keep.view(-1, size).sum(1).max()))
     # the drawn ones in their order, then, where a group has fewer, others that no longer count
     places = keep.view(-1, size).int().argsort(dim=1, descending=True, stable=True)[:, :most]
     rows = (places + torch.arange(len(places), device=keep.device)[:, None] * size).view(-1)
     options.pop("generator", None)
-    chosen = _rows(batch, rows, cu_seqlens)
+    options["m"] = most - 1
+    chosen = _rows(batch, rows, len(keep), cu_seqlens)
     dropped = ~keep[rows]
     if bool(dropped.any()):
         at = dropped[:, None] if cu_seqlens is None else _spread(dropped, cu_seqlens.diff()[rows])[None]
@@ -312,14 +313,13 @@ def _drawn(
     if ref_scores is None:
         return chosen, None if ref_sums is None else ref_sums[rows], most  # type: ignore[return-value]
     flat = {n: getattr(ref_scores, n).view(target.shape) for n in ("logp", "log_odds", "lse")}
-    picked = _rows(flat, rows, cu_seqlens)
+    picked = _rows(flat, rows, len(keep), cu_seqlens)
     return chosen, TokenScores(**picked), most
 
 
-def _rows(batch: Mapping[str, Any], rows: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-    """Some responses of a padded or packed batch, in the order of `rows` [R]; what isn't a tensor of it stays."""
+def _rows(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """Some of the `count` responses of a batch, in the order of `rows` [R]; what isn't a tensor of it stays."""
     if cu_seqlens is None:
-        count = next(len(x) for x in batch.values() if isinstance(x, Tensor))
         return {
             name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
             for name, value in batch.items()

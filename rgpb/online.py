@@ -13,16 +13,18 @@ import importlib
 import importlib.util
 import json
 import math
+import sys
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rgpb import hf
 from rgpb.data import PreferenceDataset, Preferences, Response, prompt_limit, prompt_text, prompt_tokens
@@ -46,15 +48,27 @@ def load_reward(name: str) -> Reward:
                 raise ValueError(f"reward: expected a file, got {place!r}, which does not exist")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            sys.modules.setdefault(Path(place).stem, module)  # where dataclasses look themselves up
             spec.loader.exec_module(module)  # type: ignore[union-attr]
         else:
             module = importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"reward: expected a module that can be imported, got {place!r} ({error})") from None
+    except (ImportError, SyntaxError, TypeError) as error:
+        raise ValueError(f"reward: expected a module that can be imported, got {place!r} ({error})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward: expected a function {attribute!r} in {place}, got {type(function).__name__}")
     return function
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own settings of generation (penalties, beams, …): samples are from its distribution."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Rollouts(Dataset[tuple[Response, ...]]):
@@ -90,7 +104,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
     ) -> None:  # fmt: skip
         limit = prompt_limit(tokenizer, max_length, max_prompt_length)
         room = max_length - limit
-        if room < 1 or (max_new_tokens is not None and max_new_tokens > room):
+        if room < 1:
+            raise ValueError(f"max_prompt_length: expected less than max_length={max_length}, got {limit}")
+        if max_new_tokens is not None and max_new_tokens > room:
             raise ValueError(
                 f"max_new_tokens: expected 1 to {room}, what max_length={max_length} leaves beside {limit} of the "
                 f"prompt, got {max_new_tokens}"
@@ -105,7 +121,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         self.counts = {"rows": len(prompts.rows), "units": units}
         self.policy: PreTrainedModel | None = None
         self.log: Callable[[str, float, int], None] = lambda name, value, weight: None
+        self.logged = -1  # the last round whose rewards were logged; a checkpoint keeps it
         self._round, self._groups = -1, None  # type: int, PreferenceDataset | None
+        self._orders: dict[int, list[int]] = {}  # of the last pass over the prompts
 
     def __len__(self) -> int:
         return self.units
@@ -116,15 +134,17 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             assert self.policy is not None  # `Stage.fit` sets it
             first = number * self.per_round
             which = [self.prompt_of(i) for i in range(first, min(first + self.per_round, self.units))]
-            self._groups = self.groups(self.policy, which, f"round-{number:05d}", log=True)
-            self._round = number
+            self._groups = self.groups(self.policy, which, f"round-{number:05d}", log=number > self.logged)
+            self._round, self.logged = number, max(number, self.logged)
         return self._groups[place]
 
     def prompt_of(self, unit: int) -> int:
         """The prompt of a unit: each pass over the prompts is in an order of its own."""
         time, place = divmod(unit, len(self.asked))
-        order = torch.randperm(len(self.asked), generator=torch.Generator().manual_seed(self._seed(f"pass {time}")))
-        return int(order[place])
+        if time not in self._orders:
+            generator = torch.Generator().manual_seed(self._seed(f"pass {time}"))
+            self._orders = {time: torch.randperm(len(self.asked), generator=generator).tolist()}
+        return self._orders[time][place]
 
     def groups(self, model: PreTrainedModel, which: Sequence[int], name: str, log: bool = False) -> PreferenceDataset:
         """K judged completions of each of these prompts, with reference scores, from the file where it is there.
@@ -160,10 +180,14 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         sampled = self.sample(model, [self.prompt_ids[p] for p in which], self._seed(name), count)
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         asked = [self.asked[p] for p in which for _ in range(count)]
-        values = [float(value) for value in self.reward(asked, texts)]
-        wrong = [value for value in values if not math.isfinite(value)]
-        if len(values) != len(texts) or wrong:
-            got = f"{len(values)} numbers" if len(values) != len(texts) else f"{wrong[0]}"
+        given = self.reward(asked, texts)
+        try:
+            values = [float(value) for value in given]
+            wrong = [value for value in values if not math.isfinite(value)]
+            got = f"{len(values)} numbers" if len(values) != len(texts) else f"{wrong[0]}" if wrong else ""
+        except (TypeError, ValueError) as error:
+            values, got = [], f"{type(given).__name__} ({error})"
+        if got:
             raise ValueError(f"reward: expected {len(texts)} finite numbers, one per completion, got {got}")
         return [
             {
@@ -189,7 +213,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         cuda = [device] if device.type == "cuda" else []
         bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not self.progress, leave=False)
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
-        with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast:
+        with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
             torch.manual_seed(seed)
             for first in range(0, len(prompts), self.batch_size):
                 part = prompts[first : first + self.batch_size]

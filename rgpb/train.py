@@ -48,6 +48,7 @@ from rgpb.data import (
     PreferenceDataset,
     Preferences,
     RefScores,
+    prompt_limit,
     read_preferences,
     read_prompts,
     texts_of,
@@ -87,6 +88,9 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
 FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress")
+
+# What has a meaning with `online` alone.
+ONLINE = ("reward", "candidates", "refresh", "temperature", "max_new_tokens")
 
 # What a run writes, and `overwrite` removes.
 OWN = (
@@ -191,13 +195,18 @@ class TrainConfig:
         if self.online and spec.unit != "group":
             groups = sorted(name for name, known in OBJECTIVES.items() if known.unit == "group")
             raise ValueError(f"loss: expected one of groups with online, of {groups}, got {self.loss!r}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ONLINE and not self.online and value != entry.default:
+                raise ValueError(f"{entry.name}: expected none without online, got {value!r}")
         if self.online and self.sft_epochs:
             raise ValueError(f"sft_epochs: expected 0 with online, which has prompts alone; got {self.sft_epochs}")
-        if self.reward is not None and not self.online:
-            raise ValueError(f"reward: expected none without online, got {self.reward!r}")
         if not self.sft_epochs and self.sft_lr is not None:
             raise ValueError(f"sft_lr: expected none without sft_epochs, got {self.sft_lr}")
-        return spec, check_options(spec, self.loss_option)
+        options = check_options(spec, self.loss_option)
+        if self.online and options.get("m", 1) >= self.candidates:
+            raise ValueError(f"loss_option: expected m of less than {self.candidates} candidates, got {options['m']}")
+        return spec, options
 
 
 def _expect(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
@@ -226,6 +235,8 @@ def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
             checked[key] = value
         else:
             wanted = "float" if known[key] is None else kind.__name__
+            if key.rpartition(".")[2] == "generator":
+                raise ValueError(f"loss_option: expected none of {key}, which --seed stands for, got {value!r}")
             raise ValueError(f"loss_option: expected {key} to be a {wanted} for {spec.name}, got {value!r}")
     return checked
 
@@ -325,6 +336,11 @@ def _train_online(
         ref = _ref_model(config) or copy.deepcopy(model)
         ref.requires_grad_(False)
     count, per_step = len(prompts.rows), config.batch_size * config.grad_accum
+    longest = prompt_limit(tokenizer, config.max_length, config.max_prompt_length)
+    longest = longest + config.max_new_tokens if config.max_new_tokens else config.max_length
+    for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
+        if its is not None:
+            _check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, longest)
     steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
     common: dict[str, Any] = {
         "reward": reward, "ref": None if ref is None else moved(ref, device_of(config)), "folder": folder / "rollouts",
@@ -339,7 +355,6 @@ def _train_online(
     asked = data if held_out is None else online.Rollouts(held_out, tokenizer, units=1, per_round=1, **common)
     some = range(min(EVAL_SAMPLE, len(asked.asked)))
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
-    _check_tokens(model, config.model, (evaluated,))
     if spec.ref is None:
         evaluated.ref = None
     stage = Stage(folder, config, spec, options, f"training online with {spec.name}")
@@ -391,6 +406,10 @@ def _open(folder: Path, config: TrainConfig, preferences: Preferences, held_out:
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["data"] = _file_hash(preferences)
     settings["eval_data"] = None if held_out is None else _file_hash(held_out)
+    settings["loss"] = resolve(config.loss).name
+    if config.reward is not None and config.reward.rpartition(":")[0].endswith(".py"):  # its text, not its place
+        text = Path(config.reward.rpartition(":")[0]).read_bytes()
+        settings["reward"] = f"{Path(config.reward).name}, {hashlib.sha256(text).hexdigest()[:16]}"
     for name in ("model", "ref_model"):
         if settings[name] is not None and Path(settings[name]).is_dir():
             settings[name] = str(Path(settings[name]).resolve())
@@ -457,14 +476,17 @@ def _model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTraine
 
 
 def _check_tokens(model: PreTrainedModel, name: str, sets: Sequence[PreferenceDataset]) -> None:
-    vocab, longest = hf.read_head(model).weight.shape[0], getattr(model.config, "max_position_embeddings", None)
     for data in sets:
-        if int(data.tokens.max()) >= vocab:
-            raise ValueError(f"model: expected a vocabulary for token {int(data.tokens.max())}, got {vocab} in {name}")
-        if longest is not None and int(data.lengths().max()) > longest:
-            raise ValueError(
-                f"max_length: expected at most {longest}, the positions of {name}; got {data.lengths().max()}"
-            )
+        _check_sizes(model, name, int(data.tokens.max()), int(data.lengths().max()))
+
+
+def _check_sizes(model: PreTrainedModel, name: str, token: int, length: int) -> None:
+    """Refuse a model without that token or so many positions."""
+    vocab, longest = hf.read_head(model).weight.shape[0], getattr(model.config, "max_position_embeddings", None)
+    if token >= vocab:
+        raise ValueError(f"model: expected a vocabulary for token {token}, got {vocab} in {name}")
+    if longest is not None and length > longest:
+        raise ValueError(f"max_length: expected at most {longest}, the positions of {name}; got {length}")
 
 
 # -- reference -------------------------------------------------------------------------------------------------------

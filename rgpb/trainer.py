@@ -229,8 +229,9 @@ class PreferenceTrainer(Trainer):
                 **group_arguments(spec, inputs),
                 **{**mismatched_ratios(model, inputs, spec, self.stage), **self.stage.options, **self.running},
             )
-        good = label.sum() if spec.unit == "response" else units
-        weights = {"chosen": good, "perplexity": good, "rejected": len(label) - good}
+        there = present_of(inputs)
+        good, bad = (label & there).sum(), (~label & there).sum()
+        weights = {"chosen": good, "perplexity": good, "rejected": bad}
         self.add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
             self.add(name, value, weights.get(name.rpartition("/")[2], units))
@@ -275,6 +276,7 @@ class PreferenceTrainer(Trainer):
             "sums": {name: [float(x) for x in entry] for name, entry in self._sums.items()},
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
+            "logged": getattr(self.train_dataset, "logged", None),
             "running": {name: [float(mean.mean), float(mean.count)] for name, mean in self.running.items()},
         }
 
@@ -285,6 +287,8 @@ class PreferenceTrainer(Trainer):
         self._sums = progress["sums"]
         self._started = time.monotonic() - progress["seconds"]
         self._peak = progress["peak_bytes"]
+        if progress["logged"] is not None:
+            self.train_dataset.logged = progress["logged"]  # type: ignore[union-attr]
         for name, (mean, count) in progress["running"].items():
             self.running[name].mean.fill_(mean)
             self.running[name].count.fill_(count)
@@ -298,7 +302,7 @@ class PreferenceTrainer(Trainer):
         model: Any = self.model
         stage, parts, training = self.stage, [], model.training
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
-        if stage.spec.draw is not None:  # the same draws at every evaluation
+        if "generator" in (stage.spec.options or {}):  # the same draws at every evaluation
             options["generator"] = torch.Generator().manual_seed(stage.config.seed)
         model.eval()
         for inputs in self.get_eval_dataloader(data):  # type: ignore[arg-type]
@@ -340,6 +344,13 @@ def mismatched_ratios(model: nn.Module, batch: dict[str, Any], spec: Objective, 
     target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(logp.shape)
     ratio = make_layout(target, cu_seqlens, IGNORE).sum((logp - ref.logp).reshape(-1))
     return dict.fromkeys(names, ratio)
+
+
+def present_of(batch: dict[str, Tensor]) -> Tensor:
+    """Which responses of a batch have tokens, bool [B]."""
+    labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
+    target = hf.aligned_targets(labels, cu_seqlens)
+    return make_layout(target if cu_seqlens is None else target[0], cu_seqlens, IGNORE).tokens > 0
 
 
 def group_size_of(batch: dict[str, Tensor]) -> int | None:

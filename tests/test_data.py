@@ -15,6 +15,7 @@ from rgpb.data import (
     RefScores,
     pair_up,
     read_preferences,
+    read_prompts,
     reference_of,
     texts_of,
     tokenise,
@@ -126,6 +127,38 @@ class TestRead:
             read_preferences(tmp_path)
 
 
+class TestPrompts:
+    @pytest.mark.parametrize("row", [PAIR, LABELLED, REWARDED, CHAT, {"prompt": "q"}, {"prompt": "", "rewards": "?"}])
+    def test_rows_of_any_form(self, tmp_path, row):
+        path = write(tmp_path / "d.jsonl", row, "", {"prompt": row["prompt"], "other": None})
+        found = read_prompts(path)
+        assert (found.source, found.form) == (str(path), "prompts")
+        assert found.rows == [(f"{path}:{line}", row["prompt"], (), ()) for line in (1, 3)]
+
+    @pytest.mark.parametrize(
+        ("rows", "line", "message"),
+        [
+            ([PAIR, "{bad"], 2, "expected one JSON object, got '{bad'"),
+            ([PAIR, "[1, 2]"], 2, r"expected an object with the key prompt, got \[1, 2\]"),
+            ([PAIR, {"chosen": "c"}], 2, "expected an object with the key prompt, got {'chosen': 'c'}"),
+            ([{"prompt": None}], 1, "expected an object with the key prompt, got {'prompt': None}"),
+            ([PAIR, {"prompt": 3}], 2, "prompt: expected a string or a list .*, got 3"),
+            ([{"prompt": []}], 1, r"prompt: expected some text, got \[\]"),
+            ([PAIR, CHAT], 2, r"prompt: expected a string, as in .*d\.jsonl:1, got a chat"),
+            ([CHAT, PAIR], 2, r"prompt: expected a chat, as in .*d\.jsonl:1, got a string"),
+            ([], 1, "expected at least one prompt, got an empty file"),
+        ],
+    )
+    def test_errors_name_file_and_line(self, tmp_path, rows, line, message):
+        path = write(tmp_path / "d.jsonl", *rows)
+        with pytest.raises(ValueError, match=rf"d\.jsonl:{line}: {message}"):
+            read_prompts(path)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(ValueError, match="data: expected a file or folder, got .*nothing"):
+            read_prompts(tmp_path / "nothing")
+
+
 class TestPairing:
     @pytest.mark.parametrize(
         ("pairing", "units"),
@@ -133,6 +166,7 @@ class TestPairing:
             ("best-worst", [(0, (1, 2))]),
             ("best-each", [(0, (1, 0)), (0, (1, 2)), (0, (1, 3))]),
             ("all", [(0, (0, 2)), (0, (1, 0)), (0, (1, 2)), (0, (1, 3)), (0, (3, 2))]),
+            ("groups", [(0, (1, 0, 3, 2))]),  # the best first; the two with 0.5 as they stand in the file
         ],
     )
     def test_rewarded(self, tmp_path, pairing, units):
@@ -144,6 +178,16 @@ class TestPairing:
         found = read_preferences(write(tmp_path / "d.jsonl", PAIR))
         with pytest.raises(ValueError, match="pairing: expected one of .*, got 'none'"):
             pair_up(found, "none")
+
+    def test_groups(self, tmp_path):
+        alone = {**REWARDED, "completions": [" a"], "rewards": [1.0]}  # nothing to compare with
+        found = read_preferences(write(tmp_path / "d.jsonl", alone, REWARDED))
+        assert pair_up(found, "groups") == ([(1, (1, 0, 3, 2))], 1)
+        pairs = read_preferences(write(tmp_path / "p.jsonl", PAIR, PAIR))
+        assert pair_up(pairs, "groups") == ([(0, (0, 1)), (1, (0, 1))], 0)
+        labelled = read_preferences(write(tmp_path / "l.jsonl", LABELLED))
+        with pytest.raises(ValueError, match=r"l\.jsonl:1: expected pairs or rewarded completions, got labelled"):
+            pair_up(labelled, "groups")
 
 
 class TestTokens:
@@ -289,3 +333,81 @@ class TestBatches:
         with pytest.raises(ValueError, match="ref: expected scores of 15 tokens, got 3"):
             data.with_ref(RefScores(torch.zeros(3), torch.zeros(3), torch.tensor([0, 1, 2, 3])))
         assert reference_of(Collator(0)([data[0]])) is None
+
+
+THREE = {"prompt": "1 +", "completions": [" 20", " 3", " 400"], "rewards": [-1, 2.5, -1]}
+TWO = {"prompt": "x", "completions": [" b", " a"], "rewards": [0, 1]}
+TIED = {"prompt": "no", "completions": [" c", " d"], "rewards": [1, 1]}
+
+
+class TestGroups:
+    """Rows of four, of two and of three responses, and one that has nothing to tell them apart."""
+
+    def data(self, tmp_path, tokenizer, *rows, **options):
+        found = read_preferences(write(tmp_path / "d.jsonl", *(rows or (REWARDED, TWO, TIED, THREE))))
+        return tokenise(found, tokenizer, pairing="groups", **options)
+
+    def test_units(self, tmp_path, tokenizer):
+        data = self.data(tmp_path, tokenizer)
+        assert data.units.tolist() == [[1, 0, 3, 2], [5, 4, -1, -1], [7, 6, 8, -1]]
+        assert data.rewards.tolist() == [[1.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [2.5, -1.0, -1.0, 0.0]]
+        assert data.rewards.dtype == torch.float64
+        assert data.labels.tolist() == [[True, False, False, False]] * 3
+        assert not data.paired
+        wanted = {"rows": 4, "units": 3, "responses": 9, "rows left out, all rewards equal": 1}
+        assert wanted.items() <= data.counts.items()
+        texts = [[tokenizer.decode(r.tokens[r.prompt :])[:-13] for r in unit] for unit in data]
+        assert texts == [[" a", " b", " b2", " c"], [" a", " b", "", ""], [" 3", " 20", " 400", ""]]
+        assert [[r.reward for r in unit] for unit in data] == data.rewards.tolist()
+        with pytest.raises(ValueError, match="expected something to train on, got nothing"):
+            self.data(tmp_path, tokenizer, TIED)
+
+    def test_first_and_preferred(self, tmp_path, tokenizer):
+        data = self.data(tmp_path, tokenizer)
+        two = data.first(2)
+        assert (len(two), two.rewards.shape, two.counts["responses"]) == (2, (2, 4), 6)
+        best = data.preferred()
+        assert [tokenizer.decode(r.tokens[r.prompt :])[:-13] for (r,) in best] == [" a", " a", " 3"]
+        assert (best.rewards, best.counts["left out as dispreferred"]) == (None, 6)
+        assert all(r.reward is None for (r,) in best)
+
+    def test_a_pair_is_a_group_of_two(self, tmp_path, tokenizer):
+        data = self.data(tmp_path, tokenizer, PAIR, PAIR)
+        assert (data.units.tolist(), data.rewards.tolist()) == ([[0, 1], [2, 3]], [[1.0, 0.0]] * 2)
+
+    def test_prompts_that_fill_max_length_take_their_group_along(self, tmp_path, tokenizer):
+        long = {**THREE, "prompt": "0123456789"}
+        data = self.data(tmp_path, tokenizer, long, TWO, max_length=8, max_prompt_length=8)
+        assert data.counts["units left out, prompt fills max_length"] == 1
+        assert data.units.shape == (1, 2)  # the widest of those that stay
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_batch(self, tmp_path, tokenizer, packing):
+        data = self.data(tmp_path, tokenizer)
+        starts = data.completion_starts()
+        logp = -1.0 - torch.arange(int(starts[-1]))
+        data = data.with_ref(RefScores(logp, 2 * logp, starts))
+        batch = Collator(tokenizer.pad_token_id, packing)([data[2], data[1]])
+        assert batch["rewards"].tolist() == data.rewards[[2, 1]].tolist()
+        assert batch["label"].tolist() == [True, False, False, False] * 2
+        ref = reference_of(batch)
+        if packing:
+            bounds = batch["cu_seqlens"].tolist()
+            rows = list(map(slice, bounds[:-1], bounds[1:]))
+            ids, labels, scores = batch["input_ids"][0], batch["labels"][0], ref.logp
+            assert batch["position_ids"][0].tolist() == [i for row in rows for i in range(row.stop - row.start)]
+        else:
+            rows, (ids, labels), scores = range(8), (batch["input_ids"], batch["labels"]), ref.logp
+        end = "<|endoftext|>"
+        texts = [tokenizer.decode(labels[row][labels[row] >= 0]) for row in rows]
+        assert texts == [f" 3{end}", f" 20{end}", f" 400{end}", "", f" a{end}", f" b{end}", "", ""]
+        for row, r in zip(rows, [7, 6, 8, -1, 5, 4, -1, -1]):
+            found = scores[row]
+            wanted = logp[starts[r] : starts[r + 1]].tolist() if r >= 0 else []
+            assert found[found != 0].tolist() == wanted
+            # each where its token is predicted; one who takes no part has a token, but none that counts
+            assert torch.equal(found != 0, (labels[row] != -100).roll(-1))
+            if r < 0:
+                assert not (labels[row] >= 0).any()
+                assert len(ids[row]) >= 1
+        assert torch.equal(ref.log_odds, 2 * ref.logp)

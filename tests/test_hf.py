@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rgpb.hf as hf
-from rgpb import LMHead
+from rgpb import LMHead, TokenScores, fused_loss
 
 V, H, IGNORE = 37, 16, -100  # V is a multiple of no tile
 
@@ -229,6 +229,185 @@ def test_loss_is_fused_loss_on_the_same_batch() -> None:
     torch.testing.assert_close(chosen, -(own / lengths).mean(), rtol=1e-5, atol=1e-6)
     labelled = hf.loss(model, batch, label=torch.tensor([1, -1, 1, -1]), ref=ref)  # bnf by default
     assert labelled.dim() == 0
+
+
+# --- groups
+
+
+def grouped(model: PreTrainedModel, sizes: tuple[int, ...], lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """Groups of 4 of which the first `sizes[g]` take part; completions of `lengths` tokens in turn, prompts of 2."""
+    generator = torch.Generator().manual_seed(3)
+    count, width = 4 * len(sizes), 2 + max(lengths)
+    n = torch.tensor([lengths[b % len(lengths)] if b % 4 < sizes[b // 4] else 0 for b in range(count)])
+    if model.config.is_encoder_decoder:
+        labels = torch.randint(3, V, (count, max(lengths)), generator=generator)
+        labels = labels.masked_fill(torch.arange(max(lengths)) >= n[:, None], IGNORE)
+        ids, mask = torch.randint(3, V, (count, 5), generator=generator), torch.arange(5) < 2 + n[:, None]
+    else:
+        ids, mask = torch.randint(3, V, (count, width), generator=generator), torch.arange(width) < 2 + n[:, None]
+        labels = ids.masked_fill(~mask | (torch.arange(width) < 2), IGNORE)
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
+
+
+def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {key: torch.zeros_like(p) if p.grad is None else p.grad.clone() for key, p in model.named_parameters()}
+
+
+def assert_same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
+    for key, expected in other[1].items():
+        size = expected.abs().max().item()
+        torch.testing.assert_close(one[1][key], expected, rtol=0, atol=max(2e-4 * size, 1e-7), msg=key)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+# unequal groups, among them one of 2 and, in the second case, one that nobody is left of
+UNEQUAL = [((4, 2, 3), (5, 1, 3)), ((3, 0, 4), (2, 4, 1, 3))]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize(("sizes", "lengths"), UNEQUAL)
+def test_drawing_before_the_model_changes_nothing(sizes: tuple[int, ...], lengths: tuple[int, ...], m: int) -> None:
+    """mc_po on the drawn responses alone, padded and packed, against `fused_loss` on all hidden states."""
+    model = build("llama")
+    batch = grouped(model, sizes, lengths)
+    packed = hf.pack(batch)
+    with torch.no_grad():
+        ref = hf.token_scores(build("gpt2"), batch)
+    options = {"ref": ref, "group_size": 4, "beta": 0.5, "m": m}
+    target = hf.aligned_targets(batch["labels"])
+    whole = fused_loss(
+        hf.hidden_states(model, batch["input_ids"], batch["attention_mask"]), hf.read_head(model), target,
+        objective="mc_po", generator=seeded(), **options,
+    )  # fmt: skip
+    expected = (whole, gradients(model, whole))
+    assert expected[0] > 0
+    padded_loss = hf.loss(model, batch, "mc_po", generator=seeded(), **options)
+    assert_same((padded_loss, gradients(model, padded_loss)), expected)
+    kept = batch["attention_mask"].bool()
+    options["ref"] = TokenScores(*(score[kept] for score in ref[:3]))
+    packed_loss = hf.loss(model, packed, "mc_po", generator=seeded(), **options)
+    assert_same((packed_loss, gradients(model, packed_loss)), expected)
+
+
+def test_references_of_every_kind_are_drawn_along() -> None:
+    model, reference = build("llama"), build("gpt2")
+    batch = grouped(model, (4, 2, 3), (5, 1, 3))
+    with torch.no_grad():
+        scores = hf.token_scores(reference, batch)
+        hidden = hf.hidden_states(reference, batch["input_ids"], batch["attention_mask"])
+    results = []
+    for ref in (scores, scores.logp, scores.logp.sum(1), reference, (hidden, hf.read_head(reference))):
+        loss, metrics = hf.loss(
+            model, batch, "mc_po", ref=ref, group_size=4, m=2, beta=0.5, generator=seeded(), return_metrics=True
+        )
+        results.append((loss, gradients(model, loss)))
+        assert metrics["rewards/chosen"].isfinite()
+    for result in results[1:]:
+        assert_same(result, results[0])
+    assert all(p.grad is None for p in reference.parameters())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_only_the_drawn_responses_are_differentiated(packing: bool) -> None:
+    model = build("llama").train()
+    batch = grouped(model, (4, 4), (3,))
+    given = hf.pack(batch) if packing else batch
+    hf.token_scores(model, given)  # with its checks
+    seen: list[tuple[bool, int, bool]] = []
+
+    def count(module: nn.Module, args: object, keywords: dict[str, Tensor], out: object) -> None:
+        ids = keywords["input_ids"]
+        seen.append((torch.is_grad_enabled(), ids.numel() // 5, module.training))
+
+    model.model.register_forward_hook(count, with_kwargs=True)
+    keywords = {"ref": torch.zeros(8), "group_size": 4}
+    for m, rows in ((1, 4), (2, 6), (3, 8)):
+        seen.clear()
+        hf.loss(model, given, "mc_po", m=m, generator=seeded(), **keywords).backward()
+        assert seen == [(False, 8, False), (True, rows, True)]
+    seen.clear()
+    hf.loss(model, given, "rnce", **keywords)
+    assert seen == [(True, 8, True)]
+    assert set(given) == set(hf.pack(batch) if packing else batch)  # what was handed in is as it was
+
+
+def test_samplers_through_the_model() -> None:
+    """`max` and `min` are told apart by the model's own scores; without a choice to make all samplers agree."""
+    model = build("llama")
+    batch = grouped(model, (4, 4), (3, 4))
+    own = hf.token_scores(model, batch).logp.double().sum(1).view(2, 4)
+
+    def loss(sampler: str, m: int) -> float:
+        options = {"ref": torch.zeros(8), "group_size": 4, "beta": 0.3, "sampler": sampler, "m": m}
+        return hf.loss(model, batch, "mc_po", generator=seeded(), **options).item()
+
+    for sampler, pick in (("max", own[:, 1:].max(1).values), ("min", own[:, 1:].min(1).values)):
+        assert loss(sampler, 1) == pytest.approx(-nn.functional.logsigmoid(0.3 * (own[:, 0] - pick)).mean().item())
+    every = -(0.3 * own).log_softmax(1)[:, 0].mean().item()
+    assert [loss(sampler, 3) for sampler in ("mc", "max", "min", "random")] == pytest.approx([every] * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "m"), [((2, 2), 2), ((2, 2), 3), ((1, 1), 1), ((0, 0), 1), ((0, 0), 3)])
+def test_a_batch_with_fewer_to_draw_than_asked(sizes: tuple[int, ...], m: int) -> None:
+    """What is there is taken; where there is nothing to compare, the loss is 0 and so is its gradient."""
+    model = build("llama")
+    batch = grouped(model, sizes, (3, 4))
+    options = {"ref": torch.zeros(8), "group_size": 4}
+    expected = hf.loss(model, batch, "rnce", **options)
+    assert (expected == 0) == (max(sizes) < 2)
+    for given in (batch, hf.pack(batch)):
+        loss = hf.loss(model, given, "mc_po", m=m, **options)
+        assert_same(
+            (loss, gradients(model, loss)), (expected, gradients(model, hf.loss(model, batch, "rnce", **options)))
+        )
+
+
+def test_what_groups_refuse() -> None:
+    model = build("llama")
+    batch = grouped(model, (4, 4), (3,))
+    ref = torch.zeros(8)
+    with pytest.raises(
+        ValueError, match="group_size: expected the responses per group, 2 or more, for mc_po, got None"
+    ):
+        hf.loss(model, batch, "mc_po", ref=ref)
+    with pytest.raises(ValueError, match="target: expected groups of 3 responses, got 8 responses"):
+        hf.loss(model, batch, "mc_po", ref=ref, group_size=3)
+    with pytest.raises(ValueError, match="m: expected a whole number from 1 to 3, the candidates of a group, got 4"):
+        hf.loss(model, batch, "mc_po", ref=ref, group_size=4, m=4)
+    with pytest.raises(ValueError, match="ref: expected the reference's scores for mc_po, got None"):
+        hf.loss(model, batch, "mc_po", group_size=4)
+    with pytest.raises(ValueError, match="sampler: expected one of .*, got 'best'"):
+        hf.loss(model, batch, "mc_po", ref=ref, group_size=4, sampler="best")
+    with pytest.raises(ValueError, match=r"rewards: expected shape \[G, K\] for 8 responses, got \[3, 4\]"):
+        hf.loss(model, batch, "swepo", ref=ref, rewards=torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("objective", ["swepo", "mc_po"])
+def test_groups_of_an_encoder_decoder(objective: str) -> None:
+    model = build("t5")
+    batch = grouped(model, (4, 2, 3), (5, 1, 3))
+    rewards = torch.tensor([[3.0, 2, 1, 0], [1, 0, 9, 9], [2, 0, 1, -9]]) / 10
+    own = hf.token_scores(model, batch).logp.double().sum(1).view(3, 4)
+    ref = own.detach().roll(1, 1) + 0.1
+    present = (batch["labels"] != IGNORE).any(1).view(3, 4)
+    scores = torch.where(present, 0.2 * (own - ref), -torch.inf)
+    if objective == "swepo":
+        kept = torch.where(present, rewards, 0.0).double()
+        d = kept - kept.sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        d = torch.where(present, d, 0.0)
+        wanted = (scores + d.square()).logsumexp(1) - (scores + d.square()).masked_fill(d <= 0, -torch.inf).logsumexp(1)
+        given = {"rewards": rewards}
+    else:  # as many as there are, so that nothing is left to chance
+        wanted, given = scores.logsumexp(1) - scores[:, 0], {"group_size": 4, "m": 3, "generator": seeded()}
+    expected = (wanted.mean().float(), gradients(model, wanted.mean()))
+    loss = hf.loss(model, batch, objective, ref=ref.reshape(-1).float(), beta=0.2, **given)
+    assert_same((loss, gradients(model, loss)), expected)
 
 
 # --- the check

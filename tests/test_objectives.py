@@ -430,11 +430,14 @@ def test_sums_beside_groups_labels_and_pairs():
 def test_sums_are_read():
     assert parse_sum("mle+dpo") == {"mle": 1.0, "dpo": 1.0}
     assert parse_sum(" 2*exmate + -1e-3*dpo+1e+2 * ipo") == {"exmate": 2.0, "dpo": -1e-3, "ipo": 100.0}
-    assert resolve({"mle": 1, "dpo": 0.5}) is resolve("mle + 0.5*dpo")
+    assert parse_sum("mle - 0.5*dpo") == {"mle": 1.0, "dpo": -0.5}
+    assert parse_sum("-mle+1E+1*dpo - -2*ipo") == {"mle": -1.0, "dpo": 10.0, "ipo": 2.0}
+    assert resolve({"mle": 1, "dpo": 0.5}) is resolve("mle + 0.5*dpo") is resolve("mle+.5*dpo")
     for wrong, message in (
         ("mle + nope", "expected terms such as mle or 0.5[*]dpo"),
         ("mle + x*dpo", "expected terms such as mle"),
         ("mle + mle", "expected each name once, got 'mle' twice"),
+        *((text, "expected terms such as mle") for text in ("mle +", "mle ++--dpo", "*dpo", "mle*2", "nan*dpo", "+")),
         ({}, "expected at least one name and its weight"),
         ({"nope": 1.0}, "expected names of .*, got 'nope'"),
         ({"mle": math.inf}, "expected a finite number as weight of mle, got inf"),

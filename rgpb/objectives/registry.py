@@ -81,6 +81,7 @@ class Objective(NamedTuple):
     options: dict[str, Any] | None = None
 
 
+TERM = re.compile(r"(?P<signs>[+-]{0,2})(?:(?P<factor>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\*)?(?P<name>[^\W\d]\w*)")
 OBJECTIVES: dict[str, Objective] = {}
 SUMS: dict[str, Objective] = {}  # those in use, by name
 
@@ -165,7 +166,7 @@ def resolve(objective: str | Callable[..., Tensor] | Mapping[str, float]) -> Obj
     if isinstance(objective, str):
         if objective in OBJECTIVES:
             return OBJECTIVES[objective]
-        if "+" in objective or "*" in objective:
+        if any(sign in objective for sign in "+-*"):
             return SUMS.get(objective) or weighted_sum(parse_sum(objective))
         raise ValueError(f"objective: expected a function or one of {sorted(OBJECTIVES)}, got {objective!r}")
     if not callable(objective):
@@ -219,17 +220,17 @@ def parse_sum(text: str) -> dict[str, float]:
         ValueError: a term that isn't a name or number*name, or a name that comes twice.
     """
     terms: dict[str, float] = {}
-    for term in re.split(r"(?<![\d.]e)\+", text):  # not the + of 1e+3
-        factor, times, name = (part.strip() for part in term.rpartition("*"))
-        try:
-            weight = float(factor) if times else 1.0
-        except ValueError:
-            weight = math.nan
-        if name not in OBJECTIVES or math.isnan(weight):
-            raise ValueError(f"objective: expected terms such as mle or 0.5*dpo, of {sorted(OBJECTIVES)}, got {term!r}")
-        if name in terms:
-            raise ValueError(f"objective: expected each name once, got {name!r} twice in {text!r}")
-        terms[name] = weight
+    rest = text.replace(" ", "")
+    while rest:
+        term = TERM.match(rest)
+        if term is None or term["name"] not in OBJECTIVES or (terms and not term["signs"]):
+            raise ValueError(
+                f"objective: expected terms such as mle or 0.5*dpo, of {sorted(OBJECTIVES)}, got {rest!r} in {text!r}"
+            )
+        if term["name"] in terms:
+            raise ValueError(f"objective: expected each name once, got {term['name']!r} twice in {text!r}")
+        terms[term["name"]] = float(term["factor"] or 1.0) * (-1.0) ** term["signs"].count("-")
+        rest = rest[term.end() :]
     return terms
 
 
