@@ -121,6 +121,8 @@ class Responses(NamedTuple):
         """
         logp, rest = self.policy.logp.double(), torch.nn.functional.logsigmoid(-self.policy.log_odds.double())
         layout, counts = self.layout, rest > -torch.inf
+        if not layout.responses:
+            return self.logps()
         if layout.mask is not None:
             logp, counts = torch.where(layout.mask, logp, 0.0), counts & layout.mask
         width = len(logp) // max(layout.responses, 1)

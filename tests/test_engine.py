@@ -491,6 +491,25 @@ def test_no_tokens_at_all():
     assert not torch.autograd.grad(empty, head)[0].any()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0)], ids=str)
+@pytest.mark.parametrize("name", sorted(reference.LOSSES))
+def test_no_response_or_no_position(name, shape):
+    hidden, weight = torch.randn(*shape, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    given, spec = {}, OBJECTIVES[name]
+    if spec.ref:
+        given["ref"] = TokenScores(*(torch.zeros(shape) for _ in range(3)))
+    if spec.label:
+        given["label"] = torch.ones(shape[0])
+    if spec.unit == "group":
+        given |= {"rewards": torch.zeros(shape[0] // 2, 2)} if spec.rewards else {"group_size": 2}
+    for reduction in ("mean", "none"):
+        loss = fused_loss(
+            hidden, weight, torch.zeros(shape, dtype=torch.int64), objective=name, reduction=reduction, **given
+        )
+        assert not loss.any()
+        assert not any(g.any() for g in torch.autograd.grad(loss.sum(), (hidden, weight)))
+
+
 @pytest.mark.parametrize("name", sorted(reference.LOSSES))
 def test_a_vocabulary_of_one(name):
     """V = 1: p = 1 whatever happens; log p is 0 and so is every gradient. Only log(1 − p) is −inf, as it should be."""
