@@ -17,7 +17,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -149,6 +148,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                     record = json.loads(line)
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where}: expected UTF-8, got the bytes {line[error.start :][:8]!r}") from None
+                except RecursionError:
+                    raise ValueError(f"{where}: expected one JSON object, got one nested too deeply") from None
                 except json.JSONDecodeError as error:
                     start = line[:40].decode(errors="replace").rstrip()
                     raise ValueError(
@@ -213,7 +214,7 @@ def _row(where: str, form: str, record: dict[str, Any]) -> Row:
     if len(rewards) != len(completions):
         raise ValueError(f"{where}: rewards: expected {len(completions)}, one per completion, got {len(rewards)}")
     for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) < 1e300:
             raise ValueError(f"{where}: rewards[{i}]: expected a finite number, got {_shown(reward)}")
     texts = tuple(_text(where, f"completions[{i}]", text, chat) for i, text in enumerate(completions))
     return Row(where, prompt, texts, tuple(float(reward) for reward in rewards))
@@ -232,6 +233,9 @@ def _text(where: str, key: str, value: Any, chat: bool | None) -> Text:
         raise ValueError(f"{where}: {key}: expected {expected} as the prompt is, got {got}")
     if not value and (is_chat or chat is not None):
         raise ValueError(f"{where}: {key}: expected some text, got {_shown(value)}")
+    for text in [turn["content"] for turn in value] if is_chat else [value]:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{where}: {key}: expected text that UTF-8 can say, got half a surrogate pair")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value] if is_chat else value
 
 

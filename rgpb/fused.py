@@ -34,7 +34,7 @@ from rgpb.logprob import (
     token_scores,
 )
 from rgpb.objectives import OBJECTIVES, Objective, is_registered, resolve, unit_values
-from rgpb.objectives.registry import best, reward_scale
+from rgpb.objectives.registry import best, check_options, drawn, reward_scale
 
 Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 REDUCTIONS = ("mean", "sum", "none")
@@ -76,7 +76,8 @@ def fused_loss(
         label: [B] bool, or ±1: preferred or not. For objectives that need it (bnf, kto, bco).
         ref: the reference model's scores, for objectives that compare with it: a `TokenScores` or per-token
             log-probabilities in the shape of `target`; `(ref_hidden, ref_head)` to be scored here without gradient; or,
-            where sums are enough (dpo, ipo), [B] sums of log-probabilities. A `TokenScores` is exact also for confident
+            where sums are enough (dpo, swepo, …), [B] sums of log-probabilities (a tensor in the shape of a packed
+            `target` is per token, also where N = B). A `TokenScores` is exact also for confident
             tokens; from a float32 log-probability of 0 nothing is known of 1 − p.
         group_size: K, 2 or more, for objectives of groups; default: from `rewards`.
         rewards: [G, K] numbers, higher is better, for objectives that need them (swepo, infonca, nca, multi_dpo). Those
@@ -105,9 +106,7 @@ def fused_loss(
     tolerance = skipping.check(grad_tolerance, sort_vocab, spec.entropy_grad, head.weight.dtype)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    unknown = [] if spec.options is None else [option for option in options if option not in spec.options]
-    if unknown:
-        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options or ())}, got {unknown}")
+    options = check_options(spec, options)
     layout = make_layout(target, cu_seqlens, ignore_index)
     if spec.unit == "pair" and layout.responses % 2:
         raise ValueError(
@@ -117,19 +116,21 @@ def fused_loss(
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, impl, workspace)
-    if spec.draw is not None and options.get("m", 1) != (group_size or 0) - 1:  # else all are taken
+    most = {**(spec.options or {}), **options}.get("m")
+    if spec.draw is not None and most != (group_size or 0) - 1:  # else all are taken
         with torch.no_grad():
             scores = linear_logprob(
                 hidden, head, target, ignore_index=ignore_index, impl=impl, engine=engine, workspace=workspace
             )
             candidates = Responses(_flat(scores), ref_scores, ref_sums, label, layout, group_size, reward)
-            keep = spec.draw(candidates, options)
+            keep = drawn(spec, candidates, options)
         # what wasn't drawn has no token any more, so it costs nothing, and a second draw has no choice
         target = torch.where(_of_response(keep, layout, target), target, ignore_index)
         layout = make_layout(target, cu_seqlens, ignore_index)
         ref_sums = None if ref_sums is None else torch.where(keep, ref_sums, 0.0)
-    if spec.draw is not None:
-        options = {name: value for name, value in options.items() if name != "generator"}
+        # all that is left is taken, so nothing is left to chance
+        options |= {"sampler": "max"} if "sampler" in (spec.options or {}) else {}
+    options = {name: value for name, value in options.items() if not isinstance(value, torch.Generator)}
     chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab)
     report = hidden.new_empty(0)
     if chosen.path == "single":
@@ -197,10 +198,14 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
         good = torch.arange(len(total), device=total.device) < half
     elif grouped:
         first = best(responses)[:, None]
-        good = torch.zeros_like(responses.groups(count), dtype=torch.bool).scatter(1, first, True).view(-1)
+        good = torch.zeros_like(responses.groups(count), dtype=torch.bool).scatter(1, first, True)
+        compared = (responses.groups(count) > 0).gather(1, first).expand_as(good).reshape(-1)
+        good = good.view(-1)
     else:
         good = torch.ones_like(count, dtype=torch.bool) if responses.label is None else responses.label > 0
     good, bad = good & (count > 0), ~good & (count > 0)
+    if grouped:
+        bad = bad & compared
 
     def average(values: Tensor, which: Tensor) -> Tensor:
         return torch.where(which, values, 0).sum() / which.sum()
@@ -278,6 +283,8 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
         raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
     if label.shape != (responses,):
         raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
+    if label.is_complex():
+        raise ValueError(f"label: expected bool or values of ±1, got {label.dtype}")
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
     if label.dtype == torch.bool:
@@ -299,8 +306,9 @@ def check_groups(
     if spec.rewards and rewards is None:
         raise ValueError(f"rewards: expected [G, K] numbers for {spec.name}, got None")
     if rewards is not None:
-        if not isinstance(rewards, Tensor):
-            raise ValueError(f"rewards: expected a tensor, got {type(rewards).__name__}")
+        if not isinstance(rewards, Tensor) or rewards.is_complex():
+            got = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise ValueError(f"rewards: expected a tensor of real numbers, got {got}")
         if not spec.rewards and is_registered(spec):
             raise ValueError(
                 f"rewards: expected None, since {spec.name} has no use for them, got {list(rewards.shape)}"
@@ -342,14 +350,16 @@ def reference_scores(
     if spec.ref is None and is_registered(spec):
         raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
     if isinstance(ref, Tensor):
-        if ref.shape == (layout.responses,) and (ref.shape != target.shape or spec.ref == "sums"):
+        if ref.shape == (layout.responses,) and ref.shape != target.shape:
             if spec.ref == "tokens":
                 raise ValueError(
                     f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
                     f"got one sum per response, {list(ref.shape)}"
                 )
             _check_ref("ref", ref, ref.shape, hidden)
-            return None, ref.detach().double()
+            there = layout.tokens > 0
+            _check_logp("ref", ref, there)
+            return None, torch.where(there, ref.detach().double(), 0.0)
         _check_ref("ref", ref, target.shape, hidden)
         _check_logp("ref", ref, target != ignore_index)
         logp = ref.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
@@ -389,6 +399,8 @@ def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
 
 
 def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
     if given.shape != shape or not given.is_floating_point():
         raise ValueError(
             f"{name}: expected a floating-point tensor of shape {list(shape)}, got {given.dtype} {list(given.shape)}"
@@ -493,9 +505,9 @@ class FusedLoss(nn.Module):
         super().__init__()
         self.objective, self.options = objective, options
         self.name = resolve(objective).name
-        for name, value in options.items():
-            if isinstance(value, nn.Module):
-                self.add_module(name.replace(".", "_"), value)
+        modules = {name.replace(".", "_"): x for name, x in options.items() if isinstance(x, nn.Module)}
+        if modules:
+            self.running = nn.ModuleDict(modules)
 
     def forward(
         self, hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor | None = None, **keywords: Any

@@ -45,6 +45,7 @@ from rgpb.head import LMHead
 from rgpb.layout import Responses, TokenScores
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, resolve
+from rgpb.objectives.registry import check_options, drawn
 
 IGNORE = -100
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -277,7 +278,7 @@ def loss(
         ref = (ref_hidden, ref_head)
     spec = resolve(objective)
     if spec.draw is not None:
-        batch, ref, group_size = _drawn(_unwrap(model), batch, spec, ref, group_size, rewards, options)
+        batch, ref, group_size, rewards = _drawn(_unwrap(model), batch, spec, ref, group_size, rewards, options)
     hidden, head, target, cu_seqlens = _forward(_unwrap(model), batch)
     inputs: dict[str, Any] = {"label": label, "ref": ref, "cu_seqlens": cu_seqlens}
     inputs.update(group_size=group_size, rewards=rewards)
@@ -287,8 +288,8 @@ def loss(
 def _drawn(
     model: PreTrainedModel, batch: Mapping[str, Any], spec: Objective, ref: Any, group_size: int | None,
     rewards: Tensor | None, options: dict[str, Any],
-) -> tuple[Mapping[str, Any], TokenScores | None, int | None]:  # fmt: skip
-    """The batch, reference scores and group size of what `spec.draw` chooses; `options` lose their generator."""
+) -> tuple[Mapping[str, Any], Tensor | TokenScores | None, int, Tensor | None]:  # fmt: skip
+    """Batch, reference scores, group size and rewards of what `spec.draw` chooses; `options` lose their generator."""
     with evaluating(model):
         hidden, head, target, cu_seqlens = _forward(model, batch)
         how = {"impl": options.get("impl", "auto"), "workspace": options.get("workspace", DEFAULT_WORKSPACE)}
@@ -297,24 +298,27 @@ def _drawn(
         ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, **how)
         scores = linear_logprob(hidden, head, target, **how)
         scores = TokenScores(*(x.reshape(-1) for x in scores[:3]))  # type: ignore[union-attr]
-        keep = spec.draw(Responses(scores, ref_scores, ref_sums, None, layout, size, reward), options)  # type: ignore[misc]
+        own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
+        keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
     assert size is not None  # checked above
     most = max(2, int(keep.view(-1, size).sum(1).max()))
     # the drawn ones in their order, then, where a group has fewer, others that no longer count
     places = keep.view(-1, size).int().argsort(dim=1, descending=True, stable=True)[:, :most]
     rows = (places + torch.arange(len(places), device=keep.device)[:, None] * size).view(-1)
     options.pop("generator", None)
-    options["m"] = most - 1
+    if "m" in (spec.options or {}):
+        options["m"] = most - 1
     chosen = _rows(batch, rows, len(keep), cu_seqlens)
     dropped = ~keep[rows]
     if bool(dropped.any()):
         at = dropped[:, None] if cu_seqlens is None else _spread(dropped, cu_seqlens.diff()[rows])[None]
         chosen["labels"] = chosen["labels"].masked_fill(at, IGNORE)
+    kept_rewards = None if rewards is None else rewards.reshape(-1)[rows].view(-1, most)
     if ref_scores is None:
-        return chosen, None if ref_sums is None else ref_sums[rows], most  # type: ignore[return-value]
+        return chosen, None if ref_sums is None else ref_sums[rows], most, kept_rewards
     flat = {n: getattr(ref_scores, n).view(target.shape) for n in ("logp", "log_odds", "lse")}
     picked = _rows(flat, rows, len(keep), cu_seqlens)
-    return chosen, TokenScores(**picked), most
+    return chosen, TokenScores(**picked), most, kept_rewards
 
 
 def _rows(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor | None) -> dict[str, Any]:

@@ -119,7 +119,9 @@ class Responses(NamedTuple):
         to the last digit also where S rounds to 0. −∞, without gradient, where every p is 1 and where there are no
         tokens.
         """
-        logp, rest = self.policy.logp.double(), torch.nn.functional.logsigmoid(-self.policy.log_odds.double())
+        # e⁻⁸⁰⁰ is 0 in float64, and one impossible token must not swallow the sums of others
+        logp = self.policy.logp.double().clamp(min=-800)
+        rest = torch.nn.functional.logsigmoid(-self.policy.log_odds.double())
         layout, counts = self.layout, rest > -torch.inf
         if not layout.responses:
             return self.logps()

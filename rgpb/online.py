@@ -182,10 +182,12 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         asked = [self.asked[p] for p in which for _ in range(count)]
         given = self.reward(asked, texts)
         try:
+            if isinstance(given, str | dict):
+                raise TypeError("not a sequence of numbers")
             values = [float(value) for value in given]
             wrong = [value for value in values if not math.isfinite(value)]
             got = f"{len(values)} numbers" if len(values) != len(texts) else f"{wrong[0]}" if wrong else ""
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             values, got = [], f"{type(given).__name__} ({error})"
         if got:
             raise ValueError(f"reward: expected {len(texts)} finite numbers, one per completion, got {got}")

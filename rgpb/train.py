@@ -57,6 +57,7 @@ from rgpb.data import (
 )
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.objectives import OBJECTIVES, Objective, resolve
+from rgpb.objectives.registry import option
 from rgpb.trainer import (
     Stage,
     device_of,
@@ -288,7 +289,7 @@ def train(config: TrainConfig, *, reward: online.Reward | None = None) -> dict[s
 
     def tokenised(data: Preferences) -> PreferenceDataset:
         made = tokenise(data, tokenizer, **how)
-        if any(options.get(name) is None for name in spec.mismatched):
+        if any(option(options, name) is None for name in spec.mismatched):
             made.mismatches = made.mismatched(config.max_length)
         return made
 

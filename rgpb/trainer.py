@@ -38,7 +38,7 @@ from rgpb.fused import make_layout
 from rgpb.layout import Responses, TokenScores
 from rgpb.objectives import Objective, RunningMean, unit_values
 from rgpb.objectives import units as units_of
-from rgpb.objectives.registry import reward_scale
+from rgpb.objectives.registry import option, reward_scale
 
 if TYPE_CHECKING:
     from rgpb.train import TrainConfig
@@ -188,7 +188,7 @@ class PreferenceTrainer(Trainer):
         self._sums: dict[str, list[Any]] = {}  # name → [Σ weight · value, Σ weight] since the last log
         self._started, self._peak = time.monotonic(), 0
         # averages over the whole run that the objective compares with, unless they were given as numbers
-        self.running = {name: RunningMean() for name in stage.spec.running if stage.options.get(name) is None}
+        self.running = {name: RunningMean() for name in stage.spec.running if option(stage.options, name) is None}
         self.measure: Callable[[Any], dict[str, float]] = lambda model: {}
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
@@ -334,7 +334,7 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def mismatched_ratios(model: nn.Module, batch: dict[str, Any], spec: Objective, stage: Stage) -> dict[str, Tensor]:
     """Δ [B] of a batch's mismatched completions, for the options that take it and weren't given."""
-    names = [name for name in spec.mismatched if stage.options.get(name) is None]
+    names = [name for name in spec.mismatched if option(stage.options, name) is None]
     if not names or "mismatched" not in batch:
         return {}
     other = batch["mismatched"]

@@ -394,7 +394,7 @@ def test_groups_of_an_encoder_decoder(objective: str) -> None:
     batch = grouped(model, (4, 2, 3), (5, 1, 3))
     rewards = torch.tensor([[3.0, 2, 1, 0], [1, 0, 9, 9], [2, 0, 1, -9]]) / 10
     own = hf.token_scores(model, batch).logp.double().sum(1).view(3, 4)
-    ref = own.detach().roll(1, 1) + 0.1
+    ref = own.detach().roll(1, 1) - 0.1
     present = (batch["labels"] != IGNORE).any(1).view(3, 4)
     scores = torch.where(present, 0.2 * (own - ref), -torch.inf)
     if objective == "swepo":

@@ -276,7 +276,7 @@ def test_groups_of_a_function_of_ones_own():
         ("swepo", {"rewards": torch.rand(6)}, r"rewards: expected shape \[G, K\] for 6 responses, got \[6\]"),
         ("swepo", {"rewards": torch.rand(2, 2)}, r"rewards: expected shape \[G, K\] for 6 responses, got \[2, 2\]"),
         ("swepo", {"rewards": torch.rand(2, 3), "group_size": 2}, "for 6 responses in groups of 2"),
-        ("swepo", {"rewards": [[1.0, 2.0]]}, "rewards: expected a tensor, got list"),
+        ("swepo", {"rewards": [[1.0, 2.0]]}, "rewards: expected a tensor of real numbers, got list"),
         ("swepo", {"rewards": torch.tensor([[torch.nan, 0, 1]] * 2)}, "rewards: expected finite numbers, got nan"),
         ("swepo", {"rewards": torch.rand(2, 3), "mode": "x"}, "mode: expected one of"),
         ("swepo", {"rewards": torch.rand(2, 3), "p": -1}, "p: expected 0 or more, got -1"),
@@ -284,7 +284,17 @@ def test_groups_of_a_function_of_ones_own():
         ("multi_dpo", {"rewards": torch.rand(2, 3), "pairing": "x"}, "pairing: expected 'best' or 'all', got 'x'"),
         ("mc_po", {"group_size": 3, "m": 3}, "m: expected a whole number from 1 to 2, the .* of a group, got 3"),
         ("mc_po", {"group_size": 3, "m": 0}, "m: expected a whole number from 1 to 2"),
-        ("mc_po", {"group_size": 3, "m": "2"}, "m: expected a whole number from 1 to 2"),
+        ("mc_po", {"group_size": 3, "m": "2"}, "options of mc_po: expected m to be a whole number, got '2'"),
+        ("mc_po", {"group_size": 3, "m": True}, "options of mc_po: expected m to be a whole number, got True"),
+        ("mc_po", {"group_size": 3, "generator": 3}, "generator: expected a torch.Generator or None, got int"),
+        ("mc_po", {"group_size": 2, "generator": 3}, "generator: expected a torch.Generator or None, got int"),
+        ("dpo", {"beta": math.nan}, "options of dpo: expected beta to be a finite number, got nan"),
+        ("dpo", {"beta": "0.1"}, "options of dpo: expected beta to be a finite number, got '0.1'"),
+        ("dpo", {"beta": None}, "options of dpo: expected beta to be a finite number, got None"),
+        ("dpo", {"label_smoothing": 2}, "label_smoothing: expected a number from 0 to 1, got 2"),
+        ("ipo", {"length_normalize": 1}, "options of ipo: expected length_normalize to be a bool, got 1"),
+        ("ipo", {"tau": 0}, "tau: expected another number than 0, got 0"),
+        ("sppo", {"beta": 0.0}, "beta: expected another number than 0, got 0.0"),
         ("mc_po", {"group_size": 3, "sampler": "x"}, "sampler: expected one of"),
         ("exo", {"epsilon": 0.0}, "epsilon: expected a number between 0 and 1, got 0.0"),
     ],
@@ -293,6 +303,94 @@ def test_refusals(name, given, message):
     hidden, weight, target, ref = batch(6)
     with pytest.raises(ValueError, match=message):
         fused_loss(hidden, weight, target, objective=name, ref=ref, **given)
+
+
+def test_references_as_sums():
+    """Those of responses without tokens aren't read; what can't be a log-probability is refused."""
+    hidden, weight, target, ref = batch(4)
+    target[2] = -100
+    sums = ref.logp.sum(1)
+    exact = dpo_loss(hidden, weight, target, ref=TokenScores(*(torch.where(target < 0, 0.0, x) for x in ref[:3])))
+    for unread in (float(sums[2]), math.nan, 7.0):
+        sums[2] = unread
+        torch.testing.assert_close(dpo_loss(hidden, weight, target, ref=sums), exact)
+    for wrong in (math.nan, 0.5):
+        with pytest.raises(ValueError, match="ref: expected a log-probability, at most 0, wherever"):
+            dpo_loss(hidden, weight, target, ref=torch.where(torch.arange(4) == 1, wrong, sums))
+    with pytest.raises(ValueError, match="ref.logp: expected a tensor, got NoneType"):
+        dpo_loss(hidden, weight, target, ref=TokenScores(None, ref.log_odds, ref.lse))
+
+
+def test_a_packed_reference_of_as_many_tokens_as_responses_is_per_token():
+    hidden, weight, _, _ = batch(4, T=1)
+    target, cu = torch.randint(31, (4,)), torch.tensor([0, 2, 2, 3, 4])
+    ref = linear_logprob(torch.randn(4, 7, dtype=torch.float64), torch.randn(31, 7, dtype=torch.float64), target)
+    given = {"cu_seqlens": cu, "reduction": "none"}
+    scores, logp = (dpo_loss(hidden.view(4, 7), weight, target, ref=r, **given) for r in (ref, ref.logp))
+    torch.testing.assert_close(logp, scores)
+
+
+def test_metrics_leave_out_a_group_whose_first_response_is_absent():
+    hidden, weight, target, ref = batch(6)
+    whole = rnce_loss(
+        hidden[3:], weight, target[3:], ref=TokenScores(*(x[3:] for x in ref[:3])), group_size=3, return_metrics=True
+    )[1]
+    target[0] = -100
+    made = rnce_loss(hidden, weight, target, ref=ref, group_size=3, return_metrics=True)[1]
+    torch.testing.assert_close(made, whole)
+
+
+def test_a_draw_of_ones_own():
+    """With rewards, through `fused_loss` and a model; and one of the wrong shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rgpb import hf
+
+    def best_and_worst(seen, options):
+        rewards = seen.groups(seen.rewards)
+        keep = torch.zeros_like(rewards, dtype=torch.bool)
+        return keep.scatter(1, torch.stack([rewards.argmax(1), rewards.argmin(1)], 1), True).view(-1)
+
+    @objective(couples="group", ref="sums", rewards=True, draw=best_and_worst)
+    def extremes_of_this_test(seen, *, beta=0.1):
+        scores = beta * seen.groups(torch.where(seen.present, seen.log_ratios(), 0.0))
+        rewards = seen.groups(torch.where(seen.present, seen.rewards, torch.nan))
+        worst, best = (rewards.nan_to_num(fill).sort(1).indices[:, i] for fill, i in ((9.0, 0), (-9.0, -1)))
+        return -F.logsigmoid(scores.gather(1, best[:, None]) - scores.gather(1, worst[:, None]))[:, 0]
+
+    try:
+        hidden, weight, target, ref = batch(6)
+        rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
+        made = fused_loss(hidden, weight, target, objective="extremes_of_this_test", ref=ref, rewards=rewards)
+        order = torch.tensor([1, 5, 0, 4])
+        pairs = dpo_loss(hidden[order], weight, target[order], ref=TokenScores(*(x[order] for x in ref[:3])))
+        torch.testing.assert_close(made, pairs)
+        sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).double()
+        ids = torch.randint(31, (6, 5))
+        padded = {"position_ids": torch.arange(5)[None], "input_ids": ids, "labels": ids}
+        made = hf.loss(model, padded, "extremes_of_this_test", ref=torch.zeros(6), rewards=rewards)
+        chosen = {"input_ids": ids[order], "labels": ids[order]}
+        torch.testing.assert_close(made, hf.loss(model, chosen, "dpo", ref=torch.zeros(4)))
+        OBJECTIVES["extremes_of_this_test"] = OBJECTIVES["extremes_of_this_test"]._replace(
+            draw=lambda seen, options: True
+        )
+        with pytest.raises(ValueError, match=r"draw: expected bool \[6\] of extremes_of_this_test, got bool"):
+            fused_loss(hidden, weight, target, objective="extremes_of_this_test", ref=ref, rewards=rewards)
+    finally:
+        del OBJECTIVES["extremes_of_this_test"]
+
+
+def test_registrations_that_are_refused():
+    from functools import partial
+
+    for wrong, message in (
+        (lambda seen, *, target=1.0: seen.logps(), r"options: expected names .* got \['target'\]"),
+        (lambda seen, **more: seen.logps(), r"options: expected each by its name, got \*args or \*\*keywords"),
+        (partial(lambda seen, x: seen.logps(), x=1), "name: expected one for a function without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(wrong)
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
@@ -347,6 +445,16 @@ def test_the_loss_of_what_was_drawn(m):
     assert not made[0][~keep].any()
 
 
+def test_drawing_with_a_generator_leaves_the_global_state_alone():
+    hidden, weight, target, ref = batch(6)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    for m in (1, 2):
+        generator = torch.Generator().manual_seed(1)
+        mc_po_loss(hidden, weight, target, ref=ref, group_size=3, m=m, generator=generator).backward()
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_drawing_is_seeded_and_moves():
     hidden, weight, target, ref = batch(40)
 
@@ -360,6 +468,66 @@ def test_drawing_is_seeded_and_moves():
     first = mc_po_loss(hidden, weight, target, ref=ref, group_size=4, reduction="none")
     second = mc_po_loss(hidden, weight, target, ref=ref, group_size=4, reduction="none")
     assert not torch.equal(first, second)  # torch's own generator goes on
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_response_leaves_the_others_alone(packed):
+    """log(1 − e^S) is a scan over all tokens: an impossible token of one response must not reach the next."""
+    hidden, weight, *_ = batch(4)
+    target = torch.randint(1, 31, (4, 5))
+    target[0, 2] = 0  # the only response with that token
+    for low in (-1e9, -1e20, -math.inf, torch.finfo(torch.float64).min):
+        bias = torch.zeros(31, dtype=torch.float64)
+        bias[0] = low
+        for name in ("sequence_unlikelihood", "orpo"):
+            rows = torch.tensor([1, 3])
+            alone = fused_loss(hidden[rows], LMHead(weight, bias), target[rows], objective=name, reduction="none")
+            given = {"cu_seqlens": torch.tensor([0, 5, 10, 15, 20])} if packed else {}
+            x, y = (hidden.view(20, -1), target.view(20)) if packed else (hidden, target)
+            both = fused_loss(x, LMHead(weight, bias), y, objective=name, reduction="none", **given)
+            torch.testing.assert_close(both[1:], alone, rtol=1e-10, atol=1e-12)
+            made = torch.autograd.grad(both[1], (hidden, weight))
+            for a, b in zip(made, torch.autograd.grad(alone, (hidden, weight))):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_an_impossible_rejected_token_costs_nothing():
+    """p = 0 on the rejected: the margin is infinite, the loss 0, and both have no gradient there."""
+    hidden, weight, target, ref = batch(4)
+    target = torch.randint(1, 31, (4, 5))
+    target[2, 2] = 0  # rejected of the first pair
+    bias = torch.zeros(31, dtype=torch.float64)
+    bias[0] = -math.inf
+    for name in ("dpo", "rdpo", "exo"):
+        values = fused_loss(hidden, LMHead(weight, bias), target, objective=name, ref=ref, reduction="none")
+        assert values.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(values.sum(), (hidden, weight)))
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    target = target[[2, 0, 1, 3]]
+    for name in ("multi_dpo", "swepo"):
+        values = fused_loss(
+            hidden, LMHead(weight, bias), target, objective=name, ref=ref, rewards=rewards, reduction="none"
+        )
+        assert values.isfinite().all()
+        assert values[0] == 0
+
+
+def test_extreme_rewards_are_finite():
+    hidden, weight, target, ref = batch(3)
+    for rewards in ([1e160, -1e160, 0.0], [1e308, -1e308, 0.0], [-3e30, -4e30, 0.0]):
+        given = {"ref": ref, "rewards": torch.tensor([rewards], dtype=torch.float64)}
+        for loss, options in ((swepo_loss, {}), (public.infonca_loss, {"tau": 0.1}), (public.nca_loss, {"tau": 1e-31})):
+            value = loss(hidden, weight, target, **given, **options)
+            assert value.isfinite()
+            assert value.abs() < 1e13
+            assert all(g.isfinite().all() for g in torch.autograd.grad(value, (hidden, weight)))
+    target[2] = -100  # without tokens its reward doesn't matter
+    given = {"ref": ref, "rewards": torch.tensor([[-3e30, -4e30, 0.0]], dtype=torch.float64)}
+    small = {"ref": TokenScores(*(x[:2] for x in ref[:3])), "rewards": given["rewards"][:, :2]}
+    torch.testing.assert_close(
+        public.infonca_loss(hidden, weight, target, **given),
+        public.infonca_loss(hidden[:2], weight, target[:2], **small),
+    )
 
 
 # -- weighted sums -----------------------------------------------------------------------------------------------------
@@ -444,6 +612,8 @@ def test_sums_are_read():
         ({"mle": "1"}, "expected a finite number as weight of mle, got '1'"),
         ("dpo + rnce", "expected pairs or groups in one sum, got both"),
         ("bnf + rnce", r"expected no labels beside groups, got \['bnf'\]"),
+        ("mle + mc_po", "expected mc_po by itself, since it draws what to look at"),
+        ({"mle": 10**400}, "expected a finite number as weight of mle"),
     ):
         with pytest.raises(ValueError, match=f"objective: {message}"):
             resolve(wrong)
@@ -477,7 +647,13 @@ def test_a_running_mean_is_in_the_state():
     torch.testing.assert_close(
         second, bco_loss(hidden[:2], weight, target[:2], label[:2], ref=part, beta=0.5, delta=float(mean))
     )
+    loss.eval()
+    loss(hidden, weight, target, label, ref=ref)  # only reads it
+    loss.bfloat16()
     state = loss.state_dict()
+    assert [x.dtype for x in state.values()] == [torch.float64] * 2
+    assert int(loss.options["delta"].count) == 8
+    loss.train()
     other = FusedLoss("bco", delta=RunningMean(), beta=0.5)
     other.load_state_dict(state)
     torch.testing.assert_close(
@@ -514,7 +690,7 @@ def test_kto_with_mismatched_completions_and_weights():
         )  # fmt: skip
         expected = torch.where(label > 0, 2.0, 0.5) * (1 - torch.sigmoid(label * 0.1 * (delta - z0)))
         torch.testing.assert_close(made, expected)
-    with pytest.raises(ValueError, match="z0: expected a number, a RunningMean or None, got str"):
+    with pytest.raises(ValueError, match="z0: expected a finite number, a RunningMean or None, got 'x'"):
         kto_loss(hidden, weight, target, label, ref=ref, z0="x")
 
 

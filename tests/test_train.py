@@ -135,7 +135,7 @@ class TestObjectives:
 
     def test_groups_are_not_made_of_labelled_rows(self, tmp_path):
         path = write(tmp_path / "u.jsonl", unpaired(arithmetic_pairs(2, seed=1)))
-        for loss in ("swepo", "mle + mc_po"):
+        for loss in ("swepo", "mle + rnce"):
             with pytest.raises(ValueError, match=r"u\.jsonl:1: expected pairs .* or rewarded .* compares responses"):
                 train(config(path, tmp_path / loss, loss=loss))
 
@@ -411,7 +411,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize(
         ("loss", "rows"),
-        [("bco", "pairs"), ("mc_po", "groups"), ("mle + 0.5*mc_po", "groups"), ("mle + bco", "labels")],
+        [("bco", "pairs"), ("mc_po", "groups"), ("mle + 0.5*rnce", "groups"), ("mle + bco", "labels")],
     )
     def test_averages_and_draws_go_on(self, data, groups, tmp_path, monkeypatch, loss, rows):
         """A step that fails after a checkpoint; then the run goes on in a process whose random state is another."""
@@ -541,7 +541,7 @@ class TestRunningMean:
 
 
 class TestDraws:
-    @pytest.mark.parametrize("loss", ["mc_po", "mle + mc_po"])
+    @pytest.mark.parametrize("loss", ["mc_po", "rnce"])
     def test_evaluation_draws_the_same_each_time(self, groups, tmp_path, loss):
         """Learning too slowly to change a weight."""
         settings = {"loss": loss, "lr": 1e-30, "eval_steps": 1, "loss_option": {"beta": 5.0}}
@@ -592,7 +592,7 @@ class TestRefusals:
                 r"loss_option: expected one of \['beta', 'dpo.beta', .*\] for .*dpo, got 'simpo.beta'",
             ),
             ({"loss": "mc_po", "loss_option": {"generator": 3}}, "loss_option: .*generator"),
-            ({"loss": "mle + mc_po", "loss_option": {"mc_po.generator": 3}}, "loss_option: .*generator"),
+            ({"loss": "mle + mc_po"}, "loss: expected mc_po by itself"),
             ({"loss": "mc_po", "loss_option": {"m": 1.5}}, "loss_option: expected m to be a int for mc_po, got 1.5"),
             ({"loss": "mc_po", "loss_option": {"m": 2}}, "m: expected a whole number from 1 to 1, .* got 2"),
             ({"loss": "bco", "loss_option": {"delta": "x"}}, "expected delta to be a float for bco, got 'x'"),
@@ -766,6 +766,16 @@ class TestDemo:
         result = demo_module.demo(tmp_path / "demo", progress=False)
         right = result["right"]
         assert right["BNF"] > max(right["DPO"], right["NLL+PLL"], result["before"][0])
+
+
+def test_an_option_of_a_sum_without_its_term_stands(data, tmp_path):
+    """`delta` alone is bco's δ, so no running mean is kept instead."""
+    losses = {}
+    for name, options in (("dotted", {"bco.delta": 5.0}), ("plain", {"delta": 5.0}), ("none", {})):
+        run = tmp_path / name
+        train(config(data, run, loss="bco + 0.1*mle", steps=2, loss_option=options))
+        losses[name] = [r["loss"] for r in records(run)]
+    assert losses["dotted"] == losses["plain"] != losses["none"]
 
 
 class TestMismatched:

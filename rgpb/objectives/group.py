@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgpb.layout import Responses
+from rgpb.objectives.pair import smoothed
 from rgpb.objectives.registry import best, objective
 
 # Scores of those that take no part: e^ABSENT is 0, and no gradient through it is NaN.
 ABSENT = -1e30
+LARGEST = 1e12  # of a weight α |d|^p, so that none is infinite
 # Rewards this close to their mean, relative to the largest, are at the mean: float32 rounding isn't a preference.
 EQUAL = 2**-23
 SAMPLERS = ("mc", "max", "min", "random")
@@ -71,8 +73,8 @@ def swepo(
     if mode == "one_vs_all":
         first = torch.zeros_like(positive).scatter(1, best(responses)[:, None], True)
         positive = positive & first
-    weighted = torch.where(present, scores + alpha * d.abs() ** p, ABSENT)
-    return _contrast(weighted, positive, present)
+    weights = (alpha * d.abs() ** p).clamp(-LARGEST, LARGEST)
+    return _contrast(scores + weights, positive, present)
 
 
 @objective(couples="group", ref="sums")
@@ -99,10 +101,14 @@ def draw_negatives(responses: Responses, options: dict[str, Any]) -> Tensor:
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     size = responses.group_size or 0
-    if not isinstance(m, int) or not 1 <= m < size:
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m < size:
         raise ValueError(f"m: expected a whole number from 1 to {size - 1}, the candidates of a group, got {m!r}")
     scores, _, present = _scores(responses, beta)
     keys = scores.detach()
+    if m == size - 1:  # all of them, whatever the sampler
+        return torch.ones_like(present).view(-1)
     if sampler in ("mc", "random"):
         device = keys.device if generator is None else generator.device
         uniform = torch.rand(keys.shape, generator=generator, device=device, dtype=torch.float64).to(keys.device)
@@ -139,9 +145,8 @@ def mc_po(
     options = {"beta": beta, "sampler": sampler, "m": m, "generator": generator}
     keep = responses.groups(draw_negatives(responses, options))
     scores, _, present = _scores(responses, beta)
-    present = present & keep
     first = torch.arange(present.shape[1], device=present.device) == 0
-    return _contrast(torch.where(present, scores, ABSENT), present & first, present)
+    return _contrast(scores, present & first, present & keep)
 
 
 @objective(couples="group", ref="sums", rewards=True)
@@ -161,8 +166,7 @@ def multi_dpo(
         first = torch.zeros_like(present).scatter(1, best(responses)[:, None], True)
         above = above & first[:, :, None]
     margin = torch.where(above, scores[:, :, None] - scores[:, None, :], 0.0)
-    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    return torch.where(above, losses, 0.0).sum((1, 2)) / above.sum((1, 2)).clamp(min=1)
+    return torch.where(above, smoothed(margin, label_smoothing), 0.0).sum((1, 2)) / above.sum((1, 2)).clamp(min=1)
 
 
 def _scores(responses: Responses, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,11 +180,17 @@ def _scores(responses: Responses, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 def _softmax(rewards: Tensor, present: Tensor, tau: float) -> Tensor:
     if not tau > 0:
         raise ValueError(f"tau: expected a positive number, got {tau}")
-    return torch.where(present, rewards / tau, ABSENT).softmax(1)
+    counts = present | ~present.any(1, keepdim=True)  # a group of none still gets numbers, which nobody reads
+    top = rewards.masked_fill(~counts, -torch.inf).amax(1, keepdim=True)
+    return ((rewards - top) / tau).masked_fill(~counts, -torch.inf).softmax(1)
 
 
 def _contrast(scores: Tensor, positive: Tensor, present: Tensor) -> Tensor:
     """−log Σ_{positive} e^s / Σ_{present} e^s; exactly 0 without a positive or without a negative. [G, K] → [G]"""
-    both = positive.any(1) & (present & ~positive).any(1)
-    value = scores.logsumexp(1) - torch.where(positive, scores, ABSENT).logsumexp(1)
-    return torch.where(both, value, 0.0)
+    negative = present & ~positive
+    both = (positive.any(1) & negative.any(1))[:, None]
+
+    def total(which: Tensor) -> Tensor:
+        return torch.where(both, scores.masked_fill(~which, -torch.inf), 0.0).logsumexp(1)
+
+    return torch.where(both[:, 0], F.softplus(total(negative) - total(positive)), 0.0)

@@ -33,8 +33,7 @@ def dpo(responses: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0
     Rafailov et al. 2023; Tuan & Wang 2024, Eq. 4. ε = `label_smoothing` (conservative DPO).
     """
     chosen, rejected = pairs(responses.log_ratios())
-    margin = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return smoothed(beta * (chosen - rejected), label_smoothing)
 
 
 @objective(couples="pair", ref="sums")
@@ -44,7 +43,7 @@ def ipo(responses: Responses, *, tau: float = 0.1, length_normalize: bool = True
     Azar et al. 2023; BNF (ICLR 2025), Table 2. Length-normalised as the authors run it.
     """
     chosen, rejected = pairs(responses.log_ratios(length_normalize))
-    return (chosen - rejected - 1 / (2 * tau)).square()
+    return (chosen - rejected - 0.5 / nonzero("tau", tau)).square()
 
 
 @objective(couples="pair")
@@ -138,7 +137,7 @@ def exo(responses: Responses, *, beta: float = 0.1, epsilon: float = 1e-3) -> Te
         raise ValueError(f"epsilon: expected a number between 0 and 1, got {epsilon}")
     chosen, rejected = pairs(responses.log_ratios())
     margin = beta * (chosen - rejected)
-    up, down = F.logsigmoid(margin), F.logsigmoid(-margin)
+    up, down = (F.logsigmoid(m).clamp(min=-745) for m in (margin, -margin))  # e⁻⁷⁴⁵ is 0, and 0 · ∞ no number
     return up.exp() * (up - math.log1p(-epsilon)) + down.exp() * (down - math.log(epsilon))
 
 
@@ -148,8 +147,8 @@ def sppo(responses: Responses, *, beta: float = 0.1) -> Tensor:
 
     Wu et al. 2024, with hard preferences. MC-PO's Table 5 prints 0.5 β for 0.5 / β.
     """
-    chosen, rejected = pairs(responses.log_ratios())
-    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+    (chosen, rejected), shift = pairs(responses.log_ratios()), 0.5 / nonzero("beta", beta)
+    return (chosen - shift).square() + (rejected + shift).square()
 
 
 @objective(couples="pair", ref="sums")
@@ -180,6 +179,20 @@ def apo_down(responses: Responses, *, beta: float = 0.1) -> Tensor:
     """
     chosen, rejected = pairs(beta * responses.log_ratios())
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
+    """−(1 − ε) log σ(m) − ε log σ(−m), without the second term for ε = 0: it may be infinite."""
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing}")
+    value = -(1 - label_smoothing) * F.logsigmoid(margin)
+    return value - label_smoothing * F.logsigmoid(-margin) if label_smoothing else value
+
+
+def nonzero(name: str, value: float) -> float:
+    if value == 0:
+        raise ValueError(f"{name}: expected another number than 0, got {value}")
+    return value
 
 
 def mean_chosen(responses: Responses) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ COUPLES = ("token", "pair", "group", "batch")
 UNITS = ("response", "pair", "group")
 REFS = (None, "sums", "tokens")
 RESERVED = {
+    "hidden",
+    "head",
+    "target",
     "objective",
     "label",
     "ref",
@@ -55,9 +59,9 @@ class Objective(NamedTuple):
         terms: for couples="token", where a kernel has the loss of one token itself: (tokens of each response, labels or
             None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B]; None
             where the kernel can't serve the options.
-        draw: for an objective that looks at the first response of a group and M others only (its option `m`):
-            (responses, options) → which, bool [B], from scores without gradient. The others are then left out before
-            anything is differentiated.
+        draw: for an objective that looks at some of a group's responses only: (responses, options) → which, bool [B],
+            from scores without gradient. The others are then left out before anything is differentiated. With an option
+            `m`: the first and M others.
         running: names of options that may hold a `RunningMean`; `rgpb train` keeps one for each.
         mismatched: names of options that take Δ of completions behind prompts they don't belong to; `rgpb train` makes
             them.
@@ -130,14 +134,19 @@ def objective(
         raise ValueError(f"unit: expected 'group' with rewards or draw, got {kind!r}")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        key = name or function.__name__
+        key = name or getattr(function, "__name__", None)
+        if key is None:
+            raise ValueError(f"name: expected one for a function without, {type(function).__name__}; got None")
         known = OBJECTIVES.get(key)
         place = (function.__module__, function.__qualname__)
         if known is not None and (known.function.__module__, known.function.__qualname__) != place:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         if name is not None and not key.isidentifier():
             raise ValueError(f"name: expected an identifier, got {key!r}")
-        options = {p.name: p.default for p in list(inspect.signature(function).parameters.values())[1:]}
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
+            raise ValueError(f"options: expected each by its name, got *args or **keywords of {key}")
+        options = {p.name: p.default for p in parameters}
         taken = sorted(set(options) & RESERVED)
         if taken:
             raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
@@ -180,6 +189,53 @@ def resolve(objective: str | Callable[..., Tensor] | Mapping[str, float]) -> Obj
 def is_registered(spec: Objective) -> bool:
     """Whether its name says it all: one of `OBJECTIVES`, or a sum of them."""
     return OBJECTIVES.get(spec.name) is spec or SUMS.get(spec.name) is spec
+
+
+def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with numbers of the type of their defaults.
+
+    Raises:
+        ValueError: an option that the objective doesn't have, or a value of another type, or not finite.
+    """
+    if spec.options is None:
+        return dict(options)
+    unknown = [name for name in options if name not in spec.options]
+    if unknown:
+        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options)}, got {unknown}")
+    checked = {}
+    for name, value in options.items():
+        kind = type(spec.options[name])
+        if kind in (int, float):
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            number = number and -math.inf < value < math.inf
+            if not number or kind(value) != value:
+                wanted = "a whole number" if kind is int else "a finite number"
+                raise ValueError(f"options of {spec.name}: expected {name} to be {wanted}, got {value!r}")
+            value = kind(value)
+        elif kind in (bool, str) and not isinstance(value, kind):
+            raise ValueError(f"options of {spec.name}: expected {name} to be a {kind.__name__}, got {value!r}")
+        checked[name] = value
+    return checked
+
+
+def drawn(spec: Objective, responses: Responses, options: dict[str, Any]) -> Tensor:
+    """Which responses the objective looks at. bool [B]
+
+    Raises:
+        ValueError: its `draw` gives something else.
+    """
+    assert spec.draw is not None
+    keep = spec.draw(responses, options)
+    expected = responses.present.shape
+    if not isinstance(keep, Tensor) or keep.shape != expected or keep.dtype != torch.bool:
+        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"draw: expected bool {list(expected)} of {spec.name}, got {got}")
+    return keep
+
+
+def option(options: dict[str, Any], name: str) -> Any:
+    """What was given for an option; `term.option` of a sum also by `option` alone. None where nothing was."""
+    return options.get(name, options.get(name.rpartition(".")[2]))
 
 
 def units(spec: Objective, responses: int, group_size: int | None) -> int:
@@ -244,8 +300,8 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
     An option is written `name.option`; without `name.` it goes to every term that has it.
 
     Raises:
-        ValueError: no terms, an unknown name, a weight that isn't a finite number, pairs beside groups, or labels
-            beside groups.
+        ValueError: no terms, an unknown name, a weight that isn't a finite number, pairs or labels beside groups, or
+            something beside an objective that draws responses (mc_po).
     """
     if not weights:
         raise ValueError("objective: expected at least one name and its weight, got none")
@@ -253,7 +309,7 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
     for name, weight in weights.items():
         if name not in OBJECTIVES:
             raise ValueError(f"objective: expected names of {sorted(OBJECTIVES)}, got {name!r}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e300:
             raise ValueError(f"objective: expected a finite number as weight of {name}, got {weight!r}")
         parts.append((OBJECTIVES[name], float(weight)))
     key = " + ".join(f"{weight!r}*{spec.name}" for spec, weight in parts)
@@ -264,6 +320,9 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
     labelled = [spec.name for spec in specs if spec.label]
     if {"pair", "group"} <= {spec.unit for spec in specs}:
         raise ValueError(f"objective: expected pairs or groups in one sum, got both in {key!r}")
+    drawing = [spec.name for spec in specs if spec.draw is not None]
+    if drawing and len(specs) > 1:
+        raise ValueError(f"objective: expected {drawing[0]} by itself, since it draws what to look at; got {key!r}")
     if unit == "group" and labelled:
         raise ValueError(f"objective: expected no labels beside groups, got {labelled} in {key!r}")
     options: dict[str, Any] = {}

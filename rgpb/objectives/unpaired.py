@@ -5,6 +5,9 @@ S = Σ log π_θ, R = Σ log π_ref, Δ = S − R of a response; σ the sigmoid.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from rgpb.objectives.registry import objective
 
 class RunningMean(nn.Module):
     """The mean of all values of all calls so far, as a module, so that `state_dict` keeps it.
+
+    In evaluation mode it only gives the mean. It stays float64 when a model that it is part of is cast.
 
     >>> delta = RunningMean()
     >>> float(delta(torch.tensor([1.0, 3.0]))), float(delta(torch.tensor([8.0])))
@@ -31,11 +36,23 @@ class RunningMean(nn.Module):
 
     @torch.no_grad()
     def forward(self, values: Tensor) -> Tensor:
-        """Take more values in, and return the mean. [n] → 0-d, float64."""
+        """Take more values in, in training mode, and return the mean: of these where there were none before.
+
+        [n] → 0-d, float64.
+        """
         self.mean, self.count = self.mean.to(values.device), self.count.to(values.device)
-        self.count += values.numel()
-        self.mean += (values.double() - self.mean).sum() / self.count.clamp(min=1)
-        return self.mean.clone()
+        count = self.count + values.numel()
+        mean = self.mean + (values.double() - self.mean).sum() / count.clamp(min=1)
+        if self.training:
+            self.mean.copy_(mean)
+            self.count.copy_(count)
+        return torch.where(self.count > 0, self.mean, mean)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
 
 
 @objective(couples="batch", ref="sums", label=True, running=("delta",))
@@ -70,6 +87,8 @@ def kto(
     """
     ratio, label = responses.log_ratios(), _labels(responses)
     if isinstance(z0, Tensor):
+        if not z0.numel() or not (torch.compiler.is_compiling() or bool(z0.isfinite().all())):
+            raise ValueError(f"z0: expected finite numbers, at least one, got others among {z0.numel()}")
         baseline = z0.detach().double().mean().clamp(min=0)
     else:
         baseline = _baseline("z0", z0, ratio, responses)
@@ -86,11 +105,11 @@ def _labels(responses: Responses) -> Tensor:
 
 def _baseline(name: str, given: RunningMean | float | None, values: Tensor, responses: Responses) -> Tensor:
     """What single responses are compared with, 0-d and without gradient."""
-    if isinstance(given, float | int) and not isinstance(given, bool):
+    if isinstance(given, float | int) and not isinstance(given, bool) and math.isfinite(given):
         return values.new_tensor(float(given))
     known = values.detach()[responses.present]
     if isinstance(given, RunningMean):
         return given(known)
     if given is not None:
-        raise ValueError(f"{name}: expected a number, a RunningMean or None, got {type(given).__name__}")
+        raise ValueError(f"{name}: expected a finite number, a RunningMean or None, got {given!r}")
     return known.sum() / max(known.numel(), 1)
