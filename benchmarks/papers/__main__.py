@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     if not a.list:
         a.docs.parent.mkdir(parents=True, exist_ok=True)
-        a.docs.write_text(claims_table(read(a.out)), encoding="utf-8")
+        notes = a.out / "notes.txt"
+        text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
+        a.docs.write_text(claims_table(read(a.out), text), encoding="utf-8")
     return 0
 
 

@@ -23,22 +23,6 @@ from rgpb.bench.report import summary
 PAPERS = ("RGPB", "BNF", "SWEPO", "MC-PO")
 VERDICTS = ("holds", "does not hold", "not decidable at this size")
 PREFIXES = ("rgpb_", "bnf_", "swepo_", "mcpo_")
-NOTES = (
-    "Read with care:",
-    "",
-    "* Learning rates decide much here. Where a claim is tried at several, the verdict asks for all of them, and the "
-    "numbers give each; where one is taken, all methods choose by the same rule, which the table's settings state.",
-    "* DPO on small differences doesn't stand still, as the paper says of it: it lowers both likelihoods, here without end.",
-    "* On HH-RLHF an epoch is 43 steps of a tiny model, and held-out preferences are hardly learnt; the generated "
-    "dialogues repeat those claims where they are.",
-    "* SWEPO with p = 2 is run with α = 1 on rewards from 0 to 10, where e^(α d²) leaves little but the extremes.",
-    "* MC-PO's kernel is nearly even at β = 0.1: its weights are like those of 4.5 of 5 candidates. At β = 1 “min” isn't "
-    "the worst sampler, and drawing at random does better than the kernel.",
-    "* Theorem 5.1 of SWEPO is about the mean of k samples. That training takes a policy to the samples' distribution is "
-    "an assumption, and the loss doesn't: a response sampled n times gains n in its log-odds, not a factor n in its odds.",
-    "* Changed after first results: SWEPO's and MC-PO's runs went from three seeds and a constant rate to four and a "
-    "cosine; BNF's shifts, and DPO in the RGPB comparisons, from one learning rate to three.",
-)
 OPTIONS = {"hh_rlhf": "--hh-rlhf", "alpaca_eval": "--alpaca-eval"}  # of the command, by key of `data`
 
 
@@ -233,9 +217,14 @@ def read(out: Path) -> list[Finding]:
     return sorted(found, key=_order)
 
 
-def claims_table(findings: Sequence[Finding]) -> str:
-    """The text of docs/claims.md: what was tried and what came out, with links to script, table and picture."""
-    counted = {verdict: sum(f.verdict == verdict for f in findings) for verdict in VERDICTS}
+def claims_table(findings: Sequence[Finding], notes: str = "") -> str:
+    """The text of docs/claims.md: what was tried and what came out, with links to script, table and picture.
+
+    Args:
+        findings: from `read`.
+        notes: what to know of these results, Markdown; those of a folder are in its notes.txt.
+    """
+    counted = [sum(f.verdict == verdict for f in findings) for verdict in VERDICTS]
     scripts = {claim.name: name for name, module in modules().items() for claim in module.CLAIMS}
     lines = [
         "# The papers' claims, tried on small models",
@@ -243,16 +232,16 @@ def claims_table(findings: Sequence[Finding]) -> str:
         "Each row is a claim of one of the four papers, tried on the CPU with models of under a million parameters, "
         "on generated tasks or on public preference data. A verdict is computed from differences over paired seeds: a "
         "difference counts when its mean exceeds twice its standard error. It speaks of this size and these tasks: "
-        "neither “holds” nor “does not hold” carries over to large models by itself. With four seeds twice the standard "
-        "error is a lenient bar (chance passes it about once in seven, on either side), and nothing is corrected for the "
-        "number of claims.",
+        "neither “holds” nor “does not hold” carries over to large models by itself. With four seeds twice the "
+        "standard error is a lenient bar (chance passes it about once in seven, on either side), and nothing is "
+        "corrected for the number of claims.",
         "",
-        f"{', '.join(f'{count} {verdict}' for verdict, count in counted.items())}.",
+        f"{counted[0]} hold, {counted[1]} do not hold, {counted[2]} can't be decided at this size.",
         "",
         "To repeat: `python -m benchmarks.papers --out benchmarks/results/papers --hh-rlhf DIR --alpaca-eval FILE`.",
         "",
     ]
-    lines += [*NOTES, ""]
+    lines += [notes, ""] if notes else []
     rows = [["claim", "paper", "verdict", "number", "from"]]
     for finding in sorted(findings, key=_order):
         claim, results = finding.claim, f"../benchmarks/results/papers/{finding.claim.name}"
