@@ -70,6 +70,13 @@ def make_responses(
     """
     layout = make_layout(target, cu_seqlens, ignore_index)
     flat = _flat("scores", scores, target)
+    unscored = (flat.logp == 0) & (flat.log_odds == 0) & (flat.lse == 0)
+    if layout.mask is not None and bool((layout.mask & unscored).any()):
+        at = int((layout.mask & unscored).nonzero()[0])
+        raise ValueError(
+            f"target: expected {ignore_index} where nothing was scored, got a token at flat position {at}; the scores "
+            "of a causal LM's batch stand at `rgpb.hf.aligned_targets(labels)`"
+        )
     flat_ref = None if ref is None else _flat("ref", ref, target)
     if label is not None:
         signs = label.double() * 2 - 1 if label.dtype == torch.bool else label.double()

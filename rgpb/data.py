@@ -494,6 +494,14 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         rewards = None if self.rewards is None else self.rewards[:count]
         return self._with(units=units, labels=labels, counts=counts, rewards=rewards)
 
+    def without_tied_best(self) -> PreferenceDataset:
+        """Groups without the responses as good as their best: for objectives that take all others for worse."""
+        assert self.rewards is not None
+        tied = (self.rewards == self.rewards[:, :1]) & (self.units >= 0)
+        tied[:, 0] = False
+        counts = {**self.counts, "responses left out, as good as the best": int(tied.sum())}
+        return self._with(units=self.units.masked_fill(tied, -1), counts=counts)
+
     def _with(self, **changes: Any) -> PreferenceDataset:
         return PreferenceDataset(**{**vars(self), **changes})
 

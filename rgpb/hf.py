@@ -77,6 +77,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     Raises:
         ValueError: a model of a kind that this module can't take apart, or no inputs for the decoder.
     """
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids: expected a tensor (a batch goes in as **batch), got {type(input_ids).__name__}")
     model = _unwrap(model)
     labels = kwargs.pop("labels", None)
     if model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:

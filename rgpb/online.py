@@ -40,6 +40,8 @@ def load_reward(name: str) -> Reward:
         ValueError: no such file, module or function.
     """
     place, _, attribute = name.rpartition(":")
+    if not place.endswith(".py") and Path(f"{place}.py").is_file():
+        raise ValueError(f"reward: expected a file with its ending, {place}.py:{attribute}, got {name!r}")
     if not place or not attribute:
         raise ValueError(f"reward: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
     try:
@@ -91,6 +93,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         max_length, max_prompt_length, max_new_tokens: of prompt and completion; see `TrainConfig`.
         temperature: of sampling.
         pad, batch_size, workspace, bf16, seed, progress: as in training.
+        ties: whether completions that are as good as the best stay in its group: the objective has to know rewards.
 
     Raises:
         ValueError: lengths that leave no room for a completion.
@@ -100,7 +103,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         self, prompts: Preferences, tokenizer: Any, *, reward: Reward, ref: PreTrainedModel | None, folder: Path,
         units: int, per_round: int, candidates: int, max_length: int, max_prompt_length: int | None,
         max_new_tokens: int | None, temperature: float, pad: int, batch_size: int, workspace: int, bf16: bool,
-        seed: int, progress: bool,
+        seed: int, progress: bool, ties: bool,
     ) -> None:  # fmt: skip
         limit = prompt_limit(tokenizer, max_length, max_prompt_length)
         room = max_length - limit
@@ -115,7 +118,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         self.units, self.per_round, self.candidates = units, per_round, candidates
         self.new_tokens, self.temperature, self.pad = max_new_tokens or room, temperature, pad
         self.batch_size, self.workspace, self.bf16 = batch_size, workspace, bf16
-        self.seed, self.progress, self.limit = seed, progress, limit
+        self.seed, self.progress, self.limit, self.ties = seed, progress, limit, ties
         self.asked = [row.prompt for row in prompts.rows]
         self.prompt_ids = prompt_tokens([prompt_text(row, tokenizer) for row in prompts.rows], tokenizer, limit)
         self.counts = {"rows": len(prompts.rows), "units": units}
@@ -162,7 +165,10 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         values = [row["rewards"] for row in rows]
         if log:
             self.log("reward/sampled", math.fsum(map(math.fsum, values)) / (len(values) * self.candidates), len(values))
-            self.log("reward/tied", sum(len(set(v)) == 1 for v in values) / len(values), len(values))
+            tied = sum(len(set(v)) == 1 for v in values)
+            self.log("reward/tied", tied / len(values), len(values))
+            if tied == len(values):
+                tqdm.write(f"{name}: all completions of every prompt were judged alike, so there is nothing to learn")
         made = self._dataset(rows, which)
         if self.ref is None:
             return made
@@ -180,7 +186,13 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         sampled = self.sample(model, [self.prompt_ids[p] for p in which], self._seed(name), count)
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         asked = [self.asked[p] for p in which for _ in range(count)]
-        given = self.reward(asked, texts)
+        try:
+            given = self.reward(asked, texts)
+        except Exception as error:
+            kind = type(error).__name__
+            raise RuntimeError(
+                f"reward: the function raised {kind} in {name}; rounds judged so far are kept"
+            ) from error
         try:
             if isinstance(given, str | dict):
                 raise TypeError("not a sequence of numbers")
@@ -249,10 +261,11 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         labels = torch.zeros(len(units), self.candidates, dtype=torch.bool)
         labels[:, 0] = True
         counts = {"rows": len(rows), "units": len(units), "responses": len(prompts)}
-        return PreferenceDataset(
+        made = PreferenceDataset(
             torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts), torch.tensor(prompts), torch.tensor(units),
             labels, counts, rewards=torch.tensor(rewards, dtype=torch.float64),
         )  # fmt: skip
+        return made if self.ties else made.without_tied_best()
 
     def _seed(self, name: str) -> int:
         return zlib.crc32(f"{self.seed} {name}".encode())

@@ -25,6 +25,7 @@ import argparse
 import copy
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -57,7 +58,7 @@ from rgpb.data import (
 )
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.objectives import OBJECTIVES, Objective, resolve
-from rgpb.objectives.registry import option
+from rgpb.objectives.registry import option, parse_sum
 from rgpb.trainer import (
     Stage,
     device_of,
@@ -107,7 +108,11 @@ def _option(default: Any, help: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run. Each is a flag of `rgpb train` by the same name."""
+    """Settings of a run. Each is a flag of `rgpb train` by the same name; `--quiet` is `progress=False`.
+
+    >>> TrainConfig(data="pairs.jsonl", output="runs/dpo", loss="dpo", loss_option={"beta": 0.2}, progress=False).loss
+    'dpo'
+    """
 
     data: str = field(metadata={"help": "preference data: JSON lines (also gzipped), Parquet, or a saved dataset"})
     output: str = field(metadata={"help": "folder of the run"})
@@ -267,7 +272,7 @@ def train(config: TrainConfig, *, reward: online.Reward | None = None) -> dict[s
     family = _family(config)
     _check_devices(config)
     folder = Path(config.output)
-    _open(folder, config, preferences, held_out)
+    _open(folder, config, preferences, held_out, judge)
     result_file = folder / "result.json"
     if result_file.exists():
         report.write(folder)
@@ -289,6 +294,8 @@ def train(config: TrainConfig, *, reward: online.Reward | None = None) -> dict[s
 
     def tokenised(data: Preferences) -> PreferenceDataset:
         made = tokenise(data, tokenizer, **how)
+        if spec.unit == "group" and not spec.rewards:
+            made = made.without_tied_best()
         if any(option(options, name) is None for name in spec.mismatched):
             made.mismatches = made.mismatched(config.max_length)
         return made
@@ -349,6 +356,7 @@ def _train_online(
         "max_prompt_length": config.max_prompt_length, "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature, "pad": pad, "batch_size": config.batch_size,
         "workspace": config.workspace, "bf16": config.bf16, "seed": config.seed, "progress": config.progress,
+        "ties": spec.rewards,
     }  # fmt: skip
     data = online.Rollouts(
         prompts, tokenizer, units=steps * per_step, per_round=config.refresh * per_step, **common
@@ -402,15 +410,38 @@ def _family(config: TrainConfig) -> str | None:
     return None if Path(config.model).is_dir() else config.model
 
 
-def _open(folder: Path, config: TrainConfig, preferences: Preferences, held_out: Preferences | None) -> None:
+def _terms(loss: str) -> list[str]:
+    """Names of the objectives in a loss."""
+    return [loss] if loss in OBJECTIVES else [*parse_sum(loss)]
+
+
+def _source(function: Any) -> str | None:
+    """Digest of the text of a function that isn't this package's; None where it is, or can't be read."""
+    if getattr(function, "__module__", "").startswith("rgpb."):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+def _open(
+    folder: Path, config: TrainConfig, preferences: Preferences, held_out: Preferences | None,
+    judge: online.Reward | None,
+) -> None:  # fmt: skip
     """Make the folder, or check that it holds the same run."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["data"] = _file_hash(preferences)
     settings["eval_data"] = None if held_out is None else _file_hash(held_out)
     settings["loss"] = resolve(config.loss).name
-    if config.reward is not None and config.reward.rpartition(":")[0].endswith(".py"):  # its text, not its place
-        text = Path(config.reward.rpartition(":")[0]).read_bytes()
-        settings["reward"] = f"{Path(config.reward).name}, {hashlib.sha256(text).hexdigest()[:16]}"
+    if judge is not None:
+        place = (
+            getattr(judge, "__module__", "") if config.reward is None else Path(config.reward).name.partition(":")[0]
+        )
+        settings["reward"] = f"{place}:{getattr(judge, '__qualname__', type(judge).__name__)}"
+    functions = {name: _source(OBJECTIVES[name].function) for name in _terms(config.loss)}
+    if any(functions.values()):
+        settings["functions"] = functions
     for name in ("model", "ref_model"):
         if settings[name] is not None and Path(settings[name]).is_dir():
             settings[name] = str(Path(settings[name]).resolve())
@@ -425,7 +456,10 @@ def _open(folder: Path, config: TrainConfig, preferences: Preferences, held_out:
         for path in own:  # a run that got no further than its settings binds nobody
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
-        earlier = json.loads(note.read_text())["settings"]
+        noted = json.loads(note.read_text())
+        earlier = noted["settings"]
+        if judge is not None and noted.get("reward source") != _source(judge):
+            print(f"reward: {settings['reward']} has changed since this run began; what it judged so far stays")
         differing = [
             f"{name} is {earlier.get(name)!r} there and {value!r} now"
             for name, value in settings.items()
@@ -440,7 +474,10 @@ def _open(folder: Path, config: TrainConfig, preferences: Preferences, held_out:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     sources = {"data": str(config.data), "eval_data": config.eval_data}
-    write_json(note, {"settings": settings, "sources": sources, "versions": versions})
+    content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions}
+    if judge is not None:
+        content["reward source"] = _source(judge)
+    write_json(note, content)
 
 
 def _file_hash(preferences: Preferences) -> str:

@@ -411,3 +411,18 @@ class TestGroups:
                 assert not (labels[row] >= 0).any()
                 assert len(ids[row]) >= 1
         assert torch.equal(ref.log_odds, 2 * ref.logp)
+
+
+def test_groups_without_what_is_as_good_as_the_best(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {"prompt": "a", "completions": ["w", "x", "y"], "rewards": [1, 0, 1]},
+        {"prompt": "b", "completions": ["w", "x"], "rewards": [0, 1]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = tokenise(read_preferences(path), train_tokenizer(["a"], 258), pairing="groups")
+    assert (groups.units >= 0).tolist() == [[True, True, True], [True, True, False]]
+    strict = groups.without_tied_best()
+    assert (strict.units >= 0).tolist() == [[True, False, True], [True, True, False]]
+    assert strict.counts["responses left out, as good as the best"] == 1
+    assert strict.rewards.tolist() == groups.rewards.tolist()

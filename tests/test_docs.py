@@ -53,6 +53,16 @@ def tiny_model():
     return {"model": model, "batch": batch, "ref_scores": scores}
 
 
+@pytest.mark.parametrize(
+    "name", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_lead_somewhere(name):
+    place = (ROOT / name).parent
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (place / link).exists()]
+    assert not missing
+
+
 def test_every_objective_is_documented():
     rows = (ROOT / "docs" / "objectives.md").read_text()
     for name in OBJECTIVES:

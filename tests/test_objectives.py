@@ -381,6 +381,25 @@ def test_a_draw_of_ones_own():
         del OBJECTIVES["extremes_of_this_test"]
 
 
+def test_a_function_of_ones_own_can_be_registered_anew():
+    """As a notebook's cell does, also after it was imported from a file; the package's own names stay."""
+    try:
+        for factor, module in ((1.0, "a_file"), (2.0, "__main__")):
+
+            def anew_of_this_test(seen, factor=factor):
+                return factor * seen.logps()
+
+            anew_of_this_test.__module__ = module
+            objective(anew_of_this_test)
+        hidden, weight, target, _ = batch(2)
+        made = fused_loss(hidden, weight, target, objective="anew_of_this_test")
+        torch.testing.assert_close(made, -2 * mle_loss(hidden, weight, target, length_normalize=False))
+        with pytest.raises(ValueError, match="name: expected a name that isn't taken, got 'mle'"):
+            objective("mle")(anew_of_this_test)
+    finally:
+        del OBJECTIVES["anew_of_this_test"]
+
+
 def test_registrations_that_are_refused():
     from functools import partial
 

@@ -97,7 +97,7 @@ def rollouts(path: Path, prompts: list[Any] = PROMPTS, **changes: Any) -> Rollou
     settings: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6}
     settings |= {"per_round": 6, "candidates": 4, "max_length": 40, "max_prompt_length": None, "max_new_tokens": 5}
     settings |= {"temperature": 1.0, "pad": tokenizer.pad_token_id, "batch_size": 4, "workspace": 2**26}
-    settings |= {"bf16": False, "seed": 0, "progress": False, **changes}
+    settings |= {"bf16": False, "seed": 0, "progress": False, "ties": True, **changes}
     read = read_prompts(write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts]))
     return Rollouts(read, tokenizer, **settings)
 
@@ -506,7 +506,7 @@ class TestInterrupted:
             return ascii_share(prompts, completions)
 
         settings = config(data, tmp_path / "cut", **self.SETTINGS)
-        with pytest.raises(Stopped):
+        with pytest.raises(RuntimeError, match=r"reward: the function raised Stopped in \w+"):
             train(settings, reward=judge)
         torch.manual_seed(77)
         train(settings, reward=judge)
@@ -584,3 +584,60 @@ def test_the_command(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "rgpb: error: reward: expected a file, got 'nowhere.py'" in capsys.readouterr().err
     assert cli.main([*flags, "--loss-option=m=2", "--overwrite", "--steps=1"]) == 0
     assert [len(rows) for rows in rounds(tmp_path / "run")] == [2]
+
+
+class TestJudges:
+    def test_another_function_is_refused_and_a_mended_one_goes_on(
+        self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file, calls = tmp_path / "judge.py", "def f(p, c):\n    return [len(x) for x in c]\n"
+        file.write_text(f"{calls}def g(p, c):\n    return [-len(x) for x in c]\n")
+        settings = {"steps": 4, "refresh": 2, "save_steps": 1}
+        first = config(data, tmp_path / "run", reward=f"{file}:f", **settings)
+        broken = calls.replace(
+            "return", "assert len(p) != 8\n    return"
+        )  # 2 prompts, 4 completions: not in evaluation
+        file.write_text(broken.replace("assert", "import sys; sys.calls = getattr(sys, 'calls', 0) + 1; assert"))
+        with pytest.raises(RuntimeError, match="reward: the function raised AssertionError in evaluation|round-"):
+            train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))
+        file.write_text(f"{calls}\n\ndef g(p, c):\n    return [-len(x) for x in c]\n")
+        train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))
+        assert "reward: judge.py:f has changed since this run began" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="output: .*reward is 'judge.py:f' there and 'judge.py:g' now"):
+            train(config(data, tmp_path / "run", reward=f"{file}:g", batch_size=1, **settings))
+        assert first.reward == f"{file}:f"
+
+    def test_functions_are_told_apart(self, data: str, tmp_path: Path) -> None:
+        def other(prompts: list[Any], completions: list[str]) -> list[float]:
+            return [-value for value in ascii_share(prompts, completions)]
+
+        settings = config(data, tmp_path / "run", steps=1)
+        train(settings, reward=ascii_share)
+        with pytest.raises(ValueError, match="output: .*reward is '.*ascii_share' there and '.*other' now"):
+            train(settings, reward=other)
+
+    def test_what_is_as_good_as_the_best_is_no_negative(self, data: str, tmp_path: Path) -> None:
+        """Rewards of 0 and 1: with mc_po a group keeps one of the best, with swepo all of them."""
+
+        def even(prompts: list[Any], completions: list[str]) -> list[float]:
+            return [float(i % 4 != 0) for i in range(len(completions))]
+
+        for loss, there in (("mc_po", 2), ("swepo", 4)):
+            run = tmp_path / loss
+            made: list[list[int]] = []
+            whole = Rollouts.groups
+
+            def groups(self: Any, *given: Any, whole: Any = whole, made: Any = made, **more: Any) -> Any:
+                out = whole(self, *given, **more)
+                made.append((out.units >= 0).sum(1).tolist())
+                return out
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Rollouts, "groups", groups)
+                train(config(data, run, loss=loss, steps=1), reward=even)
+            assert {count for counts in made for count in counts} == {there}
+
+    def test_a_file_without_its_ending(self, data: str, tmp_path: Path) -> None:
+        (tmp_path / "judge.py").write_text("def f(p, c):\n    return [0.0] * len(c)\n")
+        with pytest.raises(ValueError, match=r"reward: expected a file with its ending, .*judge\.py:f"):
+            load_reward(f"{tmp_path / 'judge'}:f")

@@ -131,7 +131,9 @@ def test_command(tmp_path, capsys):
     write(second, tmp_path / "out", figure())
     assert main([*arguments, "--only", "rgpb_recipe"]) == 0  # both claims of the script are there
     assert "rgpb_recipe: done" in capsys.readouterr().err
-    assert (tmp_path / "docs" / "claims.md").read_text(encoding="utf-8") == claims_table([FINDING, second])
+    assert (tmp_path / "docs" / "claims.md").read_text(encoding="utf-8") == claims_table(
+        [FINDING, second], "", tmp_path / "out", tmp_path / "docs"
+    )
     with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--only", "rgpb_recipe", "--again"])
     assert "--hh-rlhf: expected the path of this data set, got none" in capsys.readouterr().err

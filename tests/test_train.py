@@ -778,6 +778,46 @@ def test_an_option_of_a_sum_without_its_term_stands(data, tmp_path):
     assert losses["dotted"] == losses["plain"] != losses["none"]
 
 
+class TestTies:
+    """An answer as good as the best is no negative of losses that read no rewards."""
+
+    @pytest.mark.parametrize(("loss", "there"), [("mc_po", 2), ("rnce", 2), ("mle + rnce", 2), ("swepo", 3)])
+    def test_what_takes_part(self, tmp_path, monkeypatch, loss, there):
+        rows = [{"prompt": f"{i}+", "completions": ["2.", "two.", "3."], "rewards": [1, 1, 0]} for i in range(4)]
+        seen = []
+        whole = module.Stage.fit
+
+        def fit(self, model, tokenizer, pad, train_set, *more, **named):
+            seen.append((train_set.units >= 0).sum(1).tolist())
+            return whole(self, model, tokenizer, pad, train_set, *more, **named)
+
+        monkeypatch.setattr(module.Stage, "fit", fit)
+        train(config(write(tmp_path / "t.jsonl", rows), tmp_path / "run", loss=loss, steps=1))
+        assert seen == [[there] * 4]
+
+
+def test_another_function_of_the_same_name_is_another_run(data, tmp_path):
+    """An objective from outside the package is part of the settings by its text."""
+    from rgpb import objective
+
+    def up_of_this_test(seen):
+        return -seen.logps(length_normalize=True)
+
+    def down_of_this_test(seen):
+        return seen.logps(length_normalize=True)
+
+    try:
+        objective("own_of_this_test", couples="token")(up_of_this_test)
+        settings = config(data, tmp_path / "run", loss="own_of_this_test", steps=1)
+        train(settings)
+        assert train(settings)["resumed"] is None
+        objective("own_of_this_test", couples="token")(down_of_this_test)
+        with pytest.raises(ValueError, match="output: expected the settings of the run .*functions is"):
+            train(settings)
+    finally:
+        del OBJECTIVES["own_of_this_test"]
+
+
 class TestMismatched:
     """kto's z₀: the prompts of a batch with the completions of others."""
 

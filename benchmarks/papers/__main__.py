@@ -1,7 +1,7 @@
 """Try the papers' claims on small models: `python -m benchmarks.papers --out benchmarks/results/papers`.
 
 Each script writes a table, a picture and a JSON file per claim. One whose files are all there is skipped. At the end
-the claims that are in the folder make docs/claims.md.
+the claims that are in the folder make one table (with `--docs docs/claims.md` the project's own).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.papers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--out", type=Path, metavar="DIR", help="folder of the results; needed but for --list")
     add("--only", nargs="+", metavar="NAME", help="scripts or claims; default: all")
     add("--hh-rlhf", type=Path, metavar="DIR", help="folder with train.jsonl.gz and test.jsonl.gz of HH-RLHF")
     add("--alpaca-eval", type=Path, metavar="FILE", help="JSON lines with prompt, completions and rewards")
     add("--seeds", type=argument(positive), default=4, help="runs of each; default %(default)s")
-    add("--docs", type=Path, default=Path("docs/claims.md"), metavar="FILE", help="default %(default)s")
+    add("--docs", type=Path, metavar="FILE", help="the table of all claims; default: claims.md in --out")
     add("--again", action="store_true", help="also those whose results are there")
     add("--list", action="store_true", help="only print scripts and claims")
     add("--quiet", action="store_true", help="show no progress")
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     a = parser.parse_args(argv)
+    if a.out is None and not a.list:
+        parser.error("--out: expected a folder, got none")
     scripts = modules()
     known = {name for script, module in scripts.items() for name in (script, *(c.name for c in module.CLAIMS))}
     unknown = sorted(set(a.only or ()) - known)
@@ -57,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if a.only and not {name, *names} & set(a.only):
             continue
         if a.list:
-            print(f"{name}: {', '.join(names)}")
+            print(
+                name,
+                *(f"  {claim.name}: {claim.paper} {claim.where}: {claim.text}" for claim in module.CLAIMS),
+                sep="\n",
+            )
             continue
         if not a.again and all((a.out / f"{claim}.json").exists() for claim in names):
             print(f"{name}: done", file=sys.stderr)
@@ -73,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{finding.claim.name}: {finding.verdict}: {finding.number}")
         print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
     if not a.list:
-        a.docs.parent.mkdir(parents=True, exist_ok=True)
+        docs = a.docs or a.out / "claims.md"
+        docs.parent.mkdir(parents=True, exist_ok=True)
         notes = a.out / "notes.txt"
         text = notes.read_text(encoding="utf-8").strip() if notes.exists() else ""
-        a.docs.write_text(claims_table(read(a.out), text), encoding="utf-8")
+        docs.write_text(claims_table(read(a.out), text, a.out, docs.parent), encoding="utf-8")
     return 0
 
 

@@ -23,6 +23,7 @@ from rgpb.bench.report import summary
 PAPERS = ("RGPB", "BNF", "SWEPO", "MC-PO")
 VERDICTS = ("holds", "does not hold", "not decidable at this size")
 PREFIXES = ("rgpb_", "bnf_", "swepo_", "mcpo_")
+RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 OPTIONS = {"hh_rlhf": "--hh-rlhf", "alpaca_eval": "--alpaca-eval"}  # of the command, by key of `data`
 
 
@@ -217,12 +218,15 @@ def read(out: Path) -> list[Finding]:
     return sorted(found, key=_order)
 
 
-def claims_table(findings: Sequence[Finding], notes: str = "") -> str:
+def claims_table(
+    findings: Sequence[Finding], notes: str = "", out: Path = RESULTS, place: Path = RESULTS.parents[2] / "docs"
+) -> str:
     """The text of docs/claims.md: what was tried and what came out, with links to script, table and picture.
 
     Args:
         findings: from `read`.
         notes: what to know of these results, Markdown; those of a folder are in its notes.txt.
+        out: the folder they are in, and `place` that of the table: links go from one to the other.
     """
     counted = [sum(f.verdict == verdict for f in findings) for verdict in VERDICTS]
     scripts = {claim.name: name for name, module in modules().items() for claim in module.CLAIMS}
@@ -238,16 +242,18 @@ def claims_table(findings: Sequence[Finding], notes: str = "") -> str:
         "",
         f"{counted[0]} hold, {counted[1]} do not hold, {counted[2]} can't be decided at this size.",
         "",
-        "To repeat: `python -m benchmarks.papers --out benchmarks/results/papers --hh-rlhf DIR --alpaca-eval FILE`.",
+        "To repeat, from a checkout: `python -m benchmarks.papers --out DIR --hh-rlhf DIR --alpaca-eval FILE`; about "
+        "an hour on one core.",
         "",
     ]
     lines += [notes, ""] if notes else []
     rows = [["claim", "paper", "verdict", "number", "from"]]
     for finding in sorted(findings, key=_order):
-        claim, results = finding.claim, f"../benchmarks/results/papers/{finding.claim.name}"
+        claim, results = finding.claim, os.path.relpath(out.resolve() / finding.claim.name, place.resolve())
         links = [f"[table]({results}.md)", f"[picture]({results}.png)"]
         if claim.name in scripts:
-            links.insert(0, f"[script](../benchmarks/papers/{scripts[claim.name]}.py)")
+            script = Path(__file__).with_name(f"{scripts[claim.name]}.py")
+            links.insert(0, f"[script]({os.path.relpath(script, place.resolve())})")
         rows.append(
             [claim.text, f"{claim.paper} {claim.where}", f"**{finding.verdict}**", finding.number, ", ".join(links)]
         )

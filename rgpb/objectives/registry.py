@@ -108,7 +108,7 @@ def objective(
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 
     Args:
-        name: default: the function's own name. Registering the same function again (a notebook cell) replaces it.
+        name: default: the function's own name. Registering one of your own again (a notebook cell) replaces it.
         unit: default: "pair" or "group" for `couples` of that name, else "response".
         couples, ref, label, rewards, entropy, entropy_grad, terms, draw, running, mismatched: see `Objective`.
 
@@ -138,8 +138,7 @@ def objective(
         if key is None:
             raise ValueError(f"name: expected one for a function without, {type(function).__name__}; got None")
         known = OBJECTIVES.get(key)
-        place = (function.__module__, function.__qualname__)
-        if known is not None and (known.function.__module__, known.function.__qualname__) != place:
+        if known is not None and known.function.__module__.startswith("rgpb.") and known.function is not function:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         if name is not None and not key.isidentifier():
             raise ValueError(f"name: expected an identifier, got {key!r}")
