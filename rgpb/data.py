@@ -398,11 +398,6 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         self.units, self.labels, self.counts, self.ref = units, labels, counts, ref
         self.rewards, self.mismatches = rewards, mismatches
 
-    @property
-    def paired(self) -> bool:
-        """Whether a unit is a pair."""
-        return self.rewards is None and self.units.shape[1] == 2
-
     def __len__(self) -> int:
         return len(self.units)
 

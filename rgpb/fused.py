@@ -23,7 +23,7 @@ from rgpb.engine import skipping
 from rgpb.engine.plan import DEFAULT_WORKSPACE, Plan
 from rgpb.engine.single import encodable, encode_options
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, TokenScores, pairs, tokens_of_each
+from rgpb.layout import Layout, Responses, TokenScores, pairs, repeat, tokens_of_each
 from rgpb.logprob import (
     check_inputs,
     compute_dtype,
@@ -122,7 +122,7 @@ def fused_loss(
             scores = linear_logprob(
                 hidden, head, target, ignore_index=ignore_index, impl=impl, engine=engine, workspace=workspace
             )
-            candidates = Responses(_flat(scores), ref_scores, ref_sums, label, layout, group_size, reward)
+            candidates = Responses(scores.flat(), ref_scores, ref_sums, label, layout, group_size, reward)
             keep = drawn(spec, candidates, options)
         # what wasn't drawn has no token any more, so it costs nothing, and a second draw has no choice
         target = torch.where(_of_response(keep, layout, target), target, ignore_index)
@@ -413,11 +413,7 @@ def _of_response(values: Tensor, layout: Layout, target: Tensor) -> Tensor:
     """Each response's value at all its positions. [B] → the shape of `target`."""
     if layout.lengths is None:
         return values[:, None].expand_as(target)
-    return torch.repeat_interleave(values, layout.lengths, output_size=len(target))
-
-
-def _flat(scores: TokenScores) -> TokenScores:
-    return TokenScores(*(None if x is None else x.reshape(-1) for x in scores))  # type: ignore[arg-type]
+    return repeat(values, layout.lengths, len(target))
 
 
 def _lengths(layout: Layout, target: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.fused import Reference, check_groups, fused_loss, make_layout, reference_scores
 from rgpb.head import LMHead
-from rgpb.layout import Responses, TokenScores
+from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, resolve
 from rgpb.objectives.registry import check_options, drawn
@@ -298,8 +298,7 @@ def _drawn(
         layout = make_layout(target, cu_seqlens, IGNORE)
         size, reward = check_groups(spec, group_size, rewards, layout, hidden)
         ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, **how)
-        scores = linear_logprob(hidden, head, target, **how)
-        scores = TokenScores(*(x.reshape(-1) for x in scores[:3]))  # type: ignore[union-attr]
+        scores = linear_logprob(hidden, head, target, **how).flat()
         own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
         keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
     assert size is not None  # checked above
@@ -313,7 +312,9 @@ def _drawn(
     chosen = _rows(batch, rows, len(keep), cu_seqlens)
     dropped = ~keep[rows]
     if bool(dropped.any()):
-        at = dropped[:, None] if cu_seqlens is None else _spread(dropped, cu_seqlens.diff()[rows])[None]
+        at = dropped[:, None]
+        if cu_seqlens is not None:
+            at = repeat(dropped, cu_seqlens.long().diff()[rows], chosen["labels"].shape[1])[None]
         chosen["labels"] = chosen["labels"].masked_fill(at, IGNORE)
     kept_rewards = None if rewards is None else rewards.reshape(-1)[rows].view(-1, most)
     if ref_scores is None:
@@ -333,7 +334,7 @@ def _rows(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor
     lengths = cu_seqlens.long().diff()[rows]
     ends = lengths.cumsum(0)
     places = torch.arange(int(ends[-1]), device=rows.device)
-    places = places - _spread(ends - lengths - cu_seqlens.long()[rows], lengths)
+    places = places - repeat(ends - lengths - cu_seqlens.long()[rows], lengths, len(places))
     tokens = int(cu_seqlens[-1])
     out = {
         name: value[..., places] if isinstance(value, Tensor) and value.ndim and value.shape[-1] == tokens else value
@@ -343,11 +344,6 @@ def _rows(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor
         if name in out:
             out[name] = nn.functional.pad(ends, (1, 0)).to(cu_seqlens.dtype)
     return out
-
-
-def _spread(values: Tensor, lengths: Tensor) -> Tensor:
-    """Each response's value at all its positions. [R] → [Σ lengths]"""
-    return torch.repeat_interleave(values, lengths.long())
 
 
 def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:

@@ -32,6 +32,10 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None = None
     other_entropy: Tensor | None = None
 
+    def flat(self) -> TokenScores:
+        """The same with one dimension, [P]: what `Responses` holds."""
+        return TokenScores(*(None if x is None else x.reshape(-1) for x in self))  # type: ignore[arg-type]
+
 
 class Layout(NamedTuple):
     """Which token positions belong to which response. Each response's positions are contiguous.
@@ -131,11 +135,11 @@ class Responses(NamedTuple):
         lengths = torch.full_like(layout.tokens, width) if layout.lengths is None else layout.lengths
         upto = logp.cumsum(0)
         start = torch.nn.functional.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
-        left = torch.where(counts, upto - logp - repeat(start, lengths, logp) + rest, -torch.inf)
+        left = torch.where(counts, upto - logp - repeat(start, lengths, len(logp)) + rest, -torch.inf)
         most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf)
         known = most > -torch.inf
         most = torch.where(known, most, 0.0)
-        parts = torch.where(counts, left - repeat(most, lengths, logp), -torch.inf).exp()
+        parts = torch.where(counts, left - repeat(most, lengths, len(logp)), -torch.inf).exp()
         total = torch.where(known, sum_of_each(parts, lengths), 1.0)
         return torch.where(known, most + total.log(), -torch.inf)
 
@@ -154,9 +158,9 @@ def sum_of_each(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
 
 
-def repeat(per_response: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
-    """Each response's value at all its positions. [B], [B], [P] → [P]"""
-    return torch.repeat_interleave(per_response, lengths, output_size=len(like))
+def repeat(per_response: Tensor, lengths: Tensor, positions: int) -> Tensor:
+    """Each response's value at all its positions. [B], int64 [B] → [P]"""
+    return torch.repeat_interleave(per_response, lengths, output_size=positions)
 
 
 def tokens_of_each(mask: Tensor, lengths: Tensor) -> Tensor:

@@ -364,8 +364,6 @@ def _train_online(
     asked = data if held_out is None else online.Rollouts(held_out, tokenizer, units=1, per_round=1, **common)
     some = range(min(EVAL_SAMPLE, len(asked.asked)))
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
-    if spec.ref is None:
-        evaluated.ref = None
     stage = Stage(folder, config, spec, options, f"training online with {spec.name}")
     return stage.fit(
         model, tokenizer, pad, data, evaluated, config.epochs, steps, None,

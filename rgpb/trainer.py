@@ -35,7 +35,7 @@ from rgpb.data import (
 )
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.fused import make_layout
-from rgpb.layout import Responses, TokenScores
+from rgpb.layout import Responses
 from rgpb.objectives import Objective, RunningMean, unit_values
 from rgpb.objectives import units as units_of
 from rgpb.objectives.registry import option, reward_scale
@@ -380,9 +380,9 @@ def score_batch(
     scores = hf.token_scores(model, inputs, entropy=spec.entropy, workspace=workspace)
     target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(scores.logp.shape)
     layout = make_layout(target, cu_seqlens, IGNORE)
-    flat = None if ref is None else _flat(ref)
+    flat = None if ref is None else ref.flat()
     responses = Responses(
-        policy=_flat(scores),
+        policy=scores.flat(),
         ref=flat,
         ref_sums=None if flat is None else layout.sum(flat.logp),
         label=label.double() * 2 - 1 if spec.label else None,
@@ -400,10 +400,6 @@ def score_batch(
         out["ratio"] = responses.log_ratios()
     out["value"] = unit_values(spec, responses, options)
     return {name: value.cpu() for name, value in out.items()}
-
-
-def _flat(scores: TokenScores) -> TokenScores:
-    return TokenScores(*(None if x is None else x.reshape(-1) for x in scores))  # type: ignore[arg-type]
 
 
 def summarise(columns: dict[str, Tensor], spec: Objective, options: dict[str, Any]) -> dict[str, float]:

@@ -275,7 +275,7 @@ class TestTokens:
 
     def test_labelled_rows_are_single_responses(self, tmp_path, tokenizer):
         data = self.data(tmp_path, tokenizer, LABELLED, {**LABELLED, "label": False})
-        assert not data.paired
+        assert data.units.shape[1] == 1
         assert [r.label for (r,) in data] == [True, False]
         assert data.preferred().counts["left out as dispreferred"] == 1
         assert len(data.first(1)) == 1
@@ -353,7 +353,6 @@ class TestGroups:
         assert data.rewards.tolist() == [[1.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [2.5, -1.0, -1.0, 0.0]]
         assert data.rewards.dtype == torch.float64
         assert data.labels.tolist() == [[True, False, False, False]] * 3
-        assert not data.paired
         wanted = {"rows": 4, "units": 3, "responses": 9, "rows left out, all rewards equal": 1}
         assert wanted.items() <= data.counts.items()
         texts = [[tokenizer.decode(r.tokens[r.prompt :])[:-13] for r in unit] for unit in data]

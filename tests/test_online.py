@@ -591,21 +591,15 @@ class TestJudges:
         self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         file, calls = tmp_path / "judge.py", "def f(p, c):\n    return [len(x) for x in c]\n"
-        file.write_text(f"{calls}def g(p, c):\n    return [-len(x) for x in c]\n")
         settings = {"steps": 4, "refresh": 2, "save_steps": 1}
-        first = config(data, tmp_path / "run", reward=f"{file}:f", **settings)
-        broken = calls.replace(
-            "return", "assert len(p) != 8\n    return"
-        )  # 2 prompts, 4 completions: not in evaluation
-        file.write_text(broken.replace("assert", "import sys; sys.calls = getattr(sys, 'calls', 0) + 1; assert"))
-        with pytest.raises(RuntimeError, match="reward: the function raised AssertionError in evaluation|round-"):
+        file.write_text(calls.replace("return", "assert len(p) != 8\n    return"))  # 2 prompts, 4 completions: a round
+        with pytest.raises(RuntimeError, match="reward: the function raised AssertionError in round-00000; rounds"):
             train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))
         file.write_text(f"{calls}\n\ndef g(p, c):\n    return [-len(x) for x in c]\n")
         train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))
         assert "reward: judge.py:f has changed since this run began" in capsys.readouterr().out
         with pytest.raises(ValueError, match="output: .*reward is 'judge.py:f' there and 'judge.py:g' now"):
             train(config(data, tmp_path / "run", reward=f"{file}:g", batch_size=1, **settings))
-        assert first.reward == f"{file}:f"
 
     def test_functions_are_told_apart(self, data: str, tmp_path: Path) -> None:
         def other(prompts: list[Any], completions: list[str]) -> list[float]:

@@ -13,6 +13,7 @@ import ast
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -132,10 +133,11 @@ def single_pass(
                     continue
                 yield rows, coefficients(rows, Layout(len(count), inside, count, None), slice(None))
             return
-        end = [0, *ends.tolist()]
+        counts = count.tolist()
+        end = [0, *accumulate(counts)]
         # a pair's responses lie one in each half, a group's K in a row
         starts, width = ([0, total_units], 1) if spec.unit == "pair" else ([0], group_size)
-        for first, last in pack_units(count, starts, width, step):
+        for first, last in pack_units(counts, starts, width, step):
             runs = [(start + first * width, start + last * width) for start in starts]
             rows = kept.rows(*((end[a], end[b]) for a, b in runs))
             members = torch.cat([torch.arange(a, b, device=count.device) for a, b in runs])
@@ -150,20 +152,21 @@ def single_pass(
     return total.to(z_y.dtype), z_y, lse_other, z_y.new_empty(0) if h_o is None else h_o, *made  # type: ignore[return-value]
 
 
-def pack_units(count: Tensor, starts: list[int], width: int, step: int) -> Iterator[tuple[int, int]]:
+def pack_units(counts: list[int], starts: list[int], width: int, step: int) -> Iterator[tuple[int, int]]:
     """Runs of whole units of at most `step` tokens; a longer unit is a run of its own.
 
-    Unit u has `width` responses from each of `starts` + u · width; `count` is the tokens of each response, [B].
+    Unit u has `width` responses from each of `starts` + u · width; `counts` are the tokens of the B responses.
     """
-    tokens_of = count.view(len(starts), -1, width).sum((0, 2)).tolist()
+    units = len(counts) // (len(starts) * width)
     first = tokens = 0
-    for unit, more in enumerate(tokens_of):
+    for unit in range(units):
+        more = sum(sum(counts[start + unit * width : start + (unit + 1) * width]) for start in starts)
         if tokens and tokens + more > step:
             yield first, unit
             first, tokens = unit, 0
         tokens += more
     if tokens:
-        yield first, len(tokens_of)
+        yield first, units
 
 
 @single_pass.register_fake
