@@ -86,6 +86,7 @@ def statistics_(
     out: Tensor | None = None,
     masses: Tensor | None = None,
     tile: int = 0,
+    keep: bool = True,
 ) -> tuple[Statistics, Tensor]:
     """The statistics, and Σ E_k [C]. Products become weights J_k E_k, 0 at the target, in place or in `out`.
 
@@ -94,6 +95,7 @@ def statistics_(
     Args:
         out: [C, V] view of 16-bit elements over the first half of each row's own bytes, or None.
         masses: [C, ⌈V / tile⌉] to be filled with the softmax mass over the other tokens of each `tile` columns.
+        keep: whether the weights are asked for at all; they are made here anyway.
     """
     columns = [z_CV.new_empty(len(z_CV)) for _ in range(4 if entropy else 3)]
     scratch = _scratch(z_CV)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from rgpb.engine import chunked, skipping
 from rgpb.engine.plan import DEFAULT_WORKSPACE, ENGINES, MASS_TILE, Plan, plan, sizes
 from rgpb.head import LMHead, as_head
-from rgpb.kernels import architecture
+from rgpb.kernels import architecture, cpp_rows
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.layout import TokenScores
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
+IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch")
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +54,8 @@ def linear_logprob(
         target: int64 [...], the token that `hidden` at the same place predicts; or `ignore_index`.
         ignore_index: positions with this target cost nothing and score 0.
         entropy: also fill `entropy` and `other_entropy`.
-        impl: who does the row work: "triton" (CUDA and ROCm), "torch", or "auto": Triton on a GPU where it is there.
+        impl: who does the row work: "triton" (CUDA and ROCm), "cpp" (CPUs, where it was built), "torch", or "auto": the
+            first of these that is there.
         engine: "chunked" (library products, row kernels), "tiled" (Triton kernels that never write a logit), or "auto":
             whichever `rgpb.engine.plan` predicts to be faster.
         grad_tolerance: lets the weight's gradient leave out what is provably small: of ∂L/∂logits at most this share of
@@ -129,23 +130,32 @@ def plan_call(
     )
 
 
+def why_not(impl: str, device: torch.device) -> str | None:
+    """What keeps the implementation "triton", "cpp" or "torch" from serving tensors on `device`; None where it can."""
+    if impl == "triton":
+        if not HAS_TRITON:
+            return "the package triton isn't installed"
+        if device.type != "cuda" and not INTERPRETED:
+            return f"Triton has no kernels for the device {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
+    if impl == "cpp":
+        if device.type != "cpu":
+            return f"the C++ kernels are for CPUs, not for the device {device.type}"
+        return cpp_rows.missing()
+    return None
+
+
 def resolve_impl(impl: str, device: torch.device) -> str:
     """ "auto" → the fastest that is there; a named one that isn't is refused.
 
     Raises:
-        ValueError: impl="triton" without Triton, or on a device that it has no kernels for.
+        ValueError: an implementation that can't serve this device, with the reason.
     """
-    if impl == "torch":
-        return impl
-    reason = None
-    if not HAS_TRITON:
-        reason = "the package triton isn't installed"
-    elif device.type != "cuda" and not INTERPRETED:
-        reason = f"Triton has no kernels for the device {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
     if impl == "auto":
-        return "torch" if reason or device.type != "cuda" else "triton"
+        best = "triton" if device.type == "cuda" else "cpp"
+        return best if why_not(best, device) is None else "torch"
+    reason = why_not(impl, device)
     if reason:
-        raise ValueError(f"impl: expected 'auto' or 'torch', since {reason}; got 'triton'")
+        raise ValueError(f"impl: expected 'auto' or 'torch', since {reason}; got {impl!r}")
     return impl
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rgpb.engine import plan
 from rgpb.engine.plan import Sizes, convert_rows, row_chunk, single_chunk, sizes, slice_chunk
-from rgpb.kernels import torch_rows
+from rgpb.kernels import cpp_rows, torch_rows
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 Rows = slice | Tensor
@@ -110,7 +110,7 @@ class Kept:
 
 
 class TokenTerms(NamedTuple):
-    """A token-wise loss that the Triton row kernels have themselves, for the rows of a chunk.
+    """A token-wise loss that the Triton and C++ row kernels have themselves, for the rows of a chunk.
 
     Attributes:
         loss: of `triton_rows.TOKEN_LOSSES`.
@@ -178,11 +178,11 @@ class Products:
         keep: E is asked for next, by `gradient`.
         """
         z, entropy = self.logits(self.inputs(rows)), into.h_o is not None
-        if self.p.impl == "torch":
+        if self.p.impl != "triton":
             made = None if masses is None else masses.new_empty(len(z), masses.shape[1])
             e = self.half_view(z)
-            scores, total = torch_rows.statistics_(
-                z, self.p.target[rows], self.epilogue, entropy, e, made, plan.MASS_TILE
+            scores, total = row_kernels(self.p).statistics_(
+                z, self.p.target[rows], self.epilogue, entropy, e, made, plan.MASS_TILE, keep
             )
             self.at_hand = (z if e is None else e), total
         else:
@@ -209,7 +209,7 @@ class Products:
     def token_loss(self, rows: Rows, into: Statistics, terms: TokenTerms) -> Tensor:
         """Score `rows`, and at once E of a token-wise loss (r is None)."""
         z = self.logits(self.inputs(rows))
-        scores, value, e = triton_rows().token_loss_(
+        scores, value, e = row_kernels(self.p).token_loss_(
             z, self.p.target[rows], terms.loss, terms.weight, terms.ref, self.epilogue, terms.entropy,
             self.half_view(z), self.sizes.room,
         )  # fmt: skip
@@ -247,7 +247,7 @@ def triton_rows() -> Any:
 
 
 def row_kernels(p: Problem) -> Any:
-    return torch_rows if p.impl == "torch" else triton_rows()
+    return triton_rows() if p.impl == "triton" else {"torch": torch_rows, "cpp": cpp_rows}[p.impl]
 
 
 def products_of(p: Problem, rows: int) -> Products:

@@ -163,7 +163,7 @@ def sizes(
     gemm = gemm_dtype(device_type, compute_dtype)
     acc = 8 if weight_dtype == torch.float64 else 4
     convert = gemm != weight_dtype
-    factored = impl == "torch" or engine == "tiled" or convert or gemm == torch.float16
+    factored = impl in ("torch", "cpp") or engine == "tiled" or convert or gemm == torch.float16
     return Sizes(
         vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, engine, arch, factored
     )
@@ -389,10 +389,16 @@ def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspac
 
 
 def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int, workspace: int) -> float | None:
-    """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
+    """`predicted_seconds` where there are rates: for 16-bit products on a GPU."""
     if head.arch is None or head.gemm != 2:
         return None
-    rates = RATES[head.arch]
+    return predicted_seconds(head, RATES[head.arch], path, units, tokens, rows, workspace)
+
+
+def predicted_seconds(
+    head: Sizes, rates: Rates, path: str, units: int, tokens: int, rows: int, workspace: int
+) -> float:  # fmt: skip
+    """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
     sweeps = {"two_pass": 2}.get(path, 1)  # how often logits are formed
     unit, logits = 2 * tokens * head.vocab * head.width, tokens * head.vocab
     if head.engine == "tiled":

@@ -109,7 +109,7 @@ def single_pass(
         return of
 
     in_kernel = None
-    if spec.terms is not None and impl == "triton" and engine == "chunked":
+    if spec.terms is not None and impl in ("triton", "cpp") and engine == "chunked":
         in_kernel = spec.terms(count, label, **chosen_options)
 
     def terms(known: tuple[str, Tensor], rows: chunked.Rows, inside: Tensor, tokens: int) -> chunked.TokenTerms:

@@ -1,0 +1,3 @@
+#define RGPB_ISA avx2
+#define RGPB_BYTES 32
+#include "rows.inl"
