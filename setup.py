@@ -20,9 +20,11 @@ from setuptools.errors import CompileError
 
 NAME = "rgpb.kernels._cpp"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+TORCH = ["-std=c++20", "-fopenmp", *["-DRGPB_X86"] * X86]
 # Each instruction set is a file of its own; which one runs is decided when the library is loaded.
 FLAGS = {
-    "csrc/ops.cpp": ["-std=c++20", "-fopenmp", *["-DRGPB_X86"] * X86],
+    "csrc/ops.cpp": TORCH,
+    "csrc/products.cpp": TORCH,
     "csrc/rows_baseline.cpp": [],
     **({
         "csrc/rows_avx2.cpp": ["-mavx2", "-mfma"],

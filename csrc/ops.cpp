@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "rows.h"
 
 namespace rgpb {
@@ -67,6 +71,20 @@ std::string use(std::string name) {
 }
 
 std::string built_for() { return TORCH_VERSION; }
+
+// Ask the system to back a large fresh buffer with huge pages: the first touch of 4 KiB pages costs as much as a fifth
+// of a product over the same bytes. Where there are none, nothing happens.
+void huge_pages(const Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = uintptr_t{1} << 21;
+  if (!x.device().is_cpu() || !x.is_contiguous()) return;
+  const auto first = reinterpret_cast<uintptr_t>(x.data_ptr()), last = first + x.nbytes();
+  const auto start = (first + PAGE - 1) / PAGE * PAGE, stop = last / PAGE * PAGE;
+  if (start < stop) madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
+#else
+  (void)x;
+#endif
+}
 
 // -- checks -----------------------------------------------------------------------------------------------------------
 
@@ -248,6 +266,7 @@ TORCH_LIBRARY_FRAGMENT(rgpb, m) {
   m.def("cpp_built_for() -> str", built_for);
   m.def("cpp_available() -> str[]", available);
   m.def("cpp_use(str name) -> str", use);
+  m.def("huge_pages(Tensor x) -> ()", huge_pages);
   m.def(
       "row_statistics(Tensor z, Tensor target, Tensor? bias, float? softcap, float scale, Tensor(a!) z_y, "
       "Tensor(b!) lse_other, Tensor(c!)? h_o, Tensor(d!)? masses, int tile, Tensor(e!)? weights, Tensor(f!)? total) "

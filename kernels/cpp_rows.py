@@ -1,7 +1,6 @@
 """The row kernels in C++ (`csrc/`), for CPUs: float64, float32 and bfloat16 storage, float32 (float64) arithmetic.
 
-Their operators are registered when the compiled library is first asked for, and take the widest vectors that the
-processor has. The formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the
+Their operators are registered when this module is imported, and take the widest vectors that the processor has. The formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the
 core's own cache. Rows with a negative target are ignored by `statistics`, `statistics_` and `token_loss_` (zeros come
 out); for `gradients_` the target lies in another slice of the vocabulary.
 
@@ -10,7 +9,6 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of it
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -23,9 +21,8 @@ NAME = "_cpp"
 HOW = "reinstall rgpb with a C++ compiler and `pip install --no-build-isolation`"
 
 
-@cache
-def missing() -> str | None:
-    """Why the compiled library can't be used, or None where it can. Loads it."""
+def _load() -> str | None:
+    """Register the operators; why that can't be done, or None."""
     places = [Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES]
     library = next((place for place in places if place.exists()), None)
     if library is None:
@@ -37,14 +34,32 @@ def missing() -> str | None:
     built_for = torch.ops.rgpb.cpp_built_for()
     if built_for.split("+")[0] != torch.__version__.split("+")[0]:
         return f"the C++ kernels were built for torch {built_for}, and this is {torch.__version__}: {HOW}"
-    for name in ("row_statistics", "row_gradients", "row_token_loss"):
+    for name in ("row_statistics", "row_gradients", "row_token_loss", "mm_bf16"):
         torch.library.register_fake(f"rgpb::{name}", lambda *_: None)  # all results go into arguments
     return None
+
+
+# Found out when this module is imported, so that torch.compile takes both for constants.
+MISSING = _load()
+# Whether bfloat16 operands are multiplied as they are, with float32 results.
+BF16_PRODUCTS = MISSING is None and torch.ops.rgpb.has_bf16_products()
+
+
+def missing() -> str | None:
+    """Why the compiled library can't be used, or None where it can."""
+    return MISSING
 
 
 def describe() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline" (what every processor of this family has)."""
     return torch.ops.rgpb.cpp_use("")
+
+
+def fresh(x: Tensor) -> Tensor:
+    """`x`, just allocated and not yet touched: large ones get huge pages where the system has them."""
+    if x.device.type == "cpu" and MISSING is None:
+        torch.ops.rgpb.huge_pages(x)
+    return x
 
 
 def statistics(

@@ -25,6 +25,7 @@ from torch import Tensor
 from rgpb.engine import plan
 from rgpb.engine.plan import Sizes, convert_rows, row_chunk, single_chunk, sizes, slice_chunk
 from rgpb.kernels import cpp_rows, torch_rows
+from rgpb.kernels.cpp_rows import fresh
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 Rows = slice | Tensor
@@ -144,7 +145,7 @@ class Products:
 
     def padded(self, rows: int, dtype: torch.dtype) -> Tensor:
         """[C, V] whose rows are `room` long."""
-        return self.p.hidden.new_empty(rows, self.sizes.room, dtype=dtype)[:, : self.sizes.vocab]
+        return fresh(self.p.hidden.new_empty(rows, self.sizes.room, dtype=dtype))[:, : self.sizes.vocab]
 
     def inputs(self, rows: Rows) -> Tensor:
         return self.p.hidden[rows].to(self.dtype)
@@ -270,11 +271,11 @@ class HeadSum:
 
     def __init__(self, p: Problem, products: Products, weight: bool, bias: bool, chunks: int):
         self.p, self.products, self.fresh = p, products, True
-        self.dweight = torch.empty_like(p.weight) if weight else None
+        self.dweight = fresh(torch.empty_like(p.weight)) if weight else None
         self.dbias = p.hidden.new_empty(p.weight.shape[0], 1, dtype=p.acc_dtype) if bias else None
         self.sum = self.dweight
         if weight and products.sizes.accumulate and chunks > 1:
-            self.sum = torch.empty_like(p.weight, dtype=torch.float32)
+            self.sum = fresh(torch.empty_like(p.weight, dtype=torch.float32))
 
     def add(self, e_CV: Tensor, r: Tensor | None, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
@@ -314,16 +315,14 @@ def spans(total: int, step: int) -> Iterator[slice]:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA)."""
-    if a.dtype == out.dtype:
-        if accumulate:
-            torch.addmm(out, a, b, out=out)
-        else:
-            torch.mm(a, b, out=out)
+    """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA, and `cpp_rows.BF16_PRODUCTS`)."""
+    more = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if more and a.device.type == "cpu":
+        torch.ops.rgpb.mm_bf16(a, b, out, accumulate)
     elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, **more, out=out)
     else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, **more, out=out)
 
 
 def check_rows(p: Problem, kept: Kept) -> None:
@@ -490,12 +489,12 @@ def head_gradient(
     dtype, acc, epilogue = p.gemm_dtype, p.acc_dtype, p.epilogue()
     if not kept.count:
         return torch.zeros_like(p.weight) if need_weight else None, p.weight.new_zeros(vocab) if need_bias else None
-    dweight = torch.empty_like(p.weight) if need_weight else None
+    dweight = fresh(torch.empty_like(p.weight)) if need_weight else None
     dbias = p.hidden.new_empty(vocab, 1, dtype=acc) if need_bias else None
     rows_step, slice_step, _ = slice_chunk(p.sizes, p.workspace, kept.count)
     tile = vocab if rows_of is None else plan.MASS_TILE
     slice_step = min(slice_step, tile)
-    buffer = p.hidden.new_empty(rows_step * slice_step, dtype=dtype if p.engine == "tiled" else acc)
+    buffer = fresh(p.hidden.new_empty(rows_step * slice_step, dtype=dtype if p.engine == "tiled" else acc))
     for part in (
         slice(t.start + s.start, t.start + s.stop)
         for t in spans(vocab, tile)

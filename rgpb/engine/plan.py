@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from rgpb.kernels import torch_rows
+from rgpb.kernels import cpp_rows, torch_rows
 
 DEFAULT_WORKSPACE = 512 * 2**20
 
@@ -144,9 +144,11 @@ class Sizes(NamedTuple):
         return 4 if self.impl == "torch" else 0
 
 
-def gemm_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """Operands of the products: 16-bit on CUDA with float32 results, float32 elsewhere; float64 stays."""
-    return dtype if dtype == torch.float64 or device_type == "cuda" else torch.float32
+def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl: str) -> torch.dtype:
+    """Operands of the products. 16-bit ones need float32 results: on CUDA, and with the C++ kernels for a bfloat16
+    weight on a CPU that has the instructions. Elsewhere slices of them are converted to float32; float64 stays."""
+    native = impl == "cpp" and weight == compute == torch.bfloat16 and cpp_rows.BF16_PRODUCTS
+    return compute if compute == torch.float64 or device_type == "cuda" or native else torch.float32
 
 
 def sizes(
@@ -160,7 +162,7 @@ def sizes(
     arch: str | None = None,
 ) -> Sizes:
     """`Sizes` of a head [vocab, width] used in `compute_dtype` (the autocast type, else that of the hidden states)."""
-    gemm = gemm_dtype(device_type, compute_dtype)
+    gemm = gemm_dtype(device_type, weight_dtype, compute_dtype, impl)
     acc = 8 if weight_dtype == torch.float64 else 4
     convert = gemm != weight_dtype
     factored = impl in ("torch", "cpp") or engine == "tiled" or convert or gemm == torch.float16

@@ -42,7 +42,7 @@ def as_on_cuda(monkeypatch):
         wide = a.double() @ b.double()
         out.copy_(out + wide if accumulate else wide)
 
-    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, compute: compute)
+    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
     monkeypatch.setattr(chunked, "mm", product)
 
 

@@ -1,124 +1,26 @@
 """Every kernel and flag in the interpreter against float64 in torch operations (another form), on small shapes.
 
-Dimensions: C rows, V vocabulary, H hidden size.
+The row kernels: `row_suite.py`, the same as for torch's and the C++ ones. Dimensions: C rows, V vocabulary, H hidden
+size.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from row_suite import *  # noqa: F403
+from row_suite import EPILOGUES, Implementation, close, dense, epilogue_of, upstream_of
 
 from rgpb.kernels import configs, triton_rows, triton_tiles
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
-
-# V: off the blocks of 64 with several of them; exactly two blocks; less than one block; the smallest with another token
-VOCABS = (150, 128, 9, 2)
-EPILOGUES = list(itertools.product((False, True), (None, 2.5), (1.0, 0.3)))  # bias, soft-cap, scale
-ACCURACY = {torch.float64: 1e-13, torch.float32: 1e-6}
+from rgpb.kernels.torch_rows import Statistics
 
 
-def close(made, true, dtype, narrow=None):
-    """To 1e-6 relative in float32, one rounding more in a narrow type."""
-    rtol = ACCURACY[dtype] if narrow is None else 2 * torch.finfo(narrow).eps
-    scale = true.double().abs()[true.isfinite()].max().item() if true.numel() else 0.0
-    torch.testing.assert_close(made.double(), true.double(), rtol=rtol, atol=rtol * max(scale, 1e-30))
-
-
-def dense(z, y, epilogue):
-    """Statistics from materialised softmaxes, in float64, differentiable."""
-    z = z if epilogue.bias is None else z + epilogue.bias.double()
-    z = z * epilogue.scale
-    if epilogue.softcap is not None:
-        z = epilogue.softcap * torch.tanh(z / epilogue.softcap)
-    here = torch.nn.functional.one_hot(y.clamp(min=0), z.shape[1]).bool() & (y >= 0)[:, None]
-    others = z.masked_fill(here, -torch.inf)
-    q = others.softmax(1)
-    lse_other = others.logsumexp(1)
-    h_o = lse_other - (q * z.masked_fill(here, 0)).sum(1)
-    return Statistics(z.masked_fill(~here, 0).sum(1), lse_other, h_o), q
-
-
-def epilogue_of(flags, vocab, dtype):
-    bias, softcap, scale = flags
-    return Epilogue(torch.randn(vocab).to(dtype) if bias else None, softcap, scale)
-
-
-def upstream_of(rows, dtype, entropy):
-    g = torch.randn(3, rows, dtype=torch.float64).to(dtype)
-    return Upstream(g[0], g[1], g[2] if entropy else None)
-
-
-@pytest.mark.parametrize("flags", EPILOGUES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_row_statistics_and_gradients(stored, vocab, entropy, flags):
-    acc = torch.float64 if stored == torch.float64 else torch.float32
-    z = (3 * torch.randn(3, vocab, dtype=torch.float64)).to(stored)
-    y = torch.tensor([0, vocab - 1, vocab // 2])
-    epilogue = epilogue_of(flags, vocab, acc)
-    exact_z = z.double().requires_grad_()
-    truth, q = dense(exact_z, y, epilogue)
-    made, masses = triton_rows.statistics(z, y, epilogue, entropy, tile=64)
-    for a, b in zip(made, truth if entropy else truth[:2]):
-        close(a, b.detach(), acc)
-    wanted = torch.nn.functional.pad(q.detach(), (0, -vocab % 64)).view(3, -1, 64).sum(-1)
-    close(masses, wanted, acc)
-    upstream = upstream_of(3, acc, entropy)
-    (gradient,) = torch.autograd.grad(
-        [t for t, g in zip(truth, upstream) if g is not None], exact_z, [g.double() for g in upstream if g is not None]
-    )
-    scores = Statistics(*(s.detach().to(acc) for s in truth))
-    for narrow in (acc, torch.bfloat16, torch.float16) if stored == torch.float32 else (stored,):
-        buffer = z.clone()
-        out = buffer if narrow == stored else buffer.view(narrow)[:, :vocab]
-        e, r = triton_rows.gradients_(buffer, y, scores, upstream, epilogue, out)
-        d = e.double() if r is None else e.double() * r.double()[:, None]
-        close(d, gradient, acc, None if narrow == acc else narrow)
-
-
-@pytest.mark.parametrize("flags", EPILOGUES, ids=str)
-@pytest.mark.parametrize("loss", triton_rows.TOKEN_LOSSES)
-@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_token_losses_in_one_launch(narrow, loss, flags):
-    acc = torch.float64 if narrow == torch.float64 else torch.float32
-    vocab, rows = 150, 5
-    z = 3 * torch.randn(rows, vocab, dtype=acc)
-    z[3, 7] += 30.0  # a confident token
-    y = torch.tensor([0, 149, 80, 7, -1])
-    epilogue = epilogue_of(flags, vocab, acc)
-    weight = torch.tensor([0.5, -0.25, 1.0, -1.0, 1.0], dtype=acc)
-    ref_lam = torch.randn(rows, dtype=torch.float64) - 3
-    ref_lam[0] = 5.0
-    ref = tuple(x.to(acc) for x in (torch.nn.functional.logsigmoid(ref_lam), ref_lam))
-    ref_lam = ref[1].double()
-    exact_z = z.double().requires_grad_()
-    truth, _ = dense(exact_z, y, epilogue)
-    lam = truth.z_y - truth.lse_other
-    log_p, log_not_p = torch.nn.functional.logsigmoid(lam), torch.nn.functional.logsigmoid(-lam)
-    if loss == "nll":
-        value = objective = -weight.double() * log_p
-    elif loss == "unlikelihood":
-        value = objective = torch.where(weight > 0, -weight * log_p, weight * log_not_p)
-    else:
-        f = torch.exp((log_p - torch.nn.functional.logsigmoid(ref_lam)).clamp(max=0)).detach()
-        value = -weight * (f * log_p + (1 - f) * (log_not_p - truth.h_o))
-        objective = -weight * torch.exp((lam - ref_lam).clamp(max=0)).detach() * log_p
-    (gradient,) = torch.autograd.grad(objective[:4].sum(), exact_z)
-    buffer = z.clone()
-    out = buffer.view(narrow)[:, :vocab]
-    scores, made, d = triton_rows.token_loss_(
-        buffer, y, loss, weight, ref if loss == "bnf" else None, epilogue, loss == "bnf", out
-    )
-    for a, b in zip(scores, truth if loss == "bnf" else truth[:2]):
-        close(a[:4], b[:4].detach(), acc)
-        assert a[4] == 0
-    close(made[:4], value[:4].detach(), acc)
-    assert made[4] == 0
-    assert not d[4].any()
-    close(d, gradient, acc, None if narrow == acc else narrow)
+@pytest.fixture
+def rows():
+    return Implementation(
+        triton_rows.statistics, triton_rows.gradients_, triton_rows.token_loss_, None,
+        (torch.float64, torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16),
+    )  # fmt: skip
 
 
 def tiles(entropy, rows, vocab, like, top):

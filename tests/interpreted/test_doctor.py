@@ -1,0 +1,40 @@
+"""`rgpb doctor` on the Triton kernels: right ones pass on both engines, wrong ones don't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rgpb.bench import doctor
+from rgpb.kernels import triton_rows, triton_tiles
+
+CPU = torch.device("cpu")
+WRONG = {
+    "chunked, statistics": (triton_rows, "statistics", lambda made, given: made[0].lse_other.add_(2e-3)),
+    "chunked, gradients": (triton_rows, "gradients_", lambda made, given: made[0][:, -1].mul_(1.5)),
+    "chunked, token loss": (triton_rows, "token_loss_", lambda made, given: made[1].mul_(1.01)),
+    "tiled, target": (triton_rows, "with_target_", lambda made, given: made[-1:].mul_(1.01)),
+    "tiled, gradients": (triton_tiles, "gradients", lambda made, given: given[6][:, -1].mul_(1.5)),
+    "tiled, merge": (triton_tiles, "merge", lambda made, given: made[0].add_(2e-3)),
+}
+
+
+@pytest.mark.parametrize("dtype", doctor.DTYPES)
+@pytest.mark.parametrize("engine", ["chunked", "tiled"])
+def test_right_kernels_pass(engine, dtype):
+    check = doctor.self_check(CPU, "triton", engine, dtype)
+    assert check.status == "ok", check
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_kernel_fails(name, monkeypatch):
+    module, kernel, change = WRONG[name]
+    right = getattr(module, kernel)
+
+    def wrong(*arguments, **keywords):
+        made = right(*arguments, **keywords)
+        change(made, arguments)
+        return made
+
+    monkeypatch.setattr(module, kernel, wrong)
+    assert doctor.self_check(CPU, "triton", name.partition(",")[0], "fp32").status == "FAILED"

@@ -1,0 +1,191 @@
+"""torch's row kernels and the C++ ones on every instruction set of this machine, and what the C++ ones add."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from row_suite import *  # noqa: F403
+from row_suite import Implementation, close, dense
+
+from rgpb.kernels import cpp_rows, torch_rows
+from rgpb.kernels.torch_rows import Epilogue, Upstream
+
+WIDE = (torch.float64, torch.float32)
+SETS = torch.ops.rgpb.cpp_available() if cpp_rows.missing() is None else []
+cpp = pytest.mark.skipif(cpp_rows.missing() is not None, reason=str(cpp_rows.missing()))
+bf16 = pytest.mark.skipif(not cpp_rows.BF16_PRODUCTS, reason="no bfloat16 instructions here, or no C++ kernels")
+
+
+def torch_statistics(z, target, epilogue, entropy, tile):
+    masses = z.new_empty(len(z), -(-z.shape[1] // tile))
+    return torch_rows.statistics_(z, target, epilogue, entropy, None, masses, tile)[0], masses
+
+
+IMPLEMENTATIONS = {
+    "torch": Implementation(
+        torch_statistics, torch_rows.gradients_, None, torch_rows.statistics_, WIDE, (torch.bfloat16, torch.float16)
+    ),
+    "cpp": Implementation(
+        cpp_rows.statistics, cpp_rows.gradients_, cpp_rows.token_loss_, cpp_rows.statistics_,
+        (*WIDE, torch.bfloat16), (torch.bfloat16,),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["torch", *(f"cpp {name}" for name in ("avx512", "avx2", "baseline"))])
+def rows(request):
+    """The implementation, with the instruction set in use for as long as the test runs."""
+    name, _, instructions = request.param.partition(" ")
+    if name == "torch":
+        yield IMPLEMENTATIONS[name]
+        return
+    if instructions not in SETS:
+        pytest.skip(cpp_rows.missing() or f"this processor has no {instructions}")
+    before = torch.ops.rgpb.cpp_use(instructions)
+    yield IMPLEMENTATIONS[name]
+    torch.ops.rgpb.cpp_use(before)
+
+
+@pytest.mark.parametrize("vocab", [3000, 2049, 1024])
+def test_sums_over_many_blocks(rows, vocab):
+    """More than a block of the sums, with the target at each end of one; a tile longer than a block."""
+    z, epilogue = 3 * torch.randn(6, vocab), Epilogue(None, None, 1.0)
+    y = torch.tensor([0, 1023, 1024 % vocab, 1025 % vocab, vocab - 1, vocab // 2])
+    truth, q = dense(z.double(), y, epilogue)
+    for tile in (64, 1024, 2048):
+        made, masses = rows.statistics(z.clone(), y, epilogue, True, tile)
+        for a, b in zip(made, truth):
+            close(a, b, torch.float32)
+        close(masses, torch.nn.functional.pad(q, (0, -vocab % tile)).view(6, -1, tile).sum(-1), torch.float32)
+
+
+def test_rows_of_a_larger_buffer(rows):
+    """Rows with room behind them, which stays as it was."""
+    whole = torch.full((4, 200), 7.0)
+    z, y, epilogue = whole[:, :150], torch.tensor([0, 149, 3, 4]), Epilogue(None, None, 1.0)
+    z.normal_()
+    truth, _ = dense(z.double(), y, epilogue)
+    made, total = rows.weights(z, y, epilogue, False, None)
+    close(made.lse_other, truth.lse_other, torch.float32)
+    assert (whole[:, 150:] == 7).all()
+
+
+@cpp
+def test_the_widest_instructions_are_taken():
+    assert cpp_rows.describe() == SETS[0]
+    assert SETS[-1] == "baseline"
+    with pytest.raises(ValueError, match="name: expected an instruction set of this processor, got 'mmx'"):
+        torch.ops.rgpb.cpp_use("mmx")
+
+
+@cpp
+def test_the_same_bits_on_any_number_of_threads():
+    z, y, epilogue = torch.randn(37, 1500), torch.randint(1500, (37,)), Epilogue(None, None, 1.0)
+    weight, ref = torch.randn(37), (torch.full((37,), -7.0), torch.full((37,), -7.0))
+    runs = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        runs.append(cpp_rows.token_loss_(z.clone(), y, "bnf", weight, ref, epilogue, True))
+    torch.set_num_threads(1)
+    for scores, value, d in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip((*scores, value, d), (*runs[0][0], *runs[0][1:])))
+
+
+@cpp
+def test_statistics_alone_change_nothing():
+    z = torch.randn(3, 150)
+    before = z.clone()
+    cpp_rows.statistics_(z, torch.tensor([0, 1, 2]), Epilogue(None, None, 1.0), True, keep=False)
+    assert torch.equal(z, before)
+
+
+@cpp
+def test_operators_pass_opcheck():
+    ops = torch.ops.rgpb
+    z, y, none = torch.randn(3, 50), torch.tensor([4, -1, 49]), None
+    column = lambda: torch.zeros(3)  # noqa: E731
+    torch.library.opcheck(ops.row_statistics, (z.clone(), y, none, 2.5, 1.0, column(), column(), column(),
+                          torch.zeros(3, 4), 16, torch.zeros(3, 50), column()))  # fmt: skip
+    torch.library.opcheck(ops.row_gradients, (z.clone(), y, torch.randn(50), none, 1.0, column(), column(), column(),
+                          column(), column(), torch.zeros(3, 50)))  # fmt: skip
+    torch.library.opcheck(ops.row_token_loss, (z.clone(), y, none, none, 1.0, "bnf", column(), column(), column(),
+                          column(), column(), column(), column(), torch.zeros(3, 50)))  # fmt: skip
+
+
+@cpp
+def test_bad_arguments_are_refused():
+    z, y, epilogue = torch.randn(3, 50), torch.tensor([0, 1, 2]), Epilogue(None, None, 1.0)
+    cases = [
+        ("target: expected columns below 50, got 50", {"target_C": torch.tensor([0, 50, 2])}),
+        ("target: expected a dense CPU vector of 3 Long", {"target_C": torch.tensor([0, 1])}),
+        ("z: expected a CPU tensor", {"z_CV": z.t()}),
+        ("z: expected float64, float32 or bfloat16", {"z_CV": z.half()}),
+        ("bias: expected a dense CPU vector of 50 Float", {"epilogue": Epilogue(torch.zeros(49), None, 1.0)}),
+        ("bias: expected a dense CPU vector of 50 Float", {"epilogue": Epilogue(torch.zeros(50).double(), None, 1.0)}),
+    ]
+    for message, wrong in cases:
+        with pytest.raises(ValueError, match=message):
+            cpp_rows.statistics(**{"z_CV": z, "target_C": y, "epilogue": epilogue, "entropy": False, **wrong})
+    with pytest.raises(ValueError, match="loss: expected nll, unlikelihood or bnf, got 'dpo'"):
+        cpp_rows.token_loss_(z.clone(), y, "dpo", torch.ones(3), None, epilogue, False)
+    with pytest.raises(ValueError, match="loss: bnf needs"):
+        cpp_rows.token_loss_(z.clone(), y, "bnf", torch.ones(3), None, epilogue, False)
+    with pytest.raises(ValueError, match="g_lo: expected a dense CPU vector of 3 Float"):
+        cpp_rows.gradients_(z, y, torch_rows.Statistics(*torch.zeros(2, 3), None),
+                            Upstream(torch.zeros(3), torch.zeros(3).double()), epilogue)  # fmt: skip
+
+
+# M, N, K: one of each; off every block; K odd and over more than one block; K of one block exactly
+PRODUCTS = [(1, 1, 1), (130, 70, 515), (33, 300, 512), (300, 65, 3), (3, 7, 1025)]
+
+
+@bf16
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("columns", [(False, False), (False, True), (True, False), (True, True)], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_bfloat16_products_with_float32_results(shape, columns, accumulate):
+    m, n, k = shape
+
+    def operand(rows, width, transposed):
+        return torch.randn(width, rows).bfloat16().t() if transposed else torch.randn(rows, 2 * width).bfloat16()[:, :width]
+
+    a, b = operand(m, k, columns[0]), operand(k, n, columns[1])
+    whole = torch.randn(m, n + 3)
+    out = whole[:, :n]
+    truth = a.double() @ b.double() + (out.double() if accumulate else 0)
+    if not accumulate:
+        out.fill_(torch.nan)
+    behind = whole[:, n:].clone()
+    torch.ops.rgpb.mm_bf16(a, b, out, accumulate)
+    size = (a.double().abs() @ b.double().abs()).max()
+    assert (out - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * max(size, 1)
+    assert torch.equal(whole[:, n:], behind)
+
+
+@bf16
+def test_bfloat16_products_are_the_same_bits_on_any_number_of_threads():
+    a, b = torch.randn(300, 600).bfloat16(), torch.randn(600, 100).bfloat16()
+    for left in (a, a.t().contiguous().t()):
+        made = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(torch.empty(300, 100))
+            torch.ops.rgpb.mm_bf16(left, b, made[-1], False)
+        torch.set_num_threads(1)
+        assert torch.equal(*made)
+
+
+@bf16
+def test_bfloat16_products_refuse_what_they_cannot_do():
+    a, b, out = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16(), torch.zeros(3, 5)
+    for wrong, message in (
+        ((a, b.t(), out), r"expected \[M, K\], \[K, N\] and \[M, N\]"),
+        ((a.float(), b, out), "expected bfloat16 operands and a float32 result"),
+        ((a, b, out.t().contiguous().t()), "expected a result of unit stride along N"),
+        ((torch.randn(3, 8).bfloat16()[:, ::2], b, out), "a: expected rows or columns of unit stride"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.rgpb.mm_bf16(*wrong, False)
+    empty = torch.ones(3, 5)
+    torch.ops.rgpb.mm_bf16(torch.zeros(3, 0).bfloat16(), torch.zeros(0, 5).bfloat16(), empty, False)
+    assert not empty.any()
