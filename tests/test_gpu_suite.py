@@ -18,6 +18,7 @@ from benchmarks.gpu.__main__ import PARTS, main, parse_case
 from rgpb import LMHead, bench, reference
 from rgpb.bench import cases, report
 from rgpb.bench.cases import LOG_PROB, Result, Shape
+from rgpb.logprob import why_not
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 # V off every tile; compilers and a second workspace take too long here
 OPTIONS = ("--device", "cpu", "--rounds", 1, "--workspace", "1MiB", "--cap", 64)
 WITHOUT = ("--without", r"compiled \|")
+CPP = why_not("cpp", torch.device("cpu"))
 
 
 def suite(folder, part, *more, shape="tiny=64,32,257"):
@@ -36,6 +38,11 @@ def content(folder, part):
     """The JSON of a part and the keys of its lines."""
     lines = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
     return json.loads((folder / f"{part}.json").read_text()), [line["key"] for line in lines if "key" in line]
+
+
+def served(status):
+    """Whether the C++ kernels did it where they are, and where they aren't said why."""
+    return status == "ok" if CPP is None else status.startswith("refused: ") and CPP in status
 
 
 def rendered(path, capsys):
@@ -68,9 +75,9 @@ def test_heads(tmp_path, capsys):
             assert row.peak_bytes > 0
             assert (row.over_naive is None) == (row.impl == "naive")
             assert row.value_error is not None
-    triton = {row.status for row in rows if row.kernels in ("triton chunked", "triton tiled")}
-    assert all(status.startswith(("refused: ", "plan: ")) for status in triton)
-    for impl, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy"), ("TRL", "trl"), ("quack", "quack")):
+    assert {row.kernels for row in rows} == {None, "cpp", "torch"}  # Triton's are for a GPU
+    assert all(served(row.status) for row in rows if row.kernels == "cpp")
+    for impl, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy"), ("TRL", "trl")):
         statuses = {row.status for row in rows if row.impl == impl}
         assert statuses == {f"not installed: {module}"} or journal.installed(module)
     assert {"capability", "driver"} & set(made["provenance"]) == set()
@@ -81,6 +88,13 @@ def test_heads(tmp_path, capsys):
     assert "| bnf single | fused, torch, 1 MiB | " in shown
     assert shown.count("\n| ") == 2 + len(rows)
     assert (tmp_path / "llama.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_heads_in_another_dtype(tmp_path):
+    assert suite(tmp_path, "llama", "--dtype", "fp32", "--only", r"bnf \| full \| (naive|.*torch)") == 0
+    rows = [report.Row(**row) for row in content(tmp_path, "llama")[0]["rows"]]
+    assert {(row.dtype, row.status) for row in rows} == {("fp32", "ok")}
+    assert max(row.gradient_error_relative for row in rows) < 1e-5
 
 
 def test_a_soft_cap(tmp_path):
@@ -123,8 +137,8 @@ def test_longest(tmp_path, capsys):
         if row["impl"] == "naive" or row["kernels"] == "torch":
             assert (row["tokens"], row["capped"], row["status"]) == (64, True, "ok")
         else:
-            assert row["status"].startswith("refused: ")
-            assert row["tokens"] is None
+            assert served(row["status"])
+            assert row["tokens"] == (64 if CPP is None else None)
     assert "| tiny | 32 | 257 | bnf | naive | " in rendered(tmp_path / "longest.json", capsys)
 
 
@@ -144,6 +158,85 @@ def test_tune_stores_the_sweep(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(device, "tune_row", lambda settings: {"status": "ok", "rows": [{"kernel": "rows", "ms": 1.5}]})
     assert suite(tmp_path, "tune") == 0
     assert "| kernel | ms |\n| --- | --- |\n| rows | 1.5 |" in capsys.readouterr().out
+
+
+# -- on a CPU, all who do a job in the same rounds ---------------------------------------------------------------------
+
+TOGETHER = ("--only", r"mle \| full \| (naive|F.cross|fused \| single \| torch)")
+
+
+def test_the_cpu_part(tmp_path, capsys):
+    assert suite(tmp_path, "cpu", *WITHOUT) == 0
+    made, keys = content(tmp_path, "cpu")
+    rows = [report.Row(**row) for row in made["rows"]]
+    assert len(rows) == len(keys) == len({*keys})
+    assert {row.dtype for row in rows} == {"fp32"}
+    order = list(dict.fromkeys((row.loss, cases.naive_path(row.path)) for row in rows if row.impl != "gemm"))
+    assert order == [(job.loss, job.kind) for job in lineup.JOBS]  # a job's rows stand together
+    assert {row.status for row in rows if row.kernels == "torch" or row.impl in ("naive", "gemm")} == {"ok"}
+    assert all(served(row.status) for row in rows if row.kernels == "cpp")
+    for row in rows:
+        assert (row.seconds is None) == (row.status != "ok")
+        if row.status == "ok" and row.impl != "gemm":
+            assert row.seconds_20 <= row.seconds <= row.seconds_80
+            assert row.over_floor > 0
+            assert row.rounds == 1
+            assert (row.over_naive is None) == (row.impl == "naive")
+    shown = rendered(tmp_path / "cpu.json", capsys)
+    assert shown.startswith("**tiny: N = 64, H = 32, V = 257, fp32**")
+    assert shown.count("\n| ") == 2 + len(rows)
+
+
+def test_who_comes_later_runs_beside_naive(tmp_path):
+    """Its row is there, and stays as it is."""
+    assert suite(tmp_path, "cpu", "--only", r"mle \| full \| naive") == 0
+    first = content(tmp_path, "cpu")[0]["rows"]
+    assert suite(tmp_path, "cpu", *TOGETHER) == 0
+    rows = content(tmp_path, "cpu")[0]["rows"]
+    assert [row["impl"] for row in rows] == ["naive", "fused", "F.cross_entropy"]
+    assert rows[:1] == first
+    assert all(row["over_naive"] > 0 for row in rows[1:])
+
+
+def test_a_job_is_done_or_left_as_a_whole(tmp_path, capsys):
+    only = ("--only", r"(mle|bnf) \| full \| (naive|fused \| single \| torch)")
+    assert suite(tmp_path, "cpu", *only, "--minutes", 0) == 3
+    made, keys = content(tmp_path, "cpu")
+    assert (len(keys), made["left"]) == (2, 2)
+    assert {row["loss"] for row in made["rows"]} == {"bnf"}
+    assert suite(tmp_path, "cpu", *only) == 0
+    assert len(content(tmp_path, "cpu")[1]) == 4
+
+
+def test_one_that_fails_in_the_rounds_takes_no_other_along(tmp_path, monkeypatch, capsys):
+    """Then each is timed by itself; so far this one had come through."""
+    cross_entropy = lineup.cross_entropy
+
+    def tires(case, job, raised):
+        run, calls = cross_entropy(case, job, raised)[0], []
+
+        def tired():
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("no more")
+            return run()
+
+        return tired, None
+
+    monkeypatch.setattr(lineup, "cross_entropy", tires)
+    assert suite(tmp_path, "cpu", *TOGETHER) == 0
+    rows = {row["impl"]: row for row in content(tmp_path, "cpu")[0]["rows"]}
+    assert {impl: row["status"] for impl, row in rows.items()} == {
+        "naive": "ok", "fused": "ok", "F.cross_entropy": "error: RuntimeError: no more",
+    }  # fmt: skip
+    assert rows["fused"]["over_naive"] > 0
+    assert "one by one: error: RuntimeError: no more" in capsys.readouterr().err
+
+
+def test_rounds_of_a_job_end_with_the_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(heads, "JOB_SECONDS", 0.0)
+    assert suite(tmp_path, "cpu", *TOGETHER, "--rounds", 9) == 0
+    assert {row["rounds"] for row in content(tmp_path, "cpu")[0]["rows"]} == {heads.LEAST_ROUNDS}
 
 
 # -- no speed for a wrong result ---------------------------------------------------------------------------------------
@@ -278,16 +371,20 @@ def test_a_capped_case_has_its_own_scores():
     assert 0.2 < above.double().mean() < 0.8
 
 
-def test_who_takes_part():
-    """Naive first; every implementation on every path; units as in the engine's table."""
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bf16"), ("cpu", "fp32"), ("cpu", "bf16")])
+def test_who_takes_part(device, dtype):
+    """Naive first; every implementation of the device on every path; nobody twice."""
+    kernels = {"cuda": {"torch", "triton chunked", "triton tiled"}, "cpu": {"cpp", "torch"}}[device]
     for job in lineup.JOBS:
-        naive, *others = lineup.entries(job, (1, 2))
+        naive, *others = lineup.entries(job, (1, 2), device, dtype)
         assert naive.impl == "naive"
         ours = {(entry.path, entry.kernels, entry.workspace) for entry in others if entry.impl == "fused"}
-        paths = lineup.PATHS[job.kind]
-        assert ours == {(path, kernels, w) for path in paths for kernels in lineup.KERNELS for w in (1, 2)}
-    whose = {entry.impl for job in lineup.JOBS for entry in lineup.entries(job, (1,))}
-    assert whose >= {"naive", "compiled", "F.cross_entropy", "F.linear_cross_entropy", "Liger", "CCE", "TRL", "quack"}
+        assert ours == {(path, name, w) for path in lineup.PATHS[job.kind] for name in kernels for w in (1, 2)}
+        names = [(entry.impl, entry.path, entry.kernels, entry.workspace, entry.note) for entry in (naive, *others)]
+        assert len(names) == len({*names})
+    whose = {entry.impl for job in lineup.JOBS for entry in lineup.entries(job, (1,), device, dtype)}
+    known = {"naive", "compiled", "fused", "F.cross_entropy", "F.linear_cross_entropy", "Liger", "CCE", "TRL"}
+    assert whose == known | ({"quack"} if device == "cuda" else set())
     assert {job.loss for job in lineup.JOBS} == {"bnf", "dpo", "mle", LOG_PROB}
 
 
@@ -326,6 +423,23 @@ def test_rounds_end_with_the_seconds(monkeypatch):
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_device_chooses_parts_and_workspaces(tmp_path, monkeypatch):
+    ran = []
+
+    def record(name, folder, settings):
+        ran.append((name, settings.workspaces, settings.dtype))
+        return journal.Outcome(0, 0)
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.run_part", record)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["--device", "cpu", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert ran == [("cpu", (512 * 2**20, 16 * 2**20), None)]
+    ran.clear()
+    assert main(["--out", str(tmp_path), "--dtype", "fp32"]) == 0
+    assert {name for name, _, _ in ran} == {*PARTS} - {"cpu"}
+    assert {(spaces, dtype) for _, spaces, dtype in ran} == {((512 * 2**20, 4 * 2**30), "fp32")}
 
 
 def test_list_and_arguments(capsys):

@@ -8,5 +8,7 @@
 | `correct` | every loss, path and kernel against float64                                                         |
 | `device`  | what the device can do, the longest batch, certified skipping, tuning                               |
 
+With `--device cpu` the same contestants, as far as they run there, do the same jobs in float32.
+
 No row has a time unless the same call was right to the tolerance first.
 """

@@ -1,5 +1,6 @@
 """The benchmark suite for a GPU: `python -m benchmarks.gpu --out benchmarks/results/h200`.
 
+With `--device cpu` it has the part `cpu`: all contestants in float32; the others run there, too, when they are named.
 Each part writes DIR/<part>.json and, row by row, DIR/<part>.jsonl. A part that was cut short goes on where it stopped
 when the same command is given again; delete its .jsonl to begin anew. `rgpb bench --render DIR/<part>.json` prints its
 tables and draws its plot. Exit codes: 3 if rows are left for the next run, else 1 if a result was off float64, else 0.
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from rgpb.bench import parse_shape
+from rgpb.bench.cases import DTYPES
 from rgpb.bench.plan import argument, parse_bytes, positive
 from rgpb.bench.report import markdown, read
 
 from . import correct, device, heads
-from .journal import Journal, Outcome, Settings, Task, describe, say, work
+from .journal import WORKSPACES, Group, Journal, Outcome, Settings, Task, describe, say, work
 
 Rows = list[dict[str, Any]]
 
@@ -34,12 +36,14 @@ class Part(NamedTuple):
         tasks: from the journal and the settings.
         summary: from all rows: `points` of a plot, or a `table`.
         shown: whether its table is printed at the end.
+        device: where it is run when no part is named.
     """
 
     text: str
-    tasks: Callable[[Journal, Settings], Iterator[Task]]
+    tasks: Callable[[Journal, Settings], Iterator[Task | Group]]
     summary: Callable[[Rows], dict[str, Any]]
     shown: bool = False
+    device: str = "cuda"
 
 
 def _table(rows: Rows) -> dict[str, Any]:
@@ -86,6 +90,12 @@ PARTS = {
         lambda journal, settings: device.tune(settings),
         device.tune_table,
         shown=True,
+    ),
+    "cpu": Part(
+        f"all contestants in float32, in the same rounds: {_named(heads.CPU)}",
+        lambda journal, settings: heads.tasks(journal, settings, heads.CPU, "fp32", together=True),
+        heads.points,
+        device="cpu",
     ),
 }
 
@@ -134,17 +144,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the results; needed, except with --list")
-    add("--part", action="append", choices=tuple(PARTS), metavar="NAME", help="one part; again for more; default: all")
+    add("--part", action="append", choices=tuple(PARTS), metavar="NAME", help="again for more; default: the device's")
     add("--list", action="store_true", help="only print the parts")
     add(
         "--shape", action="append", type=argument(parse_case), default=[], metavar="NAME=N,H,V[,softcap]",
         help="in place of a part's own shapes; again for more (longest and skip take the first)",
     )  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--dtype", choices=tuple(DTYPES), help="of the heads; default: bf16, and fp32 for the part cpu")
+    add("--threads", type=argument(positive), help="of torch; default: what torch takes")
     add("--minutes", type=argument(parse_minutes), default=8.5, help="of a part, then no row is begun; default 8.5")
     add(
         "--workspace", action="append", type=argument(parse_bytes), metavar="BYTES",
-        help="of the library; again for more; default 512MiB and 4GiB",
+        help="of the library; again for more; default 512MiB and 4GiB, on a CPU 512MiB and 16MiB",
     )  # fmt: skip
     add("--rounds", type=argument(positive), default=20, help="of timing, at most; fewer for slow rows; default 20")
     add("--cap", type=argument(positive), default=1 << 20, help="tokens where `longest` ends; default %(default)s")
@@ -179,11 +191,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out: expected a folder")
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a CUDA GPU, got torch.cuda.is_available() = False")
+    if a.threads is not None:
+        torch.set_num_threads(a.threads)
     settings = Settings(
-        a.device, a.rounds, tuple(a.workspace or Settings._field_defaults["workspaces"]), tuple(a.shape), a.cap,
-        a.minutes, a.only, a.without,
+        a.device, a.rounds, tuple(a.workspace or WORKSPACES[a.device]), tuple(a.shape), a.cap, a.minutes, a.only,
+        a.without, a.dtype,
     )  # fmt: skip
-    outcomes = [run_part(name, a.out, settings) for name in a.part or PARTS]
+    parts = a.part or [name for name, part in PARTS.items() if part.device == a.device]
+    outcomes = [run_part(name, a.out, settings) for name in parts]
     if any(outcome.left for outcome in outcomes):
         return 3
     return int(any(outcome.failed for outcome in outcomes))

@@ -19,7 +19,7 @@ from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
 
 from .journal import Settings, Task, explain
-from .lineup import KERNELS, exact, graded, keywords, plan_of, rewards_of
+from .lineup import exact, graded, kernels_for, keywords, plan_of, rewards_of
 
 # B, T, V, H: off every tile; and in this workspace more than one chunk and slice of everything
 WORKSPACE = 64 * 2**20
@@ -126,7 +126,7 @@ def tasks(settings: Settings) -> Iterator[Task]:
                 bench = Bench(shape, dtype, head, settings.device)
                 for loss in (SCORES, ENTROPY, *LOSSES):
                     for path in ("two_pass",) if loss in (SCORES, ENTROPY) else PATHS:
-                        for kernels in KERNELS:
+                        for kernels in kernels_for(settings.device):
                             key = " | ".join((str(shape), dtype, head, loss, path, kernels))
                             yield Task(key, partial(make_row, bench, loss, path, kernels))
 

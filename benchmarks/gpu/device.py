@@ -18,7 +18,7 @@ from rgpb.objectives import OBJECTIVES
 
 from .heads import ratio, timed
 from .journal import ABSENT, Settings, Task, explain, installed, release, say
-from .lineup import KERNELS, Case, Job, exact, graded, keywords, naive, plan_of
+from .lineup import Case, Job, exact, graded, kernels_for, keywords, naive, plan_of
 
 # Bytes of a copied buffer, and n of the n × n × n products; on a CPU as much as shows that it runs.
 SIZES = {"cuda": (2 * 2**30, 8192), "cpu": (2**20, 256)}
@@ -89,7 +89,7 @@ def longest(settings: Settings) -> Iterator[Task]:
     name, _, width, vocab, softcap = settings.shapes[0] if settings.shapes else LLAMA
     head = (name, width, vocab, softcap)
     yield Task("naive", partial(longest_row, settings, head, None, None))
-    for kernels in KERNELS:
+    for kernels in kernels_for(settings.device):
         for workspace in settings.workspaces:
             yield Task(f"fused | {kernels} | {workspace}", partial(longest_row, settings, head, kernels, workspace))
 
@@ -270,7 +270,7 @@ def skip(settings: Settings) -> Iterator[Task]:
     name, *sizes, _ = settings.shapes[0] if settings.shapes else LLAMA
     peaked = Peaked(Shape(*sizes), settings)  # type: ignore[arg-type]
     for loss in ("bnf", "mle"):
-        for kernels in KERNELS:
+        for kernels in kernels_for(settings.device):
             for tolerance in (None, *TOLERANCES):
                 for sort in (False, True) if tolerance is not None else (False,):
                     key = f"{name} | {peaked.shape} | {loss} | {kernels} | {tolerance} | sorted={sort}"

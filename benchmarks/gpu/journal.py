@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,8 @@ import torch
 from rgpb.bench.measure import provenance
 
 ABSENT = "not installed: "
+WORKSPACES = {"cuda": (512 * 2**20, 4 * 2**30), "cpu": (512 * 2**20, 16 * 2**20)}
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
 
 
 class Task(NamedTuple):
@@ -30,6 +34,13 @@ class Task(NamedTuple):
 
     key: str
     run: Callable[[], dict[str, Any]]
+
+
+class Group(NamedTuple):
+    """Rows to be that are measured together: their keys, and what makes the rows of those keys that it is given."""
+
+    keys: tuple[str, ...]
+    run: Callable[[list[str]], Iterable[dict[str, Any]]]
 
 
 class Settings(NamedTuple):
@@ -43,16 +54,24 @@ class Settings(NamedTuple):
         cap: tokens, where the search for the longest batch ends.
         minutes: of one part, after which no row is begun.
         only, without: patterns on the keys of rows.
+        dtype: of the heads, in place of a part's own.
     """
 
     device: str
     rounds: int = 20
-    workspaces: tuple[int, ...] = (512 * 2**20, 4 * 2**30)
+    workspaces: tuple[int, ...] = WORKSPACES["cuda"]
     shapes: tuple[tuple[str, int, int, int, float | None], ...] = ()
     cap: int = 1 << 20
     minutes: float = 8.5
     only: re.Pattern[str] | None = None
     without: re.Pattern[str] | None = None
+    dtype: str | None = None
+
+    def wants(self, key: str) -> bool:
+        """Whether the patterns let a row through."""
+        return (self.only is None or self.only.search(key) is not None) and (
+            self.without is None or self.without.search(key) is None
+        )
 
 
 class Outcome(NamedTuple):
@@ -119,32 +138,31 @@ class Journal:
 
 def work(
     journal: Journal,
-    tasks: Iterator[Task],
+    tasks: Iterator[Task | Group],
     settings: Settings,
     run: dict[str, Any],
     summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> Outcome:
-    """Run what isn't done yet, within the minutes; at least one row, so that repeated runs come to an end."""
+    """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end."""
     start, longest, made, left = time.monotonic(), 0.0, 0, 0
     try:
         for task in tasks:
-            wanted = (settings.only is None or settings.only.search(task.key)) and not (
-                settings.without is not None and settings.without.search(task.key)
-            )
-            if not wanted or journal.done(task.key):
+            together = task.keys if isinstance(task, Group) else (task.key,)
+            keys = [key for key in together if settings.wants(key) and not journal.done(key)]
+            if not keys:
                 continue
             begin = time.monotonic()
             if left or (made and begin - start + longest > 60 * settings.minutes):
-                left += 1
+                left += len(keys)
                 continue
-            row = task.run()
-            journal.add(task.key, row, run)
+            for key, row in zip(keys, task.run(keys) if isinstance(task, Group) else [task.run()]):
+                journal.add(key, row, run)
+                say(f"{journal.part}: {key}: {row.get('status')} ({time.monotonic() - begin:.1f} s)")
             took, made = time.monotonic() - begin, made + 1
             longest = max(0.8 * longest, took)
-            say(f"{journal.part}: {task.key}: {row.get('status')} ({took:.1f} s)")
             if not alive(settings.device):  # the row is on record; no other can be run by this process
                 left += 1
-                say(f"{journal.part}: the device doesn't answer after {task.key}; run it again for the rest")
+                say(f"{journal.part}: the device doesn't answer after {keys[-1]}; run it again for the rest")
                 raise SystemExit(3)
     finally:
         journal.write(run, left, **summary(list(journal.rows.values())))
@@ -219,8 +237,8 @@ def say(text: str) -> None:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Provenance with the facts of the GPU."""
-    options: dict[str, Any] = {"rounds": settings.rounds}
+    """Provenance with the peers' versions and the facts of the GPU."""
+    options: dict[str, Any] = {"rounds": settings.rounds, **peers()}
     if settings.device == "cuda":
         facts = torch.cuda.get_device_properties(torch.cuda.current_device())
         options |= {
@@ -231,6 +249,15 @@ def describe(settings: Settings) -> dict[str, Any]:
             "memory": facts.total_memory,
         }
     return provenance(settings.device, **options)
+
+
+def peers() -> dict[str, str]:
+    """The versions of the other libraries that are installed."""
+    found = {}
+    for package in PEERS:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _driver() -> str | None:

@@ -2,7 +2,7 @@
 
 A job is a loss with full gradients, with a frozen head, or log-probabilities without gradient. Each entry makes a
 callable that does a case's job once. Other libraries are called by their documented interface with the defaults of
-their own, and no option that would change the result.
+their own, and no option that would change the result; where an option decides the time, with a better choice, too.
 
 Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V vocabulary.
 """
@@ -10,7 +10,7 @@ Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V voc
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,12 @@ from rgpb.objectives import OBJECTIVES
 from .journal import installed
 
 # The library's implementations: (impl, engine); an engine of None isn't passed on.
-KERNELS = {"torch": ("torch", None), "triton chunked": ("triton", "chunked"), "triton tiled": ("triton", "tiled")}
+KERNELS = {
+    "cpp": ("cpp", None),
+    "torch": ("torch", None),
+    "triton chunked": ("triton", "chunked"),
+    "triton tiled": ("triton", "tiled"),
+}
 PATHS = {"full": ("single", "two_pass"), "frozen": ("frozen",), "forward": ("forward",)}
 Run = Callable[[], Result]
 
@@ -151,8 +156,11 @@ def _at(log_p: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_of(logp: Tensor, loss: str, batch: Batch) -> Tensor:
-    """A loss of the target tokens' log-probabilities [B, T] alone: the naive form with a vocabulary of one."""
-    return NAIVE[loss](logp.view(batch.target.shape)[..., None], batch._replace(target=torch.zeros_like(batch.target)))
+    """A loss of the targets' log-probabilities: the naive form with a vocabulary of one; for `LOG_PROB` just these."""
+    logp = logp.view(batch.target.shape)
+    if loss == LOG_PROB:
+        return logp
+    return NAIVE[loss](logp[..., None], batch._replace(target=torch.zeros_like(batch.target)))
 
 
 # -- naive PyTorch -----------------------------------------------------------------------------------------------------
@@ -201,6 +209,12 @@ def cross_entropy(case: Case, job: Job, raised: bool) -> tuple[Run, None]:
 
 
 # -- this library ------------------------------------------------------------------------------------------------------
+
+
+def kernels_for(device: str) -> tuple[str, ...]:
+    """Those of `KERNELS` that are made for the device; whether they are there shows when they are called."""
+    other = "triton" if device == "cpu" else "cpp"
+    return tuple(name for name, (impl, _) in KERNELS.items() if impl != other)
 
 
 def keywords(kernels: str) -> dict[str, Any]:
@@ -262,15 +276,17 @@ def _no_softcap(case: Case, whose: str) -> None:
 
 
 def torch_linear_cross_entropy(case: Case, job: Job, options: dict[str, Any] | None) -> tuple[Run, None]:
-    """`F.linear_cross_entropy`; `options` of None is its unchunked form."""
+    """`F.linear_cross_entropy`, reduced for `mle`, else a value per token; `options` of None is its unchunked form."""
     _no_softcap(case, "F.linear_cross_entropy")
     hidden, weight = case.inputs(job.kind)
     if options is not None and not installed("torch.nn.LinearCrossEntropyOptions"):
         raise ValueError(f"F.linear_cross_entropy of torch {torch.__version__} has no options")
     more: dict[str, Any] = {} if options is None else {"options": torch.nn.LinearCrossEntropyOptions(**options)}
+    more["reduction"] = "mean" if job.loss == "mle" else "none"
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.linear_cross_entropy(hidden.flatten(0, 1), weight, case.batch.target.flatten(), **more)
+        made = F.linear_cross_entropy(hidden.flatten(0, 1), weight, case.batch.target.flatten(), **more)
+        return made if job.loss == "mle" else loss_of(-made, job.loss, case.batch)
 
     return partial(_run, value, job, hidden, weight), None
 
@@ -288,18 +304,18 @@ def liger_cross_entropy(case: Case, job: Job, **options: Any) -> tuple[Run, None
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         made = module(weight, hidden.flatten(0, 1), case.batch.target.flatten())
-        return -made.view(case.batch.target.shape) if job.loss == LOG_PROB else made
+        return made if job.loss == "mle" else loss_of(-made, job.loss, case.batch)
 
     return partial(_run, value, job, hidden, weight), None
 
 
-def liger_dpo(case: Case, job: Job, compiled: bool) -> tuple[Run, None]:
+def liger_dpo(case: Case, job: Job, **options: Any) -> tuple[Run, None]:
     """`LigerFusedLinearDPOLoss` without a reference model: it takes no precomputed scores."""
     _no_softcap(case, "LigerFusedLinearDPOLoss")
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     hidden, weight = case.inputs(job.kind)
-    module = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False, compiled=compiled)
+    module = LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False, **options)
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         return module(weight, hidden, case.batch.target.clone())[0]  # it marks its target as dynamic for compilers
@@ -318,17 +334,15 @@ def cut_cross_entropy(case: Case, job: Job, **options: Any) -> tuple[Run, None]:
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         made = linear_cross_entropy(hidden, weight, case.batch.target, **options)
-        if job.loss == "mle":
-            return made
-        return -made if job.loss == LOG_PROB else loss_of(-made, job.loss, case.batch)
+        return made if job.loss == "mle" else loss_of(-made, job.loss, case.batch)
 
     return partial(_run, value, job, hidden, weight), None
 
 
-def trl_head(case: Case, job: Job) -> tuple[Run, None]:
+def trl_head(case: Case, job: Job, chunk_size: int | None = None) -> tuple[Run, None]:
     """What `trl.trainer.utils.add_fused_lm_head` gives a model: log-probabilities per token, and autograd from there.
 
-    Written against TRL 1.16; `trl.kernels` isn't a public interface.
+    Written against TRL 1.16; `trl.kernels` isn't a public interface. A tile has `chunk_size` words; None for TRL's own.
     """
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -337,11 +351,10 @@ def trl_head(case: Case, job: Job) -> tuple[Run, None]:
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         logp = ChunkedLogProbFunction.apply(
-            hidden.flatten(0, 1), weight, None, case.batch.target.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
-            case.softcap, 1.0, ("log_probs",),
+            hidden.flatten(0, 1), weight, None, case.batch.target.flatten(), 1.0,
+            chunk_size or _CHUNKED_LOGPROB_CHUNK_SIZE, case.softcap, 1.0, ("log_probs",),
         )[0]  # fmt: skip
-        logp = logp.view(case.batch.target.shape)
-        return logp if job.loss == LOG_PROB else loss_of(logp, job.loss, case.batch)
+        return loss_of(logp, job.loss, case.batch)
 
     return partial(_run, value, job, hidden, weight), None
 
@@ -361,54 +374,85 @@ def quack(case: Case, job: Job) -> tuple[Run, None]:
 
 # -- the line-up -------------------------------------------------------------------------------------------------------
 
-# The chunking options of F.linear_cross_entropy by their names.
-LCE_OPTIONS: dict[str, dict[str, Any] | None] = {
-    "unchunked": None,
-    "options()": {},
-    **{f"acc_policy={policy}": {"acc_policy": policy} for policy in ("accurate", "balanced", "compact")},
+# The chunking options of F.linear_cross_entropy by their names, for each kind of device. In float32 on a CPU "auto" is
+# "compact", "balanced" does what "accurate" does, and the chunks that it takes have a few dozen rows.
+LCE_OPTIONS: dict[str, dict[str, dict[str, Any] | None]] = {
+    "cuda": {
+        "unchunked": None,
+        "options()": {},
+        **{f"acc_policy={policy}": {"acc_policy": policy} for policy in ("accurate", "balanced", "compact")},
+    },
+    "cpu": {
+        "unchunked": None,
+        "options()": {},
+        "aspect_ratio": {"chunking_method": "aspect_ratio"},
+        "batch_chunk_size=256": {"batch_chunk_size": 256},
+        "batch_chunk_size=256, accurate": {"batch_chunk_size": 256, "acc_policy": "accurate"},
+        "batch_chunk_size=1024": {"batch_chunk_size": 1024},
+    },
 }
+# Those that are also called for a value per token, with a loss on top.
+LCE_PER_TOKEN = ("unchunked", "options()", "batch_chunk_size=256")
 
 
-def entries(job: Job, workspaces: tuple[int, ...]) -> list[Entry]:
+def entries(job: Job, workspaces: tuple[int, ...], device: str, dtype: str) -> list[Entry]:
     """Everybody who does this job, naive first: others are compared with it."""
-    loss, kind = job
-    units = {"forward": 1, "frozen": 2}.get(kind, 3)
-    again = units + (kind != "forward")  # for those who form the logits again in the backward
+    kind, units = job.kind, {"forward": 1, "frozen": 2}.get(job.kind, 3)
     found = [Entry("naive", kind, units, naive)]
     for path in PATHS[kind]:
-        for kernels in KERNELS:
+        for kernels in kernels_for(device):
             for workspace in workspaces:
                 make = partial(ours, path=path, kernels=kernels, workspace=workspace)
                 found.append(Entry("fused", path, None, make, kernels, workspace))
     found.append(Entry("compiled", kind, units, partial(naive, compiled=True)))
+    return [*found, *others(job, units, device, dtype)]
+
+
+def others(job: Job, units: int, device: str, dtype: str) -> Iterator[Entry]:
+    """Other libraries; `units` is for those who keep what the backward needs."""
+    loss, kind = job
+    again = units + (kind != "forward")  # for those who form the logits again in the backward
+    cuda = device == "cuda"
+
+    def entry(impl: str, make: Callable[..., tuple[Run, None]], units: int, module: str | None, **more: Any) -> Entry:
+        return Entry(impl, kind, units, make, module=module, **more)
+
+    if loss == "bnf":
+        return
     if loss == "mle":
-        for raised in (True, False):
+        for raised in (True, False) if dtype != "fp32" else (True,):
             note = "float32 logits" if raised else "16-bit logits"
-            found.append(Entry("F.cross_entropy", kind, units, partial(cross_entropy, raised=raised), note=note))
-        for note, options in LCE_OPTIONS.items():
+            yield entry("F.cross_entropy", partial(cross_entropy, raised=raised), units, None, note=note)
+    for note, options in LCE_OPTIONS[device].items():
+        if loss == "mle" or note in LCE_PER_TOKEN:
             make_lce = partial(torch_linear_cross_entropy, options=options)
+            its_units = units if loss == "mle" or options is None else again
             name = "torch.nn.functional.linear_cross_entropy"
-            found.append(Entry("F.linear_cross_entropy", kind, units, make_lce, note=note, module=name))
-        found.append(Entry("quack", kind, units, quack, module="quack"))
-    if loss in ("mle", LOG_PROB):
-        found.append(Entry("Liger", kind, units, liger_cross_entropy, module="liger_kernel"))
-    if loss == "mle":
+            yield entry("F.linear_cross_entropy", make_lce, its_units, name, note=note)
+    if loss == "mle" and cuda:
+        yield entry("quack", quack, units, "quack")
+    if loss != "dpo":
+        yield entry("Liger", liger_cross_entropy, units, "liger_kernel")
+    if loss == "mle" and cuda:
         make_liger = partial(liger_cross_entropy, accum_dtype=torch.float32)
-        found.append(Entry("Liger", kind, units, make_liger, note="accum_dtype=float32", module="liger_kernel"))
+        yield entry("Liger", make_liger, units, "liger_kernel", note="accum_dtype=float32")
     if loss == "dpo":
         for compiled in (True, False):
-            note = f"compiled={compiled}, π_ref = 1"
-            make_dpo = partial(liger_dpo, compiled=compiled)
-            found.append(
-                Entry("Liger", kind, units, make_dpo, note=note, module="liger_kernel", without_ref=True),
-            )
-    if loss != "bnf":
-        found.append(Entry("CCE", kind, again, cut_cross_entropy, module="cut_cross_entropy"))
+            for size in (1,) if cuda else (1, 4):  # pairs of a chunk
+                note = f"compiled={compiled}, " + (f"chunk_size={size}, " if size != 1 else "") + "π_ref = 1"
+                make_dpo = partial(liger_dpo, compiled=compiled, chunk_size=size)
+                yield entry("Liger", make_dpo, units, "liger_kernel", note=note, without_ref=True)
+    if cuda:
+        yield entry("CCE", cut_cross_entropy, again, "cut_cross_entropy")
         if kind != "forward":
             make_cce = partial(cut_cross_entropy, filter_eps=None)
-            found.append(Entry("CCE", kind, again, make_cce, note="filter_eps=None", module="cut_cross_entropy"))
-        found.append(Entry("TRL", kind, again, trl_head, module="trl"))
-    return found
+            yield entry("CCE", make_cce, again, "cut_cross_entropy", note="filter_eps=None")
+    else:  # the one of its implementations that isn't for a GPU; it keeps all logits
+        make_cce = partial(cut_cross_entropy, impl="torch_compile")
+        yield entry("CCE", make_cce, units, "cut_cross_entropy", note="impl=torch_compile")
+    yield entry("TRL", trl_head, again, "trl")
+    if not cuda:  # tiles small enough for a cache
+        yield entry("TRL", partial(trl_head, chunk_size=2048), again, "trl", note="chunk_size=2048")
 
 
 def absent(entry: Entry) -> str | None:
