@@ -14,7 +14,7 @@ INTERPRET = TRITON_INTERPRET=1
 # One thread each: tests/conftest.py
 PYTEST = $(RUN) pytest -n 2
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-sanitized lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
@@ -28,6 +28,15 @@ test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, i
 test-slow: SLOW = --slow
 test-slow: test  ## also the slow ones
 
+# A copy of the package with the C++ kernels built for the sanitizers, before the other one on the path
+SANITIZED = $(abspath $(VENV))/sanitized
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+test-sanitized: $(VENV)/.ready  ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	CXXFLAGS="$(SANITIZE) -O1 -g -fno-omit-frame-pointer" LDFLAGS="$(SANITIZE)" \
+		$(VENV)/bin/python setup.py -q build --build-base $(SANITIZED)/build --build-lib $(SANITIZED)
+	LD_PRELOAD="$(foreach l,asan stdc++,$(shell $(CXX) -print-file-name=lib$(l).so))" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+		$(VENV)/bin/pytest tests/test_rows.py
+
 # compiled kernels are kept between runs
 test: export TRITON_CACHE_DIR = $(abspath $(VENV))/triton-cache
 
@@ -40,7 +49,7 @@ bench: $(VENV)/.ready  ## fused against naive PyTorch and the bare products on t
 	$(VENV)/bin/rgpb bench --out benchmarks/results/local
 
 # torch first, so that nothing else decides which build of it comes
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --progress-bar off -c constraints.txt setuptools wheel
 	$(PIP) install --progress-bar off -c constraints.txt "$$(grep '^torch==' constraints.txt)"

@@ -2,7 +2,7 @@
 
 `kernels/` is installed as `rgpb.kernels`: as a top-level module its name would collide with another package's.
 The C++ kernels (`csrc/`) are built where torch can be imported and there is a compiler; without them the package
-installs and works all the same. Flags such as a sanitizer's come from CFLAGS, CXXFLAGS and LDFLAGS.
+installs and works all the same. Flags such as a sanitizer's come last, from CXXFLAGS, and from LDFLAGS.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class BuildKernels(build_ext):
     def _build(self, ext: Extension) -> None:
         def compiled(source: str) -> str:
             flags = [*COMMON, *FLAGS[source], *(f"-isystem{place}" for place in ext.include_dirs)]
+            flags += os.environ.get("CXXFLAGS", "").split()
             (made,) = self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
             return made
 

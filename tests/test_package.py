@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
+import torch
+
+from rgpb.kernels import cpp_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,16 +28,98 @@ def test_import_brings_in_nothing_heavy():
     assert not {"transformers", "datasets", "accelerate", "matplotlib", "triton", "torch._dynamo"} & set(loaded)
 
 
-def test_wheel_holds_the_kernels_inside_the_package(tmp_path):
-    source = tmp_path / "source"
-    kept_out = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "runs", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=kept_out)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The sources as a clone has them."""
+    place = tmp_path_factory.mktemp("source") / "rgpb"
+    kept_out = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "runs", "__pycache__", ".*_cache", "*.so")
+    shutil.copytree(ROOT, place, ignore=kept_out)
+    return place
+
+
+def test_wheel_holds_the_kernels_inside_the_package(source, tmp_path):
     run("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         top = {name.partition("/")[0] for name in archive.namelist()}
         archive.extractall(tmp_path / "installed")
     assert {name for name in top if not name.endswith(".dist-info")} == {"rgpb"}
-    program = "import rgpb, rgpb.kernels.torch_rows as rows; print(rows.__file__)"
-    where = run("-c", program, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")})
-    assert Path(where.strip()) == tmp_path / "installed" / "rgpb" / "kernels" / "torch_rows.py"
+    program = "import rgpb, rgpb.kernels.cpp_rows as rows; print(rows.__file__, rows.missing(), sep='|')"
+    where, missing = run("-c", program, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}).strip().split("|")
+    assert Path(where) == tmp_path / "installed" / "rgpb" / "kernels" / "cpp_rows.py"
+    assert missing == "None"
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
+BUILD = (
+    "import sys; sys.argv = ['setup.py', '-q', 'build', '--build-base', {0!r} + '/build', 'bdist_wheel', '-d', {0!r}]; "
+    "exec(open('setup.py').read())"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "environment", "reason"),
+    [
+        (WITHOUT_TORCH, {}, "no torch here; install torch first"),
+        ("", {"CC": "false", "CXX": "false"}, "the compiler failed"),
+    ],
+    ids=["no torch", "no compiler"],
+)
+def test_without_torch_or_a_compiler_the_rest_is_installed(source, tmp_path, before, environment, reason):
+    """One line says what is left out and why; the package works, and says the same when it is asked."""
+    made = subprocess.run(
+        [sys.executable, "-c", before + BUILD.format(str(tmp_path))], cwd=source, env={**os.environ, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    said = [line for line in made.stderr.splitlines() if line.startswith("rgpb: installing without the C++ kernels")]
+    assert len(said) == 1
+    assert reason in said[0]
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "installed")
+    program = (
+        "import torch; from rgpb.fused import mle_loss\n"
+        "given = torch.randn(2, 3, 4), torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64)\n"
+        "print(mle_loss(*given).isfinite().item())\n"
+        "try: mle_loss(*given, impl='cpp')\n"
+        "except ValueError as error: print(error)"
+    )
+    fine, refused = run("-c", program, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}).splitlines()
+    assert fine == "True"
+    assert "impl: expected 'auto' or 'torch', since the C++ kernels weren't built" in refused
+    assert refused.endswith("got 'cpp'")
+
+
+@pytest.mark.skipif(cpp_rows.missing() is not None, reason=str(cpp_rows.missing()))
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_wide_instructions_stay_in_their_own_functions():
+    """What runs on every processor has no wider vectors than every processor."""
+    (library,) = Path(cpp_rows.__file__).parent.glob("_cpp*.so")
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    wide = {"%zmm": set(), "%ymm": set()}
+    name = ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line.partition("<")[2][:-2]
+        for register, users in wide.items():
+            if register in line:
+                users.add(name)
+    assert any("avx512" in name for name in wide["%zmm"])
+    assert any("avx2" in name for name in wide["%ymm"])
+    assert not [name for name in wide["%zmm"] if "rgpb::avx512" not in name]
+    assert not [name for name in wide["%ymm"] if "rgpb::avx512" not in name and "rgpb::avx2" not in name]
+
+
+def test_kernels_for_another_torch_are_refused(monkeypatch):
+    """They are compiled against one version's C++, and another's may differ where nothing shows."""
+    if cpp_rows.missing():
+        pytest.skip(cpp_rows.missing())
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    reason = cpp_rows._load()
+    assert "were built for torch" in reason
+    assert "and this is 2.99.0: reinstall rgpb" in reason
