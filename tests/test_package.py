@@ -28,10 +28,10 @@ def test_import_brings_in_nothing_heavy():
     assert not {"transformers", "datasets", "accelerate", "matplotlib", "triton", "torch._dynamo"} & set(loaded)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
+@pytest.fixture
+def source(tmp_path):
     """The sources as a clone has them."""
-    place = tmp_path_factory.mktemp("source") / "rgpb"
+    place = tmp_path / "source"
     kept_out = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "runs", "__pycache__", ".*_cache", "*.so")
     shutil.copytree(ROOT, place, ignore=kept_out)
     return place
@@ -51,10 +51,7 @@ def test_wheel_holds_the_kernels_inside_the_package(source, tmp_path):
 
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
-BUILD = (
-    "import sys; sys.argv = ['setup.py', '-q', 'build', '--build-base', {0!r} + '/build', 'bdist_wheel', '-d', {0!r}]; "
-    "exec(open('setup.py').read())"
-)
+BUILD = "import sys; sys.argv = ['setup.py', '-q', 'bdist_wheel', '-d', {!r}]; exec(open('setup.py').read())"
 
 
 @pytest.mark.parametrize(
