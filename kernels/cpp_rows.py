@@ -1,8 +1,9 @@
 """The row kernels in C++ (`csrc/`), for CPUs: float64, float32 and bfloat16 storage, float32 (float64) arithmetic.
 
-Their operators are registered when this module is imported, and take the widest vectors that the processor has. The formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the
-core's own cache. Rows with a negative target are ignored by `statistics`, `statistics_` and `token_loss_` (zeros come
-out); for `gradients_` the target lies in another slice of the vocabulary.
+Their operators are registered when this module is imported, and take the widest vectors that the processor has. The
+formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the core's own cache. Rows
+with a negative target are ignored by `statistics`, `statistics_` and `token_loss_` (zeros come out); for `gradients_`
+the target lies in another slice of the vocabulary.
 
 Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of it.
 """

@@ -1,7 +1,7 @@
 """What every implementation of the row kernels has to do, against float64 in torch operations (another form).
 
-`test_rows.py` runs it on torch's and the C++ kernels, `interpreted/test_kernels.py` on Triton's in the interpreter. Each
-gives a fixture `rows`, an `Implementation`.
+`test_rows.py` runs it on torch's and the C++ kernels, `interpreted/test_kernels.py` on Triton's in the interpreter.
+Each gives a fixture `rows`, an `Implementation`.
 
 Dimensions: C rows, V vocabulary.
 """
@@ -200,7 +200,11 @@ def test_a_target_in_another_slice(rows, dtype):
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
 def test_rows_far_from_zero(rows, dtype, size):
     """Statistics follow a shift of all logits, which changes no gradient; and one that ends every other token."""
-    z, y, epilogue = torch.randn(3, 70, dtype=dtype).round(decimals=2), torch.tensor([0, 3, 69]), Epilogue(None, None, 1.0)
+    z, y, epilogue = (
+        torch.randn(3, 70, dtype=dtype).round(decimals=2),
+        torch.tensor([0, 3, 69]),
+        Epilogue(None, None, 1.0),
+    )
     z = z + size if abs(size) < 1e10 else z.index_fill(1, torch.tensor([3]), size)
     truth, q = dense(z.double(), y, epilogue)
     made, _ = rows.statistics(z.clone(), y, epilogue, True, 64)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
+from rgpb.engine.chunked import even_spans
 from rgpb.engine.plan import plan, sizes
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows
@@ -601,6 +602,19 @@ def test_the_plan_stays_inside_the_workspace_for_any_number_of_tokens(dtype, dev
                 plan(tokens, head, couples=couples, workspace=64 << 20).extra_bytes for tokens in (1 << 14, 1 << 20)
             }
             assert max(held) <= 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("total", "most"), [(2048, 512), (520, 512), (1100, 512), (17, 3), (100, 99), (5, 512), (0, 5)]
+)
+def test_chunks_are_even(total, most):
+    """As few as fit, none much shorter than the others: each reads all of the weight."""
+    lengths = [part.stop - part.start for part in even_spans(total, most)]
+    assert sum(lengths) == total
+    assert len(lengths) == -(-total // most)
+    assert max(lengths, default=0) <= most
+    if most % 16 == 0 and lengths:
+        assert max(lengths) - min(lengths) <= 16 * len(lengths)
 
 
 def test_on_a_gpu_the_plan_compares_times():

@@ -45,7 +45,9 @@ def test_wheel_holds_the_kernels_inside_the_package(source, tmp_path):
         archive.extractall(tmp_path / "installed")
     assert {name for name in top if not name.endswith(".dist-info")} == {"rgpb"}
     program = "import rgpb, rgpb.kernels.cpp_rows as rows; print(rows.__file__, rows.missing(), sep='|')"
-    where, missing = run("-c", program, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}).strip().split("|")
+    where, missing = (
+        run("-c", program, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "installed")}).strip().split("|")
+    )
     assert Path(where) == tmp_path / "installed" / "rgpb" / "kernels" / "cpp_rows.py"
     assert missing == "None"
 

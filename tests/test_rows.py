@@ -65,7 +65,7 @@ def test_rows_of_a_larger_buffer(rows):
     z, y, epilogue = whole[:, :150], torch.tensor([0, 149, 3, 4]), Epilogue(None, None, 1.0)
     z.normal_()
     truth, _ = dense(z.double(), y, epilogue)
-    made, total = rows.weights(z, y, epilogue, False, None)
+    made, _ = rows.weights(z, y, epilogue, False, None)
     close(made.lse_other, truth.lse_other, torch.float32)
     assert (whole[:, 150:] == 7).all()
 
@@ -147,7 +147,11 @@ def test_bfloat16_products_with_float32_results(shape, columns, accumulate):
     m, n, k = shape
 
     def operand(rows, width, transposed):
-        return torch.randn(width, rows).bfloat16().t() if transposed else torch.randn(rows, 2 * width).bfloat16()[:, :width]
+        return (
+            torch.randn(width, rows).bfloat16().t()
+            if transposed
+            else torch.randn(rows, 2 * width).bfloat16()[:, :width]
+        )
 
     a, b = operand(m, k, columns[0]), operand(k, n, columns[1])
     whole = torch.randn(m, n + 3)

@@ -30,6 +30,9 @@ from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 Rows = slice | Tensor
 
+# Chunks of rows come in multiples of this, but for the last: registers take so many.
+ROW_UNIT = 16
+
 
 class Problem(NamedTuple):
     """One call, flattened: hidden [P, H], weight [V, H], bias [V] or None, target int64 [P].
@@ -314,9 +317,16 @@ def spans(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
+def even_spans(total: int, most: int) -> Iterator[slice]:
+    """0 … total in as few steps of at most `most` as it takes, of about equal length: a product of a few rows reads all
+    of the weight, too."""
+    count = -(-total // max(most, 1))
+    yield from spans(total, min(most, -(-total // max(count * ROW_UNIT, 1)) * ROW_UNIT))
+
+
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA, and `cpp_rows.BF16_PRODUCTS`)."""
-    more = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    more: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if more and a.device.type == "cpu":
         torch.ops.rgpb.mm_bf16(a, b, out, accumulate)
     elif accumulate:
@@ -385,7 +395,7 @@ def score(p: Problem, entropy: bool, accumulate: bool, masses: bool = False, sor
         kept_masses = p.hidden.new_zeros(len(p.target), -(-p.weight.shape[0] // plan.MASS_TILE), dtype=p.acc_dtype)
     step, _ = row_chunk(p.sizes, p.workspace, kept.count, score_only=not accumulate)
     products = products_of(p, step if accumulate or p.engine == "chunked" else 0)
-    for chunk in spans(kept.count, step):
+    for chunk in even_spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
         products.score(rows, scores, accumulate, kept_masses)
         if accumulate:
@@ -513,7 +523,7 @@ def head_gradient(
         db = None if dbias is None else dbias.new_zeros(len(weight), 1)
         if dw is not None and not count:
             dw.zero_()
-        for chunk in spans(count, rows_step):
+        for chunk in even_spans(count, rows_step):
             rows = kept.rows((chunk.start, chunk.stop)) if chosen is None else chosen[chunk]
             x = p.hidden[rows].to(dtype)
             z = buffer[: len(x) * len(weight)].view(len(x), len(weight))
@@ -535,7 +545,7 @@ def hidden_gradient(p: Problem, statistics: Statistics, upstream: Upstream) -> T
     dhidden = torch.zeros_like(p.hidden)
     step, _ = row_chunk(p.sizes, p.workspace, kept.count)
     products = products_of(p, step)
-    for chunk in spans(kept.count, step):
+    for chunk in even_spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
         e, r = products.again(rows, statistics.at(rows), upstream.at(rows))
         products.hidden_rows(dhidden, rows, e, r)

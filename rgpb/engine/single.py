@@ -125,7 +125,7 @@ def single_pass(
         step, _ = single_chunk(problem.sizes, workspace, kept.count)
         ends = count.cumsum(0)
         if spec.couples == "token":
-            for chunk in chunked.spans(kept.count, step):
+            for chunk in chunked.even_spans(kept.count, step):
                 inside = ends.clamp(chunk.start, chunk.stop) - (ends - count).clamp(chunk.start, chunk.stop)
                 rows = kept.rows((chunk.start, chunk.stop))
                 if in_kernel is not None:
