@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("rgpb.train", "train a model on preference data"),
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
     "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
+    "doctor": ("rgpb.bench.doctor", "which kernels can run here, why not the others, and whether they are right"),
     "tune": ("rgpb.bench.tune", "time the Triton kernels' configurations on this GPU and keep the fastest"),
     "demo": ("rgpb.demo", "compare three losses on arithmetic pairs, in a few minutes"),
 }
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default: those of the process.
 
     Returns:
-        The exit code: 0, 2 for input that can't be used, 130 when interrupted.
+        The exit code: 0, 1 for a result that isn't right, 2 for input that can't be used, 130 when interrupted.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="rgpb", description="Losses that reward good and penalise bad examples.")

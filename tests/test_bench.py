@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from rgpb import LMHead, bench, linear_logprob
+from rgpb import OBJECTIVES, LMHead, bench, linear_logprob
 from rgpb.bench import cases, measure, report
 from rgpb.bench import plan as plan_command
 from rgpb.bench.cases import DTYPES, NAIVE, Floor, Result, Shape, make_batch
 from rgpb.bench.measure import interleaved, peak_memory, quantiles
+from rgpb.cli import main
 from rgpb.fused import dpo_loss
+from rgpb.kernels import cpp_rows
 
 MIB = 2**20
 TINY = Shape(32, 8, 128)
@@ -251,7 +256,8 @@ def test_no_speed_for_a_wrong_result(wrong, tmp_path, capsys, monkeypatch):
 def test_a_path_that_the_plan_does_not_take(tmp_path, capsys):
     """In bfloat16 a small workspace doesn't hold the float32 sum of dW: no row may claim a single pass."""
     arguments = ("--shape", "64,64,512", "--dtype", "bf16", "--loss", "bnf", "--path", "single", "--threads", 1)
-    assert command("bench", *arguments, "--repeats", 1, "--workspace", "150KiB", "--out", tmp_path) == 0
+    how = ("--impl", "torch", "--workspace", "150KiB")
+    assert command("bench", *arguments, "--repeats", 1, *how, "--out", tmp_path) == 0
     (row,) = [row for row in report.read(tmp_path / "results.json").rows if row.impl == "fused"]
     assert row.status == "plan: two_pass"
     assert row.seconds is None
@@ -283,6 +289,237 @@ def test_plan_prints_path_reason_and_memory(capsys):
     assert f"2 × 2·N·V·H = {4 * 8192 * 4096 * 128256 / 1e12:.1f} TFLOP" in capsys.readouterr().out
     with pytest.raises(ValueError, match="workspace: expected at least"):
         command("plan", *arguments, "--workspace", "1KiB")
+
+
+def plan_of(capsys, *arguments):
+    """The lines that `rgpb plan` prints, by their first word; what follows a line without one belongs to it."""
+    assert command("plan", "--tokens", 8192, *arguments) == 0
+    found, name = {}, None
+    for line in capsys.readouterr().out.splitlines():
+        name = line[:8].strip() or name
+        found[name] = [*found.get(name, []), line[8:]]
+    return found
+
+
+LLAMA = ("--hidden", 4096, "--vocab", 128256)
+
+
+def test_a_model_by_its_name(capsys):
+    named, given = plan_of(capsys, "--model", "Llama-3-8B"), plan_of(capsys, *LLAMA)
+    assert named.pop("head") == ["Llama-3-8B: H = 4096, V = 128256, 1,002.0 MiB"]
+    assert given.pop("head") == ["H = 4096, V = 128256, 1,002.0 MiB"]
+    assert named == given
+    assert plan_of(capsys, "--model", "gemma-2-9b")["head"][0].endswith("1,750.0 MiB, logits soft-capped at 30")
+    assert {name.lower() for name in plan_command.PREDICTED} <= set(plan_command.HEADS)
+    assert all(name == name.lower() for name in plan_command.HEADS)
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        ({"hidden_size": 64, "vocab_size": 1000}, (64, 1000, None)),
+        ({"n_embd": 64, "vocab_size": 1000}, (64, 1000, None)),  # GPT-2
+        ({"hidden_size": 64, "vocab_size": 1000, "final_logit_softcapping": 30.0}, (64, 1000, 30.0)),
+        ({"hidden_size": 7, "text_config": {"hidden_size": 64, "vocab_size": 1000}}, (64, 1000, None)),
+        ({"vocab_size": 1000, "text_config": {"hidden_size": 64}}, (64, 1000, None)),
+    ],
+)
+def test_a_model_by_its_folder(config, head, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan_command.head_of(str(tmp_path)) == head
+    assert plan_of(capsys, "--model", tmp_path)["head"][0].startswith(f"{tmp_path}: H = 64, V = 1000, ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"model: expected a name that .* or a folder with a config.json, got '.*no'"),
+        ("{", "model: expected JSON in .*config.json, got "),
+        ("[]", "model: expected a positive integer hidden_size in .*, got None"),
+        ('{"hidden_size": 64}', "model: expected a positive integer vocab_size in .*, got None"),
+        ('{"hidden_size": "64", "vocab_size": 9}', "model: expected a positive integer hidden_size in .*, got '64'"),
+        ('{"hidden_size": 64, "vocab_size": 0}', "model: expected a positive integer vocab_size in .*, got 0"),
+    ],
+)
+def test_folders_that_describe_no_head(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        command("plan", "--tokens", 8, "--model", tmp_path if text is not None else tmp_path / "no")
+
+
+def test_a_near_name_is_suggested():
+    with pytest.raises(ValueError, match=r"as llama-3-8b, .*, got 'llama3-8b'"):
+        command("plan", "--tokens", 8, "--model", "llama3-8b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "model: expected either --model, or both --hidden and --vocab, got none of these"),
+        (("--hidden", 8), "both --hidden and --vocab, got --hidden 8"),
+        (("--model", "gpt2", "--vocab", 8), "both --hidden and --vocab, got --model gpt2 --vocab 8"),
+        (("--model", "gpt2", *LLAMA), "got --model gpt2 --hidden 4096 --vocab 128256"),
+        (
+            ("--model", "gpt2", "--device-type", "cpu", "--gpu", "a100"),
+            "gpu: expected no --gpu beside --device-type cpu, got 'a100'",
+        ),
+        (
+            ("--model", "gpt2", "--impl", "cpp"),
+            "impl: expected 'triton' or 'torch', since .* not for .* cuda; got 'cpp'",
+        ),
+        (("--model", "gpt2", "--impl", "triton", "--device-type", "cpu"), "impl: expected .*; got 'triton'"),
+    ],
+)
+def test_requests_that_contradict_themselves(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        command("plan", "--tokens", 8192, *arguments)
+
+
+def test_bad_plans_exit_with_2(capsys):
+    assert main(["plan", "--tokens", "8", "--hidden", "8"]) == 2
+    assert capsys.readouterr().err.startswith("rgpb: error: model: expected either --model, or both")
+
+
+def test_time_of_the_naive_form_on_a_gpu(capsys):
+    """Its products at the library's rate, its passes at that of copies; times below 10 s are in ms."""
+    unit, logits = 2 * 8192 * 4096 * 128256 / 788e12, 8192 * 128256 / 4.3e12
+    for arguments, units, moved in (
+        (("--loss", "bnf"), 3, 82),
+        (("--loss", "dpo"), 3, 38),
+        (("--loss", "dpo", "--frozen-head"), 2, 38),
+    ):
+        foretold = (units * unit + moved * logits) * 1e3
+        line = plan_of(capsys, *LLAMA, *arguments)["naive"][1]
+        assert line.startswith(f"{foretold:,.1f} ms predicted, ")
+        assert line.endswith(f"{units} × 2·N·V·H at the library's rate, {moved}·N·V bytes at that of copies")
+    foretold = (3 * 2 * 8192 * 3584 * 256000 / 788e12 + (38 + 26) * 8192 * 256000 / 4.3e12) * 1e3
+    capped = plan_of(capsys, "--model", "gemma-2-9b", "--loss", "dpo")["naive"]
+    assert capped[1].startswith(f"{foretold:,.1f} ms predicted, ")  # 13 passes of 2 bytes for the soft-cap
+    assert capped[0].startswith(f"{8192 * 256000 * 14 / MIB:,.1f} MiB: 3·N·V float32 numbers, and the N·V of tanh; ")
+    assert plan_of(capsys, *LLAMA, "--dtype", "fp32")["naive"][1:] == []  # no rates for these products
+
+
+def test_h100_has_an_h200s_rates_and_less_memory(capsys):
+    h100, h200 = (plan_of(capsys, *LLAMA, "--gpu", gpu) for gpu in ("h100", "h200"))
+    assert h100["time"] == [
+        h200["time"][0].replace("h200", "h100"),
+        "the rates of sm_90 are an H200's: an H100 copies at seven tenths of that",
+    ]
+    assert " of the h100's 80.0 GiB; " in h100["fits"][0]
+    assert " of the h200's 141.0 GiB; " in h200["fits"][0]
+
+
+def test_whether_it_fits(capsys, monkeypatch):
+    """Weight and hidden states with their gradients, and what is held beyond; a frozen head has no gradient."""
+    weight, states = 4096 * 128256 * 2, 8192 * 4096 * 2
+    gib = 2**30
+    naive = (2 * weight + 2 * states + 12 * 8192 * 128256) / gib
+    shown = plan_of(capsys, *LLAMA, "--gpu", "rtx5090")["fits"][0]
+    assert shown.startswith("yes, ")
+    assert shown.endswith(f" of the rtx5090's 32.0 GiB; naive yes, {naive:.1f} GiB")
+    frozen = plan_of(capsys, *LLAMA, "--gpu", "rtx5090", "--frozen-head")["fits"][0]
+    assert frozen.endswith(f"naive yes, {naive - weight / gib:.1f} GiB")
+    assert command("plan", "--tokens", 65536, *LLAMA, "--gpu", "h100") == 0
+    assert " of the h100's 80.0 GiB; naive NO, " in capsys.readouterr().out
+    assert command("plan", "--tokens", 65536, *LLAMA, "--gpu", "rtx5090", "--workspace", "40GiB") == 0
+    assert "fits    NO, " in capsys.readouterr().out
+    set_rates(monkeypatch)
+    monkeypatch.setattr(plan_command, "memory_of_machine", lambda: 4 * gib)
+    assert " of this machine's 4.0 GiB; naive NO" in plan_of(capsys, *LLAMA, "--device-type", "cpu")["fits"][0]
+    monkeypatch.setattr(plan_command, "memory_of_machine", lambda: None)
+    unknown = plan_of(capsys, *LLAMA, "--device-type", "cpu")["fits"][0]
+    assert unknown.startswith("not known, ")
+    assert "this machine doesn't say how much it has" in unknown
+
+
+def set_rates(monkeypatch):
+    """100 GFLOP/s, twice that in 16 bits; 20 GB/s copied, a quarter of it into new memory."""
+    rates = {torch.float32: 1e11, torch.bfloat16: 2e11, torch.float16: 2e11}
+    monkeypatch.setattr(plan_command, "product_rate", lambda dtype, device, result=None: rates[dtype])
+    monkeypatch.setattr(plan_command, "copy_rate", lambda device, fresh=False: 5e9 if fresh else 2e10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "impl", "native"),
+    [("fp32", "torch", False), ("bf16", "torch", False), ("bf16", "cpp", False), ("bf16", "cpp", True)],
+)
+def test_time_on_this_cpu(dtype, impl, native, capsys, monkeypatch):
+    """`native`: whether there are products of bfloat16 operands with float32 results."""
+    set_rates(monkeypatch)
+    monkeypatch.setattr(cpp_rows, "missing", lambda: None)
+    monkeypatch.setattr(cpp_rows, "BF16_PRODUCTS", native)
+    N, H, V = 8192, 512, 32000
+    head = ("--hidden", H, "--vocab", V, "--dtype", dtype, "--impl", impl)
+    shown = plan_of(capsys, *head, "--loss", "dpo", "--device-type", "cpu")
+    chunks = -(-N // int(shown["chunks"][0].split()[2]))
+    assert chunks == N // 512
+    assert shown["path"][0].startswith("single: ")
+    products = 3 * 2 * N * H * V / (2e11 if native else 1e11)
+    # logits written, read, read and written again; dW read and written, but for the first time
+    moved = (14 if native else 16) * N * V + 4 * (2 * chunks - 1) * H * V
+    if dtype == "bf16":  # the sum of dW read and rounded; the weight raised for each chunk's logits and dX
+        moved += 6 * H * V + (0 if native else 2 * chunks * 6 * H * V)
+    assert shown["time"][0].startswith(f"{(products + moved / 2e10) * 1e3:,.1f} ms predicted for this CPU, ")
+    assert f"from {200 if native else 100} GFLOP/s measured now" in shown["time"][0]
+    assert shown["time"][1].startswith(f"{'bfloat16' if native else 'float32'} products; naive's in ")
+    naive = 3 * 2 * N * H * V / (1e11 if dtype == "fp32" else 2e11) + (28 if dtype == "fp32" else 38) * N * V / 5e9
+    assert shown["naive"][1].startswith(f"{naive * 1e3:,.1f} ms predicted, ")
+
+
+def test_the_readme_shows_what_plan_prints(capsys):
+    """Each console block of the documents that shows `rgpb plan` for a GPU."""
+    root = Path(__file__).parents[1]
+    texts = [path.read_text(encoding="utf-8") for path in (root / "README.md", *(root / "docs").glob("*.md"))]
+    blocks = [block for text in texts for block in re.findall(r"```\n\$ rgpb (plan .*?)```", text, re.DOTALL)]
+    assert blocks
+    for block in blocks:
+        called, _, shown = block.partition("\n")
+        assert main(called.split()) == 0
+        assert capsys.readouterr().out == shown
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that operations read and write in tensors of `size` elements. Products: only what they write."""
+
+    VIEWS = ("view", "_unsafe_view", "t", "detach", "expand", "unsqueeze", "squeeze")
+    FEW = ("gather", "scatter_add", "scatter_add_")  # touch one element of a row
+    WRITE = ("mm", "new_zeros", "zeros_like", "empty_like")
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.bytes = size, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        name = operation._schema.name.partition("::")[2]
+        if name not in self.VIEWS + self.FEW:
+            read = {} if name in self.WRITE else {id(x): x for x in tree_leaves((args, kwargs))}
+            for x in (*read.values(), *tree_leaves(made)):
+                whole = isinstance(x, torch.Tensor) and x.numel() == self.size
+                if whole and x.untyped_storage().nbytes() >= x.nbytes:  # not a few numbers expanded
+                    self.bytes += x.nbytes
+        return made
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("loss", NAIVE)
+def test_what_the_naive_form_moves_and_holds(loss, dtype, softcap, monkeypatch):
+    if softcap is not None:
+
+        def log_probs(hidden, weight):
+            return (softcap * torch.tanh(torch.nn.functional.linear(hidden, weight) / softcap)).float().log_softmax(-1)
+
+        monkeypatch.setattr(cases, "log_probs", log_probs)
+    capped, entropy = softcap is not None, OBJECTIVES[loss].entropy
+    size = SMALL.tokens * SMALL.vocab
+    run = cases.naive(make_batch(SMALL, dtype, "cpu"), loss, "single").run
+    with Moved(size) as moved:
+        run()
+    assert moved.bytes == size * cases.naive_moved(dtype.itemsize, entropy, capped)
+    held = cases.naive_bytes(SMALL.tokens, SMALL.vocab, dtype.itemsize, softcap=capped)
+    assert peak_memory(run, "cpu").extra == pytest.approx(held, rel=0.01)
 
 
 def test_sizes_are_parsed():

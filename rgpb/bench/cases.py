@@ -179,13 +179,31 @@ def log_probs(hidden: Tensor, weight: Tensor) -> Tensor:
     return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
 
 
-def naive_bytes(tokens: int, vocab: int, itemsize: int, gradient: bool = True) -> int:
+def naive_bytes(tokens: int, vocab: int, itemsize: int, gradient: bool = True, softcap: bool = False) -> int:
     """What the naive form holds at its peak beyond inputs and gradients: 3 · N · V float32 numbers, whatever the loss.
 
-    In the backward: log-probabilities, their gradient from `gather`, and that of the logits or, for BNF, of Σ p log p.
+    In the backward: log-probabilities, their gradient from `gather`, and that of the logits or, for BNF, of Σ p log p;
+    with a soft-cap also its tanh, in the type of the inputs.
     A forward-only call holds logits and log-probabilities, and 16-bit logits beside their float32 copy.
     """
-    return tokens * vocab * (12 if gradient else 8 + 2 * (itemsize == 2))
+    return tokens * vocab * (12 + itemsize * softcap if gradient else 8 + 2 * (itemsize == 2))
+
+
+def naive_moved(itemsize: int, entropy: bool = False, softcap: bool = False) -> int:
+    """Bytes that the naive form reads and writes for each of its N · V logits, forward and backward.
+
+    What its products read isn't counted, as it isn't for the library; what they write is.
+
+    Args:
+        itemsize: of the inputs and their logits, 2 or 4.
+        entropy: whether the loss has a sum over the vocabulary beside the target, as BNF's Σ p log p.
+        softcap: whether the logits are soft-capped, in the type of the inputs.
+    """
+    passes = (
+        6 + 11 * entropy
+    )  # log_softmax 2, the gradients of gather 1 and of log_softmax 3; of the sum and its own 11
+    narrow = 1 + 13 * softcap  # logits written; z / c, tanh and c · tanh 6, their gradients 7
+    return 4 * passes + itemsize * narrow + 12 * (itemsize == 2)  # raised to float32, and the gradient back
 
 
 def naive_path(path: str) -> str:
@@ -209,25 +227,29 @@ def naive(batch: Batch, loss: str, path: str) -> Contestant:
 # -- the library, the floor, the truth ---------------------------------------------------------------------------------
 
 
-def fused(batch: Batch, loss: str, path: str, impl: str, workspace: int) -> Contestant:
+def fused(
+    batch: Batch, loss: str, path: str, impl: str, workspace: int, engine: str = "auto"
+) -> Contestant:  # fmt: skip
     """The library, called so that it takes `path` where it can.
 
     Raises:
-        ValueError: a `workspace` too small for one row.
+        ValueError: a `workspace` too small for one row, or an `engine` that can't serve the request.
     """
     spec = OBJECTIVES["mle" if loss == LOG_PROB else loss]
     weight = batch.weight.detach() if path in ("frozen", "forward") else batch.weight
     hidden = batch.hidden.detach() if path == "forward" else batch.hidden
     reduction = "none" if path == "two_pass" else "mean"
-    plan = call_plan(hidden, LMHead(weight), spec, reduction, workspace, {}, impl)
+    plan = call_plan(hidden, LMHead(weight), spec, reduction, workspace, {}, impl, engine)
 
     def run() -> Result:
         if loss == LOG_PROB:
-            return Result(linear_logprob(hidden, weight, batch.target, impl=impl, workspace=workspace).logp, ())
+            scores = linear_logprob(hidden, weight, batch.target, impl=impl, engine=engine, workspace=workspace)
+            return Result(scores.logp, ())
         label, ref = batch.label if spec.label else None, None if spec.ref is None else batch.ref
         value = fused_loss(
             hidden, weight, batch.target, objective=loss, label=label, ref=ref,
-            rewards=batch.rewards if spec.rewards else None, reduction=reduction, impl=impl, workspace=workspace,
+            rewards=batch.rewards if spec.rewards else None, reduction=reduction, impl=impl, engine=engine,
+            workspace=workspace,
         )  # fmt: skip
         return _with_gradients(value.mean(), hidden, weight)
 

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rgpb
 from rgpb.bench.cases import Result
+from rgpb.engine.chunked import mm
 
 # The profiler announces its own start and stop on stderr, at a level below this one.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -48,9 +49,63 @@ def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int, device: s
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _wait(device: str | torch.device) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_rate(
+    dtype: torch.dtype, device: str | torch.device, seconds: float = 0.3, result: torch.dtype | None = None
+) -> float:
+    """Flops in a second of a library product X Wᵀ with [512, 1024] × [1024, 8192], a GPU [8192, 4096] × [4096, 8192].
+
+    Median of what `seconds` allow. Where they don't allow one product of that size, it has fewer rows.
+
+    Args:
+        dtype: of the operands.
+        device: a CPU or CUDA device.
+        seconds: that it may take.
+        result: type of the result, where the engine can have another than that of the operands; default: the same.
+    """
+    cpu = torch.device(device).type == "cpu"
+    most, width, vocab = (512, 1024, 8192) if cpu else (8192, 4096, 8192)
+    x, weight = (torch.randn(n, width, dtype=dtype, device=device) for n in (most, vocab))
+    out, rows, spent = x.new_empty(most, vocab, dtype=result or dtype), 16, 0.0
+    rates: list[float] = []
+    mm(x[:rows], weight.t(), out[:rows])  # the library sets itself up
+    while spent < seconds:
+        _wait(device)
+        start = time.perf_counter()
+        mm(x[:rows], weight.t(), out[:rows])
+        _wait(device)
+        took = time.perf_counter() - start
+        rates.append(2.0 * rows * width * vocab / took)
+        spent += took
+        if rows < most and spent + 3 * took < seconds:  # there is time for a larger one
+            rows, rates = min(2 * rows, most), []
+    return quantiles(rates)[0]
+
+
+def copy_rate(device: str | torch.device, seconds: float = 0.2, fresh: bool = False) -> float:
+    """Bytes read and written in a second by a copy of 64 MiB, on a GPU 1 GiB: more than caches hold. Median.
+
+    fresh: into memory that is new each time, as the results of PyTorch's operations are on a CPU.
+    """
+    source = torch.ones(2**24 if torch.device(device).type == "cpu" else 2**28, device=device)
+    into, spent = torch.ones_like(source), 0.0
+    rates: list[float] = []
+    while spent < seconds or len(rates) < 2:
+        _wait(device)
+        start = time.perf_counter()
+        if fresh:
+            source.clone()
+        else:
+            into.copy_(source)
+        _wait(device)
+        took = time.perf_counter() - start
+        rates.append(2 * source.nbytes / took)
+        spent += took
+    return quantiles(rates)[0]
 
 
 class Memory(NamedTuple):
@@ -103,17 +158,14 @@ def _allocations(recorded: profile) -> list[tuple[int, int]]:
 
 def provenance(device: str, **options: object) -> dict[str, object]:
     """Machine, versions, date and commit (None outside a checkout), and `options`."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "cpu": models[0] if models else platform.machine(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "rgpb": rgpb.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -121,7 +173,24 @@ def provenance(device: str, **options: object) -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
+def cpu_model() -> str:
+    """The processor's name; where the system doesn't say, its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def memory_of_machine() -> int | None:
+    """Bytes of main memory; None where the system doesn't say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where it isn't."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,19 +1,99 @@
-"""`rgpb plan`: what a call will run, why, and what it costs."""
+"""`rgpb plan`: what a call will run, why, and what it costs.
+
+Dimensions: N tokens, H hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
-from typing import Any
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from rgpb.bench.cases import naive_bytes
-from rgpb.engine.plan import ENGINES, RATES, Plan, Sizes, plan, sizes
+from rgpb.bench.cases import naive_bytes, naive_moved
+from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
+from rgpb.engine.plan import ENGINES, RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
+from rgpb.logprob import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.objectives import resolve
 
-GPUS = {"a100": "sm_80", "h200": "sm_90", "b200": "sm_100", "rtx5090": "sm_120", "mi300x": "gfx9"}
+
+class GPU(NamedTuple):
+    """Key in `RATES`, GiB of memory as the vendor prints it, and what the rates don't say of this one."""
+
+    arch: str
+    memory: int
+    note: str | None = None
+
+
+GPUS = {
+    "a100": GPU("sm_80", 80),
+    "h100": GPU("sm_90", 80, "the rates of sm_90 are an H200's: an H100 copies at seven tenths of that"),
+    "h200": GPU("sm_90", 141),
+    "b200": GPU("sm_100", 180),
+    "rtx5090": GPU("sm_120", 32),
+    "mi300x": GPU("gfx9", 192),
+}
+
+
+class Head(NamedTuple):
+    """An LM head: H, V, and the soft-cap of its logits."""
+
+    width: int
+    vocab: int
+    softcap: float | None = None
+
+
+HEADS = {
+    "deepseek-v3": Head(7168, 129280),
+    "gemma-2-2b": Head(2304, 256000, 30.0),
+    "gemma-2-9b": Head(3584, 256000, 30.0),
+    "gemma-2-27b": Head(4608, 256000, 30.0),
+    "gpt2": Head(768, 50257),
+    "llama-2-7b": Head(4096, 32000),
+    "llama-2-13b": Head(5120, 32000),
+    "llama-2-70b": Head(8192, 32000),
+    "llama-3-8b": Head(4096, 128256),
+    "llama-3-70b": Head(8192, 128256),
+    "llama-3.1-8b": Head(4096, 128256),
+    "llama-3.1-70b": Head(8192, 128256),
+    "llama-3.1-405b": Head(16384, 128256),
+    "llama-3.2-1b": Head(2048, 128256),
+    "llama-3.2-3b": Head(3072, 128256),
+    "llama-3.3-70b": Head(8192, 128256),
+    "mistral-7b": Head(4096, 32000),
+    "mistral-7b-v0.3": Head(4096, 32768),
+    "mixtral-8x7b": Head(4096, 32000),
+    "olmo-2-7b": Head(4096, 100352),
+    "phi-2": Head(2560, 51200),
+    "phi-3-mini": Head(3072, 32064),
+    "phi-4": Head(5120, 100352),
+    "pythia-160m": Head(768, 50304),
+    "pythia-410m": Head(1024, 50304),
+    "pythia-1b": Head(2048, 50304),
+    "pythia-1.4b": Head(2048, 50304),
+    "pythia-2.8b": Head(2560, 50304),
+    "pythia-6.9b": Head(4096, 50432),
+    "pythia-12b": Head(5120, 50688),
+    "qwen2.5-0.5b": Head(896, 151936),
+    "qwen2.5-1.5b": Head(1536, 151936),
+    "qwen2.5-3b": Head(2048, 151936),
+    "qwen2.5-7b": Head(3584, 152064),
+    "qwen2.5-14b": Head(5120, 152064),
+    "qwen2.5-32b": Head(5120, 152064),
+    "qwen2.5-72b": Head(8192, 152064),
+    "qwen3-0.6b": Head(1024, 151936),
+    "qwen3-1.7b": Head(2048, 151936),
+    "qwen3-4b": Head(2560, 151936),
+    "qwen3-8b": Head(4096, 151936),
+    "qwen3-14b": Head(5120, 151936),
+    "qwen3-32b": Head(5120, 151936),
+}
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -56,14 +136,16 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand `plan`."""
-    parser = subparsers.add_parser("plan", help=__doc__, description=__doc__)
-    for name, text in (("tokens", "N, response tokens"), ("hidden", "H"), ("vocab", "V")):
-        parser.add_argument(f"--{name}", type=argument(positive), required=True, help=text)
+    parser = subparsers.add_parser("plan", help="what a call will run, why, and what it costs", description=__doc__)
+    parser.add_argument("--tokens", type=argument(positive), required=True, help="N, response tokens")
+    parser.add_argument("--model", metavar="NAME", help=f"{', '.join(HEADS)}; or a folder with a config.json")
+    for name, text in (("hidden", "H"), ("vocab", "V")):
+        parser.add_argument(f"--{name}", type=argument(positive), help=f"{text}, in place of --model")
     parser.add_argument("--loss", type=argument(resolve), default="bnf", help="or a sum; default %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
     parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="for the time; default %(default)s")
-    parser.add_argument("--impl", choices=("triton", "torch"), help="default: triton on cuda, torch on cpu")
+    parser.add_argument("--gpu", choices=tuple(GPUS), help="for time and memory; default h200")
+    parser.add_argument("--impl", choices=IMPLEMENTATIONS[1:], help="default: triton on cuda, what auto takes on cpu")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="default %(default)s")
     parser.add_argument("--skipping", action="store_true", help="with a grad_tolerance")
     parser.add_argument("--frozen-head", action="store_true", help="the head has no gradient, as with LoRA")
@@ -71,43 +153,157 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def head_of(model: str) -> Head:
+    """The LM head of a model.
+
+    Args:
+        model: a name in `HEADS`, in any case; or a folder with a transformers config.json.
+
+    Raises:
+        ValueError: neither, or a config.json without a hidden size and a vocabulary.
+    """
+    if model.lower() in HEADS:
+        return HEADS[model.lower()]
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        near = ", ".join(get_close_matches(model.lower(), HEADS, 4, 0.5)) or "llama-3-8b"
+        raise ValueError(
+            f"model: expected a name that `rgpb plan --help` lists, as {near}, or a folder with a config.json, "
+            f"got {model!r}; --hidden and --vocab describe any other"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model: expected JSON in {path}, got {error}") from error
+    given = config if isinstance(config, dict) else {}
+    text = given.get("text_config")
+    given = {**given, **(text if isinstance(text, dict) else {})}  # of models that also see or hear
+
+    def size(*names: str) -> int:
+        found = next((given[name] for name in names if name in given), None)
+        if type(found) is not int or found < 1:
+            raise ValueError(f"model: expected a positive integer {names[0]} in {path}, got {found!r}")
+        return found
+
+    return Head(size("hidden_size", "n_embd"), size("vocab_size"), given.get("final_logit_softcapping"))
+
+
+def _head(a: argparse.Namespace) -> Head:
+    given = {name: getattr(a, name) for name in ("model", "hidden", "vocab") if getattr(a, name) is not None}
+    if set(given) not in ({"model"}, {"hidden", "vocab"}):
+        got = " ".join(f"--{name} {value}" for name, value in given.items()) or "none of these"
+        raise ValueError(f"model: expected either --model, or both --hidden and --vocab, got {got}")
+    return Head(a.hidden, a.vocab) if a.model is None else head_of(a.model)
+
+
+class Prediction(NamedTuple):
+    """Seconds of a plan, of its bare products and of the naive form; what they come from, and more of that."""
+
+    ours: float
+    floor: float
+    naive: float
+    source: str
+    more: str | None = None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan.
 
     Raises:
-        ValueError: `workspace` is too small for one row, or the engine can't serve the request.
+        ValueError: a head that isn't described, or twice; a GPU's name beside --device-type cpu; an implementation that
+            isn't there; `workspace` too small for one row; an engine that can't serve the request.
     """
-    a, spec, dtype = arguments, arguments.loss, DTYPES[arguments.dtype]
+    a, spec, dtype, lm_head = arguments, arguments.loss, DTYPES[arguments.dtype], _head(arguments)
     cuda = a.device_type == "cuda"
+    if a.gpu is not None and not cuda:
+        raise ValueError(f"gpu: expected no --gpu beside --device-type cpu, got {a.gpu!r}")
+    gpu = a.gpu or "h200"
     head = sizes(
-        a.vocab, a.hidden, dtype, dtype, a.device_type, a.impl or ("triton" if cuda else "torch"),
-        arch=GPUS[a.gpu] if cuda else None,
+        lm_head.vocab, lm_head.width, dtype, dtype, a.device_type, _impl(a.impl, cuda),
+        arch=GPUS[gpu].arch if cuda else None,
     )  # fmt: skip
     chosen = plan(
         a.tokens, head, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
         entropy_grad=spec.entropy_grad, skipping=a.skipping, engine=a.engine, workspace=a.workspace,
     )  # fmt: skip
-    naive, units = naive_bytes(a.tokens, a.vocab, dtype.itemsize), 2 if a.frozen_head else 3
+    softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
+    moved = naive_moved(dtype.itemsize, spec.entropy or spec.entropy_grad, softcap)
+    naive = naive_bytes(a.tokens, lm_head.vocab, dtype.itemsize, softcap=softcap)
+    weight = lm_head.vocab * lm_head.width * dtype.itemsize
+    named = "" if a.model is None else f"{a.model}: "
+    capped = f", logits soft-capped at {lm_head.softcap:g}" if lm_head.softcap is not None else ""
     print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
+    print(f"head    {named}H = {lm_head.width}, V = {lm_head.vocab}, {_mebibytes(weight)}{capped}")
     print(f"path    {chosen.path}: {chosen.reason}")
     print(f"engine  {chosen.engine}, kernels in {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
-    if chosen.seconds is not None:
-        floor = products_seconds(chosen, head)
-        print(
-            f"time    {chosen.seconds * 1e3:,.1f} ms predicted for {a.gpu}, {chosen.seconds / floor:.2f} × the bare "
-            f"products' {floor * 1e3:,.1f} ms; from ceilings, not measured"
-        )
-    else:
+    job = (chosen, head, a.tokens, units, moved)
+    times = on_gpu(*job) if cuda else on_cpu(*job, dtype, a.workspace)
+    if times is None:
         print("time    not predicted: there are rates for 16-bit products on a GPU only")
+    else:
+        print(
+            f"time    {_time(times.ours)} predicted for {gpu if cuda else 'this CPU'}, "
+            f"{times.ours / times.floor:.2f} × the bare products' {_time(times.floor)}; from {times.source}"
+        )
+        more = GPUS[gpu].note if cuda else times.more
+        if more is not None:
+            print(f"        {more}")
     if a.skipping and chosen.path == "two_pass":
         print("        as if nothing could be left out; less half of it, times the share that is")
     print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
     print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(a.workspace)} allowed")
     print(
-        f"naive   {_mebibytes(naive)}: 3·N·V float32 numbers; {naive / chosen.extra_bytes:,.1f} times the memory above"
+        f"naive   {_mebibytes(naive)}: 3·N·V float32 numbers{', and the N·V of tanh' * softcap}; "
+        f"{naive / chosen.extra_bytes:,.1f} times the memory above"
+    )
+    if times is not None:
+        print(
+            f"        {_time(times.naive)} predicted, {times.naive / times.ours:.2f} times the time above: "
+            f"{units} × 2·N·V·H at the library's rate, {moved}·N·V bytes at that of copies"
+        )
+    held = 2 * a.tokens * lm_head.width * dtype.itemsize + (1 if a.frozen_head else 2) * weight
+    print(f"fits    {_fits(held + chosen.extra_bytes, held + naive, gpu if cuda else None)}")
+    print(
+        "        hidden states, head, their gradients, the above; not counted: the rest of the model, optimiser states"
     )
     return 0
+
+
+def _impl(impl: str | None, cuda: bool) -> str:
+    """The kernels to plan for. A GPU needn't be here for that; the CPU is the one that is."""
+    if not cuda:
+        return resolve_impl(impl or "auto", torch.device("cpu"))
+    if impl == "cpp":
+        raise ValueError(f"impl: expected 'triton' or 'torch', since {why_not(impl, torch.device('cuda'))}; got 'cpp'")
+    return impl or "triton"
+
+
+def on_gpu(chosen: Plan, head: Sizes, tokens: int, units: int, moved: int) -> Prediction | None:
+    """From `RATES`; None where there are none. `units` and `moved`: the naive form's products, and bytes per logit."""
+    if chosen.seconds is None or head.arch is None:
+        return None
+    rates, unit = RATES[head.arch], chosen.flops / chosen.units
+    naive = unit * units / rates.library + moved * tokens * head.vocab / rates.copy
+    return Prediction(chosen.seconds, products_seconds(chosen, head), naive, "ceilings, not measured")
+
+
+def on_cpu(
+    chosen: Plan, head: Sizes, tokens: int, units: int, moved: int, dtype: torch.dtype, workspace: int
+) -> Prediction:  # fmt: skip
+    """As `on_gpu`, from rates measured here in about a second. The naive form multiplies in `dtype`."""
+    gemm = dtype if head.gemm == dtype.itemsize else torch.float32
+    rate, copy = product_rate(gemm, "cpu", result=torch.float32), copy_rate("cpu")
+    theirs, fresh = product_rate(dtype, "cpu"), copy_rate("cpu", fresh=True)
+    rates, unit = Rates(rate, rate, copy), chosen.flops / chosen.units
+    ours = predicted_seconds(head, rates, chosen.path, chosen.units, tokens, chosen.rows, workspace)
+    if head.convert:  # the weight, for a chunk's logits and its dX, and once for the slices of dW
+        times = 2 * -(-tokens // chosen.rows) + (chosen.path == "two_pass")
+        ours += times * head.vocab * head.width * (dtype.itemsize + head.gemm) / copy
+    naive = unit * units / theirs + moved * tokens * head.vocab / fresh
+    more = f"{_name(gemm)} products; naive's in {_name(dtype)} {_giga(theirs)}FLOP/s; copies {_giga(copy)}B/s, "
+    more += f"naive's into new memory {_giga(fresh)}B/s"
+    return Prediction(ours, chosen.flops / rate, naive, f"{_giga(rate)}FLOP/s measured now", more)
 
 
 def products_seconds(chosen: Plan, head: Sizes) -> float:
@@ -116,16 +312,11 @@ def products_seconds(chosen: Plan, head: Sizes) -> float:
     return chosen.flops / RATES[head.arch].library
 
 
-HEADS = {
-    "Llama-3-8B": (4096, 128256),
-    "Qwen2.5-7B": (3584, 152064),
-    "Gemma-2-9B": (3584, 256000),
-    "Pythia-2.8B": (2560, 50304),
-}
+PREDICTED = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Pythia-2.8B")
 
 
 def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
-    """A Markdown table: what each path is predicted to take for the heads of `HEADS`, bf16, on both engines."""
+    """A Markdown table: what each path is predicted to take for the heads of `PREDICTED`, bf16, on both engines."""
     lines = [
         "| head | job, workspace | bare products | chunked | tiled |",
         "|---|---|---:|---:|---:|",
@@ -137,19 +328,46 @@ def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
         ("frozen head, 512 MiB", {"weight_grad": False}),
         ("log-probabilities, 512 MiB", {"weight_grad": False, "hidden_grad": False}),
     ]
-    for name, (width, vocab) in HEADS.items():
+    for name in PREDICTED:
+        width, vocab, _ = HEADS[name.lower()]
         for job, request in jobs:
             cells = []
             for engine in ("chunked", "tiled"):
-                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch=GPUS[gpu])
+                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch=GPUS[gpu].arch)
                 made = plan(tokens, head, engine=engine, **request)
                 assert made.seconds is not None
                 floor = products_seconds(made, head)
                 cells.append(f"{made.path}, {made.seconds * 1e3:.1f} ms, {made.seconds / floor:.2f} × {made.units}U")
-            unit = 2e3 * tokens * vocab * width / RATES[GPUS[gpu]].library
+            unit = 2e3 * tokens * vocab * width / RATES[GPUS[gpu].arch].library
             lines.append(f"| {name} | {job} | U = {unit:.1f} ms | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _giga(rate: float) -> str:
+    return f"{rate / 1e9:,.3g} G"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+
+
+def _fits(ours: int, naive: int, gpu: str | None) -> str:
+    """Whether so many bytes find room on the GPU, or on this machine."""
+    memory = memory_of_machine() if gpu is None else GPUS[gpu].memory * 2**30
+    owner = "this machine" if gpu is None else f"the {gpu}"
+    if memory is None:
+        return f"not known, {_gibibytes(ours)}: {owner} doesn't say how much it has; naive {_gibibytes(naive)}"
+    words = ["yes" if size <= memory else "NO" for size in (ours, naive)]
+    return f"{words[0]}, {_gibibytes(ours)} of {owner}'s {_gibibytes(memory)}; naive {words[1]}, {_gibibytes(naive)}"
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"

@@ -78,7 +78,7 @@ class Plan(NamedTuple):
         rows: C, rows of logits held at a time.
         extra_bytes: held at most beyond inputs and gradients, tokens' own numbers (a few bytes each) aside.
         flops: units · 2 · N · V · H.
-        impl: "torch" or "triton".
+        impl: "torch", "cpp" or "triton".
         engine: "chunked" or "tiled".
         seconds: predicted from `RATES`; None where there are none.
     """
@@ -104,7 +104,7 @@ class Sizes(NamedTuple):
         convert: whether the weight has to be converted for them.
         accumulate: whether a sum of dW over chunks needs a buffer of its own (16-bit weight).
         device_type: "cpu", "cuda", …
-        impl: row kernels, "torch" or "triton".
+        impl: row kernels, "torch", "cpp" or "triton".
         engine: "chunked" or "tiled".
         arch: key in `RATES`, or None.
         ordered: whether the vocabulary is taken in another order.
@@ -380,7 +380,7 @@ def _not_single(
 def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspace: int) -> str | None:
     """What the tile kernels lack for this request, or None."""
     if head.impl != "triton":
-        return "expected 'chunked' with impl='torch', since the tile kernels are Triton's"
+        return f"expected 'chunked' with impl={head.impl!r}, since the tile kernels are Triton's"
     if half and gradient:
         return (
             "expected 'chunked' for float16 gradients, whose range is too narrow for weights before they are normalised"
