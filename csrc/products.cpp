@@ -1,6 +1,7 @@
 // Matrix products of bfloat16 operands with float32 results, for processors with bfloat16 instructions: torch's own
-// `mm` rounds its result to bfloat16, which log-probabilities don't survive. The tiles are oneDNN's, by way of torch's
-// `brgemm`; here is what stands around them: blocks, packing, threads. Each tile of the result is one task's, summed in
+// `mm` rounds its result to bfloat16, which log-probabilities don't survive, and copies operands whose rows have room
+// behind them. The tiles are oneDNN's, by way of torch's `brgemm`; here is what stands around them: blocks, packing,
+// threads. Each tile of the result is one task's, summed in
 // a fixed order, so that results don't depend on the number of threads.
 //
 // Dimensions: A [M, K], B [K, N], result [M, N].
@@ -117,17 +118,41 @@ void add_column(const Operand& a, int64_t m0, int64_t mm, int64_t k, const BFloa
   }
 }
 
+// The result: float32 in place, or bfloat16 rounded once from sums that a task keeps for itself.
+struct Result {
+  float* wide;
+  BFloat16* narrow;
+  int64_t stride;
+
+  // Where the sums of a block of rows and columns go, and the stride there.
+  float* sums(int64_t row, int64_t column, std::vector<float>& own) const {
+    return narrow ? own.data() : wide + row * stride + column;
+  }
+  void finish(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t from, const float* sums) const {
+    if (!narrow) return;
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < columns; ++n)
+        narrow[(row + m) * stride + column + n] = static_cast<BFloat16>(sums[m * from + n]);
+  }
+};
+
 // A lies in rows: a task packs a few blocks of B, side by side, and takes rows of A through them.
-void by_columns(const Operand& a, const Operand& b, float* out, int64_t ld, bool accumulate) {
+void by_columns(const Operand& a, const Operand& b, const Result& out, bool accumulate) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  constexpr int64_t SPAN = 4 * NB;
-  const int64_t wide = blocks(N, SPAN), groups = std::min(blocks(M, MB), blocks(at::get_num_threads(), wide));
+  constexpr int64_t SPAN = 4 * NB, MOST = 4 * MB;  // sums of a task's own stay in the cache
+  const int64_t wide = blocks(N, SPAN);
+  const int64_t groups = std::max(std::min(blocks(M, MB), blocks(at::get_num_threads(), wide)),
+                                  out.narrow ? blocks(M, MOST) : int64_t{1});
   const int64_t height = blocks(blocks(M, MB), groups) * MB;
+  const int64_t ld = out.narrow ? SPAN : out.stride;
   at::parallel_for(0, wide * groups, 1, [&](int64_t first, int64_t last) {
     std::vector<BFloat16> packed(KB * SPAN);
+    std::vector<float> own(out.narrow ? height * SPAN : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t left = task / groups * SPAN, right = std::min(left + SPAN, N);
       const int64_t top = task % groups * height, bottom = std::min(top + height, M);
+      if (top >= bottom) continue;
+      float* sums = out.sums(top, left, own);
       for (int64_t k0 = 0; k0 < K; k0 += KB) {
         const int64_t kk = std::min(KB, K - k0), even = kk / 2 * 2;
         const bool add = accumulate || k0 > 0;
@@ -137,20 +162,22 @@ void by_columns(const Operand& a, const Operand& b, float* out, int64_t ld, bool
           for (int64_t n0 = left; n0 < right; n0 += NB) {
             const int64_t mm = std::min(MB, bottom - m0), nn = std::min(NB, right - n0);
             const BFloat16* block = packed.data() + (n0 - left) * KB;
-            float* c = out + m0 * ld + n0;
+            float* c = sums + (m0 - top) * ld + n0 - left;
             if (even) at::native::cpublas::brgemm(mm, nn, even, a.stride, NB, ld, add, a.at(m0, k0), block, c, true);
             if (kk > even) add_column(a, m0, mm, k0 + even, block + even * NB, nn, c, ld, even || add);
           }
       }
+      out.finish(top, bottom - top, left, right - left, ld, sums);
     }
     at::native::cpublas::brgemm_release(true);
   });
 }
 
 // A lies in columns: B is packed once, a task packs a block of A's rows and takes it through all of B.
-void by_rows(const Operand& a, const Operand& b, float* out, int64_t ld, bool accumulate) {
+void by_rows(const Operand& a, const Operand& b, const Result& out, bool accumulate) {
   const int64_t M = a.rows, N = b.columns, K = a.columns, wide = blocks(N, NB), deep = blocks(K, KB);
   constexpr int64_t HEIGHT = MB / 2;
+  const int64_t ld = out.narrow ? N : out.stride;
   std::vector<BFloat16> all_of_b(deep * wide * KB * NB);
   at::parallel_for(0, deep * wide, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
@@ -160,16 +187,18 @@ void by_rows(const Operand& a, const Operand& b, float* out, int64_t ld, bool ac
   });
   at::parallel_for(0, blocks(M, HEIGHT), 1, [&](int64_t first, int64_t last) {
     std::vector<BFloat16> packed(HEIGHT * KB);
+    std::vector<float> own(out.narrow ? HEIGHT * N : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t m0 = task * HEIGHT, mm = std::min(HEIGHT, M - m0);
+      float* sums = out.sums(m0, 0, own);
       for (int64_t k = 0; k < deep; ++k) {
         const int64_t kk = std::min(KB, K - k * KB), even = blocks(kk, 2) * 2;
         pack_a(a, m0, mm, k * KB, kk, even, packed.data());
         for (int64_t n = 0; n < wide; ++n)
           at::native::cpublas::brgemm(mm, std::min(NB, N - n * NB), even, even, NB, ld, accumulate || k > 0,
-                                      packed.data(), all_of_b.data() + (k * wide + n) * KB * NB,
-                                      out + m0 * ld + n * NB, true);
+                                      packed.data(), all_of_b.data() + (k * wide + n) * KB * NB, sums + n * NB, true);
       }
+      out.finish(m0, mm, 0, N, ld, sums);
     }
     at::native::cpublas::brgemm_release(true);
   });
@@ -184,10 +213,11 @@ void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulat
                         out.size(0) == a.size(0) && out.size(1) == b.size(1),
                     "mm_bf16: expected [M, K], [K, N] and [M, N], got ", a.sizes(), ", ", b.sizes(), " and ",
                     out.sizes());
+  const bool narrow = out.scalar_type() == at::kBFloat16 && !accumulate;  // or it would be rounded more than once
   TORCH_CHECK_VALUE(a.scalar_type() == at::kBFloat16 && b.scalar_type() == at::kBFloat16 &&
-                        out.scalar_type() == at::kFloat,
-                    "mm_bf16: expected bfloat16 operands and a float32 result, got ", a.scalar_type(), ", ",
-                    b.scalar_type(), " and ", out.scalar_type());
+                        (narrow || out.scalar_type() == at::kFloat),
+                    "mm_bf16: expected bfloat16 operands and a float32 result (or bfloat16, not accumulated), got ",
+                    a.scalar_type(), ", ", b.scalar_type(), " and ", out.scalar_type());
   TORCH_CHECK_VALUE(out.stride(1) == 1 || out.size(1) == 1, "mm_bf16: expected a result of unit stride along N, got ",
                     out.strides());
   if (out.numel() == 0) return;
@@ -197,8 +227,9 @@ void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulat
   }
 #ifdef RGPB_BRGEMM
   const Operand left(a, "a"), right(b, "b");
-  auto* data = static_cast<float*>(out.data_ptr());
-  (left.by_rows ? by_columns : by_rows)(left, right, data, out.stride(0), accumulate);
+  const Result result{narrow ? nullptr : static_cast<float*>(out.data_ptr()),
+                      narrow ? static_cast<BFloat16*>(out.data_ptr()) : nullptr, out.stride(0)};
+  (left.by_rows ? by_columns : by_rows)(left, right, result, accumulate);
 #endif
 }
 

@@ -197,9 +197,9 @@ def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -
     if bool(alone.any()):
         weights_CV[alone] = 0
         r = torch.where(alone, 1, r)
-    inside, y = (target_C >= 0)[:, None], target_C.clamp(min=0)[:, None]
-    ratio = torch.where(g_y == 0, 0, g_y / r)[:, None].to(weights_CV.dtype)
-    weights_CV.scatter_(1, y, torch.where(inside, ratio, weights_CV.gather(1, y)))
+    at = torch.arange(len(r), device=r.device), target_C.clamp(min=0)  # `scatter_` would copy rows with room behind
+    ratio = torch.where(g_y == 0, 0, g_y / r).to(weights_CV.dtype)
+    weights_CV[at] = torch.where(target_C >= 0, ratio, weights_CV[at])
     return r
 
 

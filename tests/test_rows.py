@@ -136,7 +136,7 @@ def test_bad_arguments_are_refused():
 
 
 # M, N, K: one of each; off every block; K odd and over more than one block; K of one block exactly
-PRODUCTS = [(1, 1, 1), (130, 70, 515), (33, 300, 512), (300, 65, 3), (3, 7, 1025)]
+PRODUCTS = [(1, 1, 1), (130, 70, 515), (1100, 300, 33), (33, 300, 512), (300, 65, 3), (3, 7, 1025)]
 
 
 @bf16
@@ -164,6 +164,10 @@ def test_bfloat16_products_with_float32_results(shape, columns, accumulate):
     size = (a.double().abs() @ b.double().abs()).max()
     assert (out - truth).abs().max() <= 4 * torch.finfo(torch.float32).eps * max(size, 1)
     assert torch.equal(whole[:, n:], behind)
+    if not accumulate:
+        rounded = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
+        torch.ops.rgpb.mm_bf16(a, b, rounded, False)
+        assert torch.equal(rounded, out.bfloat16())
 
 
 @bf16
@@ -190,6 +194,8 @@ def test_bfloat16_products_refuse_what_they_cannot_do():
     ):
         with pytest.raises(ValueError, match=message):
             torch.ops.rgpb.mm_bf16(*wrong, False)
+    with pytest.raises(ValueError, match="not accumulated"):
+        torch.ops.rgpb.mm_bf16(a, b, out.bfloat16(), True)
     empty = torch.ones(3, 5)
     torch.ops.rgpb.mm_bf16(torch.zeros(3, 0).bfloat16(), torch.zeros(0, 5).bfloat16(), empty, False)
     assert not empty.any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -32,14 +33,14 @@ def quantiles(values: list[float]) -> list[float]:
 def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, list[float]]:
     """Seconds of each run in each round: one round to warm up, then `rounds` in which each runs once.
 
-    What disturbs the machine for a while disturbs all runs of a round, so ratios within a round stand. The order turns
-    by one place from round to round.
+    What disturbs the machine for a while disturbs all runs of a round, so ratios within a round stand. Each round has
+    an order of its own, the same in every call: what a run leaves behind (caches, freed memory) has no fixed heir.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(rounds + 1):
-        shift = turn % max(len(names), 1)
-        for name in names[shift:] + names[:shift]:
+    names, order = list(runs), random.Random(0)
+    for _ in range(rounds + 1):
+        order.shuffle(names)
+        for name in names:
             _wait(device)
             start = time.perf_counter()
             result = runs[name]()
@@ -65,18 +66,19 @@ def product_rate(
         dtype: of the operands.
         device: a CPU or CUDA device.
         seconds: that it may take.
-        result: type of the result, where the engine can have another than that of the operands; default: the same.
+        result: type of the result in the engine's own product; default: the library's, in the type of the operands.
     """
+    run = torch.mm if result is None else mm
     cpu = torch.device(device).type == "cpu"
     most, width, vocab = (512, 1024, 8192) if cpu else (8192, 4096, 8192)
     x, weight = (torch.randn(n, width, dtype=dtype, device=device) for n in (most, vocab))
     out, rows, spent = x.new_empty(most, vocab, dtype=result or dtype), 16, 0.0
     rates: list[float] = []
-    mm(x[:rows], weight.t(), out[:rows])  # the library sets itself up
+    run(x[:rows], weight.t(), out=out[:rows])  # the library sets itself up
     while spent < seconds:
         _wait(device)
         start = time.perf_counter()
-        mm(x[:rows], weight.t(), out[:rows])
+        run(x[:rows], weight.t(), out=out[:rows])
         _wait(device)
         took = time.perf_counter() - start
         rates.append(2.0 * rows * width * vocab / took)

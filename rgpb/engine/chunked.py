@@ -326,10 +326,11 @@ def even_spans(total: int, most: int) -> Iterator[slice]:
 
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA, and `cpp_rows.BF16_PRODUCTS`)."""
-    more: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if more and a.device.type == "cpu":
+    if a.dtype == torch.bfloat16 and a.device.type == "cpu":
         torch.ops.rgpb.mm_bf16(a, b, out, accumulate)
-    elif accumulate:
+        return
+    more: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if accumulate:
         torch.addmm(out, a, b, **more, out=out)
     else:
         torch.mm(a, b, **more, out=out)
