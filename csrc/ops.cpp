@@ -168,7 +168,7 @@ void each_row(const Tensor& z, F f) {
 // -- operators --------------------------------------------------------------------------------------------------------
 
 // z_y, lse_other and, where given, h_o, masses [C, T] of `tile` columns each, weights J exp(z - top) with their sum in
-// `total`. Rows with a negative target are ignored: zeros.
+// `total`. A negative target lies in another slice of the vocabulary: z_y is 0.
 void row_statistics(const Tensor& z, const Tensor& target, const Maybe& bias, std::optional<double> softcap,
                     double scale, const Tensor& z_y, const Tensor& lse_other, const Maybe& h_o, const Maybe& masses,
                     int64_t tile, const Maybe& weights, const Maybe& total) {
@@ -188,13 +188,7 @@ void row_statistics(const Tensor& z, const Tensor& target, const Maybe& bias, st
   each_row(z, [&](int64_t row) {
     void* mass = masses ? start_of(*masses, row) : nullptr;
     void* out = weights ? start_of(*weights, row) : nullptr;
-    Found found{0, 0, 0, 0};
-    if (y[row] >= 0) {
-      found = kernels.statistics(start_of(z, row), out, z.size(1), y[row], e, h_o.has_value(), tile, mass);
-    } else {
-      if (masses) __builtin_memset(mass, 0, static_cast<size_t>(masses->size(1)) * masses->element_size());
-      if (weights) __builtin_memset(out, 0, static_cast<size_t>(weights->size(1)) * weights->element_size());
-    }
+    const Found found = kernels.statistics(start_of(z, row), out, z.size(1), y[row], e, h_o.has_value(), tile, mass);
     zy.set(row, found.z_y);
     lo.set(row, found.lse_other);
     ho.set(row, found.h_o);

@@ -34,7 +34,7 @@ struct Term {
   double weight, ref_logp, ref_lam;
 };
 
-// z: the row's raw products. y: its target; in `gradient` negative where it lies in another slice of the vocabulary.
+// z: the row's raw products. y: its target; negative where it lies in another slice of the vocabulary (z_y is 0 then).
 // Types of (z, out): float64, float32, bfloat16 alike, or float32 in and bfloat16 out over the same bytes.
 struct Kernels {
   // Statistics; where asked for, the softmax mass of each `tile` columns into mass [T], and J exp(z - top) into out

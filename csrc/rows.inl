@@ -275,7 +275,7 @@ INLINE Found sweep(const void* z, O* out, int64_t V, int64_t y, const Epilogue& 
   typedef typename Acc<S>::T T;
   const auto finish = Finish<S, BIAS, CAP>::make(z, e);
   T j_y;
-  const T z_y = finish.one(y, &j_y);
+  const T z_y = y < 0 ? T(0) : finish.one(y, &j_y);
   T top = maximum<CAP>(finish, V, y);
   if (top == -__builtin_inf()) top = 0;  // no other token, or none that is possible
   double total = 0, mean = 0;            // sum e, sum e (z - top)

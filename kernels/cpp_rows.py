@@ -1,9 +1,9 @@
 """The row kernels in C++ (`csrc/`), for CPUs: float64, float32 and bfloat16 storage, float32 (float64) arithmetic.
 
 Their operators are registered when this module is imported, and take the widest vectors that the processor has. The
-formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the core's own cache. Rows
-with a negative target are ignored by `statistics`, `statistics_` and `token_loss_` (zeros come out); for `gradients_`
-the target lies in another slice of the vocabulary.
+formulas are those of `torch_rows`; a row is read from memory once, and the rest happens in the core's own cache. A
+negative target lies in another slice of the vocabulary (z_y is 0 then); `token_loss_` ignores such a row: zeros come
+out.
 
 Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of it.
 """
@@ -71,7 +71,8 @@ def statistics(
     tile: int | None = None,
     room: int | None = None,
 ) -> tuple[Statistics, Tensor | None]:
-    """(z_y, lse_other, H_o) of each row; nothing is changed. As `triton_rows.statistics`; `room` isn't needed here."""
+    """(z_y, lse_other, H_o) of each row; nothing is changed. As `triton_rows.statistics`; `room` isn't needed here, and
+    a negative target doesn't rule the row out."""
     masses = None if tile is None else z_CV.new_empty(len(z_CV), -(-z_CV.shape[1] // tile), dtype=_acc(z_CV))
     return _statistics(z_CV, target_C, epilogue, entropy, masses, tile, None)[0], masses
 

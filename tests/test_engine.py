@@ -168,6 +168,44 @@ def test_log_probs_of_any_dtype_are_right_to_1e_5(dtype):
         assert (ours.double() - exact[field]).abs().max() <= 1e-5, field
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_of_a_vocabulary_in_slices(head, dtype):
+    """Several slices of the vocabulary, targets in each, a slice in which nothing is possible, chunks of rows."""
+    shape = (4, 9, 4 * 1024 + 5, 7)
+    hidden, head, target, _ = batch(shape, dtype, head=head)
+    target[-1, :5] = torch.tensor([0, 1023, 1024, 2047, 4100])
+    bias = torch.zeros(shape[2]) if head.bias is None else head.bias.detach().float()
+    bias[2048:3072] = -1e4  # the oracle has no 0 · ∞
+    bias[target.clamp(min=0)] = 0.25
+    head = head._replace(bias=bias.to(dtype))
+    ruled_out = head._replace(bias=torch.where(head.bias < -9e3, -torch.inf, head.bias))
+    h, w, b = (x.detach().double() for x in leaves(hidden, head))
+    exact = reference.token_scores(h, LMHead(w, b, head.softcap, head.scale), target)
+    for workspace in (1 << 29, 1 << 18):
+        with torch.no_grad():
+            scores = linear_logprob(hidden, head, target, entropy=True, workspace=workspace)
+            impossible = linear_logprob(hidden, ruled_out, target, entropy=True, workspace=workspace)
+        for field in ("logp", "log_odds", "lse", "entropy", "other_entropy"):
+            torch.testing.assert_close(
+                getattr(scores, field).double(), exact[field], rtol=1e-6, atol=1e-5 if dtype != torch.float64 else 1e-11
+            )
+            if head.softcap is None:
+                torch.testing.assert_close(getattr(impossible, field), getattr(scores, field), rtol=0, atol=1e-5)
+
+
+def test_slices_far_from_zero_keep_their_entropy():
+    """Logits at ±1e4: what is merged from slices is as good as from one, although 1e4 is far above an entropy."""
+    target = torch.tensor([[5, 3000]])
+    hidden, weight = torch.randn(1, 2, 4), torch.randn(4000, 4)
+    for size in (1e4, -1e4):
+        with torch.no_grad():
+            moved = linear_logprob(hidden, LMHead(weight, torch.full((4000,), size)), target, entropy=True)
+        exact = reference.token_scores(hidden.double(), weight.double(), target)
+        for field in ("logp", "entropy", "other_entropy"):
+            assert (getattr(moved, field).double() - exact[field]).abs().max() < 5e-3, field  # 1e4 has spacings of 1e-3
+
+
 def test_log_probs_of_large_logits_are_right_to_their_rounding():
     """float32 logits of size 200 have a spacing of 1.5e-5; nothing beyond a few of those is added."""
     hidden, head, target, _ = batch((4, 9, 1009, 64), torch.float32)

@@ -132,18 +132,23 @@ class TokenTerms(NamedTuple):
 
 
 class Products:
-    """The matrix products of one sweep over all of V, with their buffers; chunked: logits in float32, row kernels."""
+    """The matrix products of one sweep over all of V, with their buffers; chunked: logits in float32, row kernels.
 
-    def __init__(self, p: Problem, rows: int):
+    `rows`: of a chunk; `score_only`: no gradient will be asked for.
+    """
+
+    def __init__(self, p: Problem, rows: int, score_only: bool = False):
         self.p, self.sizes, self.dtype = p, p.sizes, p.gemm_dtype
         self.converted = p.hidden.new_empty(convert_rows(self.sizes, p.workspace), p.weight.shape[1], dtype=self.dtype)
         self.half = self.dtype.itemsize == 2
         self.epilogue = p.epilogue()
-        self.buffer = self.empty(rows)
+        self.buffer = self.empty(rows, score_only)
         self.at_hand: tuple[Tensor, Tensor | None]
 
-    def empty(self, rows: int) -> Tensor:
-        """The buffer of logits. [C, V]"""
+    def empty(self, rows: int, score_only: bool) -> Tensor:
+        """The buffer of logits, [C, V]; for scores alone it may be one slice wide."""
+        if score_only and self.sizes.sliced:
+            return self.p.hidden.new_empty(rows, self.sizes.columns + plan.PAD, dtype=self.p.acc_dtype)
         return self.padded(rows, self.p.acc_dtype)
 
     def padded(self, rows: int, dtype: torch.dtype) -> Tensor:
@@ -168,9 +173,15 @@ class Products:
     def logits(self, x_CH: Tensor) -> Tensor:
         """X Wᵀ in float32 (float64) before anything is rounded. [C, V]"""
         z = self.buffer[: len(x_CH)]
-        for part, weight in self.weight():
+        for part, weight in self.columns():
             mm(x_CH, weight.t(), z[:, part])
         return z
+
+    def columns(self) -> Iterator[tuple[slice, Tensor]]:
+        """`weight`, in slices for which logits are formed by one product."""
+        for part, weight in self.weight():
+            for some in spans(len(weight), self.sizes.columns):
+                yield slice(part.start + some.start, part.start + some.stop), weight[some]
 
     def half_view(self, z_CV: Tensor) -> Tensor | None:
         """16-bit [C, V] over the first half of each row's bytes, where the products take 16-bit operands."""
@@ -181,6 +192,9 @@ class Products:
 
         keep: E is asked for next, by `gradient`.
         """
+        if self.sizes.sliced and not keep and masses is None:
+            fill(into, self._score_slices(self.inputs(rows), self.p.target[rows], into.h_o is not None), rows)
+            return
         z, entropy = self.logits(self.inputs(rows)), into.h_o is not None
         if self.p.impl != "triton":
             made = None if masses is None else masses.new_empty(len(z), masses.shape[1])
@@ -198,6 +212,18 @@ class Products:
         fill(into, scores, rows)
         if masses is not None:
             masses[rows] = made  # type: ignore[assignment]
+
+    def _score_slices(self, x_CH: Tensor, y_C: Tensor, entropy: bool) -> Statistics:
+        """Statistics of logits that nobody asks for again: a slice of the vocabulary at a time, still in the cache when
+        it is swept, in the first bytes of the buffer."""
+        found = []
+        for part, weight in self.columns():
+            stride = min(len(weight) + plan.PAD, self.buffer.shape[1])
+            z = self.buffer.view(-1)[: len(x_CH) * stride].view(len(x_CH), stride)[:, : len(weight)]
+            mm(x_CH, weight.t(), z)
+            epilogue = self.epilogue.slice(part.start, part.stop)
+            found.append(cpp_rows.statistics(z, inside(y_C, part), epilogue, entropy)[0])
+        return merged(found)
 
     def gradient(self, rows: Rows, scores: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         """(E, r) of the rows scored last."""
@@ -254,13 +280,33 @@ def row_kernels(p: Problem) -> Any:
     return triton_rows() if p.impl == "triton" else {"torch": torch_rows, "cpp": cpp_rows}[p.impl]
 
 
-def products_of(p: Problem, rows: int) -> Products:
-    """What makes E for chunks of up to `rows` rows, on the problem's engine; 0 rows: it will only score."""
+def products_of(p: Problem, rows: int, score_only: bool = False) -> Products:
+    """What makes E for chunks of up to `rows` rows, on the problem's engine."""
     if p.engine == "tiled":
         from rgpb.engine.tiled import Tiles
 
-        return Tiles(p, rows)
-    return Products(p, rows)
+        return Tiles(p, rows, score_only)
+    return Products(p, rows, score_only)
+
+
+def inside(y: Tensor, part: slice) -> Tensor:
+    """Targets relative to the slice `part` of the vocabulary, −1 where they lie elsewhere."""
+    y = y - part.start
+    return torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
+
+
+def merged(parts: list[Statistics]) -> Statistics:
+    """The statistics of rows from those of slices of the vocabulary; z_y is 0 where the target lies elsewhere."""
+    if len(parts) == 1:
+        return parts[0]
+    z_y, each = (torch.stack([part[at] for part in parts]) for at in (0, 1))  # type: ignore[misc]
+    lse_other = each.logsumexp(0)
+    if parts[0].h_o is None:
+        return Statistics(z_y.sum(0), lse_other, None)
+    share = (each - torch.where(lse_other == -torch.inf, 0, lse_other)).exp()
+    # H = Σ shares (H of the slice − log share): nothing as large as the logits is subtracted
+    h_o = torch.stack([part.h_o for part in parts]) + torch.where(share == 0, 0, lse_other - each)  # type: ignore[misc]
+    return Statistics(z_y.sum(0), lse_other, (share * h_o).sum(0))
 
 
 def fill(into: Statistics, scores: Statistics, rows: Rows) -> None:
@@ -394,8 +440,9 @@ def score(p: Problem, entropy: bool, accumulate: bool, masses: bool = False, sor
     kept_masses = None
     if masses:
         kept_masses = p.hidden.new_zeros(len(p.target), -(-p.weight.shape[0] // plan.MASS_TILE), dtype=p.acc_dtype)
-    step, _ = row_chunk(p.sizes, p.workspace, kept.count, score_only=not accumulate)
-    products = products_of(p, step if accumulate or p.engine == "chunked" else 0)
+    score_only = not (accumulate or masses)
+    step, _ = row_chunk(p.sizes, p.workspace, kept.count, score_only=score_only)
+    products = products_of(p, step, score_only)
     for chunk in even_spans(kept.count, step):
         rows = kept.rows((chunk.start, chunk.stop))
         products.score(rows, scores, accumulate, kept_masses)
@@ -505,7 +552,8 @@ def head_gradient(
     rows_step, slice_step, _ = slice_chunk(p.sizes, p.workspace, kept.count)
     tile = vocab if rows_of is None else plan.MASS_TILE
     slice_step = min(slice_step, tile)
-    buffer = fresh(p.hidden.new_empty(rows_step * slice_step, dtype=dtype if p.engine == "tiled" else acc))
+    stride = slice_step + p.sizes.pad
+    buffer = fresh(p.hidden.new_empty(rows_step * stride, dtype=dtype if p.engine == "tiled" else acc))
     for part in (
         slice(t.start + s.start, t.start + s.stop)
         for t in spans(vocab, tile)
@@ -527,7 +575,8 @@ def head_gradient(
         for chunk in even_spans(count, rows_step):
             rows = kept.rows((chunk.start, chunk.stop)) if chosen is None else chosen[chunk]
             x = p.hidden[rows].to(dtype)
-            z = buffer[: len(x) * len(weight)].view(len(x), len(weight))
+            stride = len(weight) + p.sizes.pad
+            z = buffer[: len(x) * stride].view(len(x), stride)[:, : len(weight)]
             e, r = slice_gradient_(p, x, weight, z, rows, part, statistics, upstream, epilogue)
             if dw is not None:
                 mm(e.t(), times(x, r).to(dtype), dw, accumulate=chunk.start > 0)
@@ -558,8 +607,7 @@ def slice_gradient_(
     upstream: Upstream, epilogue: Epilogue,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(E, r) of `rows` and the slice `part` of the vocabulary, with D = diag(r) E; z [C, S] is room for it."""
-    y = p.target[rows] - part.start
-    y = torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
+    y = inside(p.target[rows], part)
     scores, gradients, epilogue = statistics.at(rows), upstream.at(rows), epilogue.slice(part.start, part.stop)
     if p.engine == "tiled":
         from rgpb.kernels import triton_tiles

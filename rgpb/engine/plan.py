@@ -27,8 +27,15 @@ DEFAULT_WORKSPACE = 512 * 2**20
 
 # Rows of a chunk beyond which a product gains nothing. On a CPU a smaller chunk also stays closer to the caches.
 MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
+# The same where a CPU only scores, and a chunk is as wide as COLUMNS.
+MAX_SCORED = 2048
+# Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
+# longer (docs/cpu.md). At least MASS_TILE.
+COLUMNS = 512
+# Room behind the rows of a slice of logits on a CPU: rows at a distance of a power of two share too few cache lines.
+PAD = 16
 # Entries of the vocabulary in one finished slice of dW.
-MAX_SLICE = {"cpu": 4096, "cuda": 16384}
+MAX_SLICE = {"cpu": 2048, "cuda": 16384}
 # Slices of a product with all rows at once aren't narrower: 8 tiles of 128 columns.
 MIN_SLICE = 1024
 # Rows of a chunk come in multiples of a product's tile, or the last of its tiles is mostly empty.
@@ -107,8 +114,9 @@ class Sizes(NamedTuple):
         impl: row kernels, "torch", "cpp" or "triton".
         engine: "chunked" or "tiled".
         arch: key in `RATES`, or None.
-        ordered: whether the vocabulary is taken in another order.
         factored: whether rows have factors that are applied to the [C, H] sides, which takes float32 copies of them.
+        ordered: whether the vocabulary is taken in another order.
+        columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
     """
 
     vocab: int
@@ -123,6 +131,17 @@ class Sizes(NamedTuple):
     arch: str | None = None
     factored: bool = True
     ordered: bool = False
+    columns: int = 1 << 62
+
+    @property
+    def sliced(self) -> bool:
+        """Whether logits that are only scored are held a slice of the vocabulary at a time."""
+        return self.impl == "cpp"
+
+    @property
+    def pad(self) -> int:
+        """Elements between the rows of a slice of logits."""
+        return PAD if self.device_type == "cpu" else 0
 
     def gathered(self) -> Sizes:
         """The same with the vocabulary in another order: slices of the weight are gathered, dW is scattered."""
@@ -151,6 +170,12 @@ def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl
     return compute if compute == torch.float64 or device_type == "cuda" or native else torch.float32
 
 
+@torch.compiler.assume_constant_result
+def cpu_columns() -> int:
+    """Columns of logits that a CPU forms by one product, a multiple of MASS_TILE."""
+    return max(MASS_TILE, COLUMNS * torch.get_num_threads()) // MASS_TILE * MASS_TILE
+
+
 def sizes(
     vocab: int,
     width: int,
@@ -167,8 +192,9 @@ def sizes(
     convert = gemm != weight_dtype
     factored = impl in ("torch", "cpp") or engine == "tiled" or convert or gemm == torch.float16
     return Sizes(
-        vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, engine, arch, factored
-    )
+        vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, engine, arch, factored,
+        columns=min(vocab, cpu_columns()) if device_type == "cpu" else vocab,
+    )  # fmt: skip
 
 
 def convert_rows(s: Sizes, workspace: int) -> int:
@@ -196,6 +222,9 @@ def row_chunk(
         logits = 0 if score_only else logits
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
+    if score_only and s.sliced:
+        row = (s.columns + PAD) * s.acc + _row_sides(s) + 3 * s.acc * -(-s.vocab // s.columns)
+        most = min(tokens, MAX_SCORED)
     return _rows_that_fit(workspace, fixed, row, s.vocab, most, s)
 
 
@@ -259,9 +288,10 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
         column += summed
     if column:
         step = max(1, min(step, workspace // 2 // column))
-    while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + _row_sides(s):
+    sides = _row_sides(s) + s.pad * s.logit
+    while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + sides:
         step = -(-step // 2)
-    row = step * s.logit + _row_sides(s)
+    row = step * s.logit + sides
     rows, held = _rows_that_fit(workspace, step * column, row, step, max(tokens, 1), s)
     return rows, step, held
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine import plan
-from rgpb.engine.chunked import Products, Rows, fill
+from rgpb.engine.chunked import Products, Rows, fill, inside
 from rgpb.kernels import configs, triton_rows, triton_tiles
 from rgpb.kernels.torch_rows import Statistics, Upstream
 from rgpb.kernels.triton_tiles import Partials
@@ -26,8 +26,8 @@ LARGEST_RISE = 40.0
 class Tiles(Products):
     """As `Products`, without logits in memory; the buffer holds E in the operands' dtype."""
 
-    def empty(self, rows: int) -> Tensor:
-        return self.padded(rows, self.dtype)
+    def empty(self, rows: int, score_only: bool) -> Tensor:
+        return self.padded(0 if score_only else rows, self.dtype)
 
     def score(self, rows: Rows, into: Statistics, keep: bool, masses: Tensor | None = None) -> None:
         x, y, entropy = self.inputs(rows), self.p.target[rows], into.h_o is not None
@@ -58,7 +58,7 @@ class Tiles(Products):
         for part, weight in self.weight():
             epilogue = self.epilogue.slice(part.start, part.stop)
             r = triton_tiles.gradients(
-                x, weight, _inside(y, part), scores, upstream, epilogue, e[:, part], self._room(part)
+                x, weight, inside(y, part), scores, upstream, epilogue, e[:, part], self._room(part)
             )
         return e, r
 
@@ -68,7 +68,7 @@ class Tiles(Products):
         first = slice(0, min(len(weight), self._block(x, "score")))
         partials = Partials.empty(x, 1, len(x), self.p.acc_dtype, True, False)
         z_y = torch.empty_like(partials.total[0])
-        triton_tiles.score(x, weight[first], _inside(y, first), self.epilogue.slice(0, first.stop), z_y, partials)
+        triton_tiles.score(x, weight[first], inside(y, first), self.epilogue.slice(0, first.stop), z_y, partials)
         return partials.top[0]  # type: ignore[index]
 
     def _sweep(
@@ -85,7 +85,7 @@ class Tiles(Products):
         for (part, weight), tiles in zip(self.weight(), each):
             out, epilogue = None if e is None else e[:, part], self.epilogue.slice(part.start, part.stop)
             these = partials.tiles(done, done + tiles)
-            triton_tiles.score(x, weight, _inside(y, part), epilogue, z_y, these, shift, out, self._room(part))
+            triton_tiles.score(x, weight, inside(y, part), epilogue, z_y, these, shift, out, self._room(part))
             done += tiles
         lse_other, h_o, total = triton_tiles.merge(partials, shift, entropy)
         if masses is not None:
@@ -106,9 +106,3 @@ class Tiles(Products):
 
     def _block(self, x: Tensor, kernel: str) -> int:
         return configs.tile(kernel, x.device, x.dtype).vocab
-
-
-def _inside(y: Tensor, part: slice) -> Tensor:
-    """Targets relative to the slice `part` of the vocabulary, −1 where they lie elsewhere."""
-    y = y - part.start
-    return torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
