@@ -453,3 +453,29 @@ def test_list_and_arguments(capsys):
     for wrong in (["--part", "x"], ["--minutes", "-1"], ["--only", "("], [], ["--out", "x", "--shape", "a=1"]):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)
+
+
+def test_products_of_a_cpu(tmp_path, capsys, monkeypatch):
+    """The table behind the plan's constants: each product in each shape, with what it ran on."""
+    from benchmarks import products
+
+    sizes = ["--width", "8", "--vocab", "5000", "--tokens", "64", "--rounds", "1", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["products", *sizes, "--out", str(tmp_path)])
+    products.main()
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["provenance"]["vocab"] == 5000
+    found = {(row["product"], row["columns"], row["pad"]) for row in content["table"]}
+    assert {("logits", 1024, 0), ("logits", 5000, 0), ("dX", 5000, 0), ("slices of dW", 2048, 16)} <= found
+    assert all(row["gflops"] > 0 for row in content["table"])
+    assert "slices of dW" in capsys.readouterr().out
+
+
+def test_products_in_slices_are_the_products():
+    from benchmarks import products
+
+    x, weight = torch.randn(5, 8), torch.randn(70, 8)
+    z, dweight = torch.empty(5, 70), torch.empty(70, 8)
+    products.logits(x, weight, z, 16)
+    torch.testing.assert_close(z, x @ weight.T)
+    products.slices(x, weight, torch.empty(5, 40)[:, :32], dweight)
+    torch.testing.assert_close(dweight, (x @ weight.T).T @ x)
