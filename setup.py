@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from setuptools.errors import CompileError
 
 NAME = "rgpb.kernels._cpp"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-TORCH = ["-std=c++20", "-fopenmp", *["-DRGPB_X86"] * X86]
+# What tells these sources from others: `rgpb.kernels.cpp_rows` refuses a library of older ones.
+TAG = sha256(b"".join(path.read_bytes() for path in sorted(Path("csrc").iterdir()))).hexdigest()[:12]
+TORCH = ["-std=c++20", "-fopenmp", f'-DRGPB_TAG="{TAG}"', *["-DRGPB_X86"] * X86]
 # Each instruction set is a file of its own; which one runs is decided when the library is loaded.
 FLAGS = {
     "csrc/ops.cpp": TORCH,
@@ -50,7 +53,7 @@ class BuildKernels(build_ext):
         try:
             self._build(ext)
         except Exception as error:
-            left_out(f"the compiler failed ({' '.join(str(error).split())[:200]})")
+            left_out("the compiler failed; its message is above, `pip install -v` shows it")
             raise CompileError(str(error)) from error
 
     def _build(self, ext: Extension) -> None:
@@ -77,7 +80,7 @@ def extensions() -> list[Extension]:
         left_out("no torch here; install torch first, then rgpb with `pip install --no-build-isolation`")
         return []
     if os.name == "nt":
-        left_out("they need GCC's or Clang's vector extensions")
+        left_out("they need GCC's vector extensions")
         return []
     from torch.utils import cpp_extension
 

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -72,6 +73,9 @@ std::string use(std::string name) {
 
 std::string built_for() { return TORCH_VERSION; }
 
+// Of the sources that this was built from.
+std::string tag() { return RGPB_TAG; }
+
 // Ask the system to back a large fresh buffer with huge pages: the first touch of 4 KiB pages costs as much as a fifth
 // of a product over the same bytes. Where there are none, nothing happens.
 void huge_pages(const Tensor& x) {
@@ -103,9 +107,9 @@ Types types_of(const Tensor& z, const Tensor& out) {
 at::ScalarType accumulators(const Tensor& z) { return z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 void check_rows(const Tensor& x, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.sizes() == like.sizes() && (x.size(1) <= 1 || x.stride(1) == 1) &&
-                        x.device().is_cpu(),
-                    name, ": expected a CPU tensor [C, V] like z, of unit stride along V, got ", x.sizes(), " ",
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.sizes() == like.sizes() && x.size(1) >= 1 &&
+                        (x.size(1) == 1 || x.stride(1) == 1) && x.device().is_cpu(),
+                    name, ": expected a CPU tensor [C, V >= 1] like z, of unit stride along V, got ", x.sizes(), " ",
                     x.strides());
 }
 
@@ -181,7 +185,7 @@ void row_statistics(const Tensor& z, const Tensor& target, const Maybe& bias, st
   const auto sum = column(total, "total", z);
   if (masses)
     TORCH_CHECK_VALUE(tile > 0 && masses->dim() == 2 && masses->size(0) == z.size(0) &&
-                          masses->size(1) == (z.size(1) + tile - 1) / tile &&
+                          masses->size(1) == (z.size(1) - 1) / tile + 1 &&
                           masses->scalar_type() == accumulators(z) && masses->is_contiguous(),
                       "masses: expected a dense [C, ceil(V / tile)] in the type of z_y, got ", masses->sizes(),
                       " with tile=", tile);
@@ -193,6 +197,37 @@ void row_statistics(const Tensor& z, const Tensor& target, const Maybe& bias, st
     lo.set(row, found.lse_other);
     ho.set(row, found.h_o);
     sum.set(row, found.total);
+  });
+}
+
+// One slice of the vocabulary into `running` [C, 4], float64: the largest other logit so far, total = sum exp(z - it),
+// sum e (h - log e) over the slices' totals e and entropies h, and the target's logit. A negative target lies elsewhere.
+void row_slice(const Tensor& z, const Tensor& target, const Maybe& bias, std::optional<double> softcap, double scale,
+               bool entropy, const Tensor& running) {
+  check_rows(z, "z", z);
+  TORCH_CHECK_VALUE(running.dim() == 2 && running.size(0) == z.size(0) && running.size(1) == 4 &&
+                        running.scalar_type() == at::kDouble && running.is_contiguous() && running.device().is_cpu(),
+                    "running: expected a dense float64 CPU tensor [C, 4], got ", running.sizes(), " ",
+                    running.scalar_type());
+  const auto& kernels = chosen()->table[types_of(z, z)];
+  const auto* y = targets(target, z);
+  const auto e = epilogue(z, bias, softcap, scale);
+  auto* state = static_cast<double*>(running.data_ptr());
+  each_row(z, [&](int64_t row) {
+    const Found found = kernels.statistics(start_of(z, row), nullptr, z.size(1), y[row], e, entropy, 0, nullptr);
+    double* const of = state + 4 * row;
+    double &top = of[0], &total = of[1], &mixed = of[2];
+    of[3] += found.z_y;
+    if (found.total == 0) return;  // nothing is possible in this slice; NaN goes on
+    const double higher = found.top > top ? found.top : top, rise = higher - top;
+    if (total != 0) {
+      mixed = std::exp(-rise) * (mixed + rise * total);
+      total *= std::exp(-rise);
+    }
+    const double here = found.total * std::exp(found.top - higher);
+    if (entropy && here > 0) mixed += here * (found.h_o - std::log(here));
+    total += here;
+    top = higher;
   });
 }
 
@@ -238,7 +273,7 @@ void row_token_loss(const Tensor& z, const Tensor& target, const Maybe& bias, st
   const auto zy = column(z_y, "z_y", z), lo = column(lse_other, "lse_other", z), ho = column(h_o, "h_o", z);
   const auto of = column(value, "value", z);
   each_row(z, [&](int64_t row) {
-    Found found{0, 0, 0, 0};
+    Found found{0, 0, 0, 0, 0};
     double made = 0;
     char* d = start_of(out, row);
     if (y[row] >= 0) {
@@ -258,6 +293,7 @@ void row_token_loss(const Tensor& z, const Tensor& target, const Maybe& bias, st
 
 TORCH_LIBRARY_FRAGMENT(rgpb, m) {
   m.def("cpp_built_for() -> str", built_for);
+  m.def("cpp_tag() -> str", tag);
   m.def("cpp_available() -> str[]", available);
   m.def("cpp_use(str name) -> str", use);
   m.def("huge_pages(Tensor x) -> ()", huge_pages);
@@ -265,6 +301,9 @@ TORCH_LIBRARY_FRAGMENT(rgpb, m) {
       "row_statistics(Tensor z, Tensor target, Tensor? bias, float? softcap, float scale, Tensor(a!) z_y, "
       "Tensor(b!) lse_other, Tensor(c!)? h_o, Tensor(d!)? masses, int tile, Tensor(e!)? weights, Tensor(f!)? total) "
       "-> ()");
+  m.def(
+      "row_slice(Tensor z, Tensor target, Tensor? bias, float? softcap, float scale, bool entropy, "
+      "Tensor(a!) running) -> ()");
   m.def(
       "row_gradients(Tensor z, Tensor target, Tensor? bias, float? softcap, float scale, Tensor lse_other, "
       "Tensor? h_o, Tensor g_zy, Tensor g_lo, Tensor? g_ho, Tensor(a!) out) -> ()");
@@ -276,6 +315,7 @@ TORCH_LIBRARY_FRAGMENT(rgpb, m) {
 
 TORCH_LIBRARY_IMPL(rgpb, CPU, m) {
   m.impl("row_statistics", row_statistics);
+  m.impl("row_slice", row_slice);
   m.impl("row_gradients", row_gradients);
   m.impl("row_token_loss", row_token_loss);
 }

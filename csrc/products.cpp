@@ -218,7 +218,8 @@ void mm_bf16(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulat
                         (narrow || out.scalar_type() == at::kFloat),
                     "mm_bf16: expected bfloat16 operands and a float32 result (or bfloat16, not accumulated), got ",
                     a.scalar_type(), ", ", b.scalar_type(), " and ", out.scalar_type());
-  TORCH_CHECK_VALUE(out.stride(1) == 1 || out.size(1) == 1, "mm_bf16: expected a result of unit stride along N, got ",
+  TORCH_CHECK_VALUE((out.stride(1) == 1 || out.size(1) == 1) && (out.stride(0) >= out.size(1) || out.size(0) == 1),
+                    "mm_bf16: expected a result of unit stride along N and rows that don't overlap, got strides ",
                     out.strides());
   if (out.numel() == 0) return;
   if (a.size(1) == 0) {

@@ -16,9 +16,10 @@ struct Epilogue {
   double scale;
 };
 
-// What a sweep finds of a row, target y aside: its own logit; logsumexp and entropy of the others; sum exp(z - top).
+// What a sweep finds of a row: the target's logit; of the others logsumexp, entropy, the largest one, and
+// total = sum exp(z - top).
 struct Found {
-  double z_y, lse_other, h_o, total;
+  double z_y, lse_other, h_o, total, top;
 };
 
 // Upstream gradients of (z_y, lse_other, H_o), and what they are taken at.

@@ -279,7 +279,7 @@ INLINE Found sweep(const void* z, O* out, int64_t V, int64_t y, const Epilogue& 
   T top = maximum<CAP>(finish, V, y);
   if (top == -__builtin_inf()) top = 0;  // no other token, or none that is possible
   double total = 0, mean = 0;            // sum e, sum e (z - top)
-  const int64_t step = mass ? tile : BLOCK;
+  const int64_t step = !mass ? BLOCK : tile < V ? tile : V;
   for (int64_t start = 0; start < V; start += step) {
     const int64_t stop = start + step < V ? start + step : V;
     double of_step = 0;
@@ -292,7 +292,8 @@ INLINE Found sweep(const void* z, O* out, int64_t V, int64_t y, const Epilogue& 
           [&](int64_t left, int64_t right) INLINED {
             vectors<T>(left, right, [&](int64_t k, int64_t n, int lane) INLINED {
               Vec<T> j;
-              const Vec<T> shifted = finish.at(k, n, &j) - top;
+              Vec<T> shifted = finish.at(k, n, &j) - top;
+              shifted = shifted > T(0) ? all(T(0)) : shifted;  // a fused product isn't rounded as `top` was
               const Vec<T> weight = exp_of(shifted);
               sums[lane] += weight;
               if (ENTROPY) means[lane] += weight > T(0) ? weight * shifted : all<T>(0);  // not 0 inf
@@ -315,7 +316,7 @@ INLINE Found sweep(const void* z, O* out, int64_t V, int64_t y, const Epilogue& 
     for (int64_t t = 0; t * step < V; ++t) mass[t] = static_cast<T>(total > 0 ? mass[t] / total : mass[t]);
   const double log_total = __builtin_log(total);
   return {static_cast<double>(z_y), static_cast<double>(top) + log_total,
-          ENTROPY && total > 0 ? log_total - mean / total : 0.0, total};
+          ENTROPY && total > 0 ? log_total - mean / total : 0.0, total, static_cast<double>(top)};
 }
 
 template <class S, class O, bool BIAS, bool CAP, bool ENTROPY>

@@ -10,6 +10,7 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of it
 
 from __future__ import annotations
 
+from hashlib import sha256
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 NAME = "_cpp"
-HOW = "reinstall rgpb with a C++ compiler and `pip install --no-build-isolation`"
+HOW = "reinstall rgpb where there is a C++ compiler, by `pip install --no-build-isolation`"
+SOURCES = Path(__file__).parents[1] / "csrc"  # there in a checkout, where the library can be older than they are
 
 
 def _load() -> str | None:
@@ -30,14 +32,22 @@ def _load() -> str | None:
         return f"the C++ kernels weren't built: {HOW}"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
-        return f"the C++ kernels can't be loaded ({' '.join(str(error).split())}): {HOW}"
-    built_for = torch.ops.rgpb.cpp_built_for()
+        built_for, tag = torch.ops.rgpb.cpp_built_for(), torch.ops.rgpb.cpp_tag()
+    except (OSError, AttributeError) as error:
+        reason = error.__cause__ or error
+        return f"the C++ kernels can't be loaded ({' '.join(str(reason).split())}): {HOW}"
     if built_for.split("+")[0] != torch.__version__.split("+")[0]:
         return f"the C++ kernels were built for torch {built_for}, and this is {torch.__version__}: {HOW}"
-    for name in ("row_statistics", "row_gradients", "row_token_loss", "mm_bf16"):
+    if SOURCES.is_dir() and tag != tag_of(SOURCES):
+        return f"the C++ kernels were built from other sources than those in {SOURCES}: {HOW}"
+    for name in ("row_statistics", "row_slice", "row_gradients", "row_token_loss", "mm_bf16"):
         torch.library.register_fake(f"rgpb::{name}", lambda *_: None)  # all results go into arguments
     return None
+
+
+def tag_of(sources: Path) -> str:
+    """What tells these sources from others; `setup.py` does the same."""
+    return sha256(b"".join(path.read_bytes() for path in sorted(sources.iterdir()))).hexdigest()[:12]
 
 
 # Found out when this module is imported, so that torch.compile takes both for constants.
@@ -103,6 +113,27 @@ def _statistics(
         z_CV, target_C.contiguous(), *_dense(epilogue), *found, masses, tile or 0, weights, total
     )  # fmt: skip
     return found, total
+
+
+def begin(x_CH: Tensor) -> Tensor:
+    """Running statistics of C rows whose vocabulary comes in slices, for `add_slice_` and `end`: float64 [C, 4]."""
+    running = x_CH.new_zeros(len(x_CH), 4, dtype=torch.float64)
+    running[:, 0] = -torch.inf
+    return running
+
+
+def add_slice_(running_C4: Tensor, z_CS: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool) -> None:
+    """Take in a slice: z_CS its raw products (nothing is changed), target_C columns of it, or −1."""
+    torch.ops.rgpb.row_slice(z_CS, target_C.contiguous(), *_dense(epilogue), entropy, running_C4)
+
+
+def end(running_C4: Tensor, entropy: bool, dtype: torch.dtype) -> Statistics:
+    """The statistics of the rows, when all slices are in. Largest logit m, Σ = Σ exp(z − m), and of the slices' own
+    sums e and entropies h: H_o = log Σ + (1 / Σ) Σ e (h − log e), which no common size of the logits enters."""
+    top, total, mixed, z_y = running_C4.unbind(1)
+    lse_other = (top + total.log()).to(dtype)
+    h_o = torch.where(total == 0, 0, total.log() + mixed / total).to(dtype) if entropy else None
+    return Statistics(z_y.to(dtype), lse_other, h_o)
 
 
 def gradients_(

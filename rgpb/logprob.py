@@ -229,8 +229,8 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, impl: st
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-    if head.softcap is not None and not 0 < head.softcap < 1e30:
-        raise ValueError(f"head.softcap: expected a positive number or None, got {head.softcap}")
+    if head.softcap is not None and not 1e-30 < head.softcap < 1e30:
+        raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {head.softcap}")
     if not isinstance(head.scale, float | int) or not abs(head.scale) < 1e30:
         raise ValueError(f"head.scale: expected a finite number, got {head.scale}")
     if not isinstance(workspace, int) or workspace <= 0:

@@ -108,6 +108,22 @@ def test_memory_does_not_grow_with_the_tokens(loss, path, dtype):
     assert naive_twice > 1.9 * naive_once
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_workspace_bounds_what_scores_hold(dtype, entropy):
+    """Many slices of the vocabulary: what is kept of each doesn't add up."""
+    workspace, tokens = 2 * MIB, 600
+    hidden, weight = torch.randn(tokens, 16).to(dtype), torch.randn(64000, 16).to(dtype)
+    target = torch.randint(64000, (tokens,))
+    target[0] = -100
+
+    def run():
+        scores = linear_logprob(hidden, weight, target, entropy=entropy, workspace=workspace)
+        return cases.Result(scores.logp, ())
+
+    assert peak_memory(run, "cpu").extra <= workspace + 256 * tokens
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("width", "vocab", "softcap", "entropy"),

@@ -62,7 +62,7 @@ CASES = {
     ),
     "softcap": (
         lambda: {"head": LMHead(torch.randn(V, H), softcap=0.0)},
-        r"head\.softcap: expected a positive number or None, got 0\.0",
+        r"head\.softcap: expected a positive number \(1e-30 to 1e30\) or None, got 0\.0",
     ),
     "target shape": (
         lambda: {"target": torch.zeros(B, T + 1, dtype=torch.int64)},
@@ -111,7 +111,7 @@ CASES = {
     ),
     "softcap infinite": (
         lambda: {"head": LMHead(torch.randn(V, H), softcap=float("inf"))},
-        r"head\.softcap: expected a positive number or None, got inf",
+        r"head\.softcap: expected a positive number \(1e-30 to 1e30\) or None, got inf",
     ),
     "scale": (
         lambda: {"head": LMHead(torch.randn(V, H), scale=float("nan"))},

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,23 @@ def test_kernels_for_another_torch_are_refused(monkeypatch):
     reason = cpp_rows._load()
     assert "were built for torch" in reason
     assert "and this is 2.99.0: reinstall rgpb" in reason
+
+
+def test_kernels_of_other_sources_are_refused(monkeypatch, tmp_path):
+    """In a checkout, where new sources come without a build."""
+    if cpp_rows.missing():
+        pytest.skip(cpp_rows.missing())
+    assert cpp_rows.SOURCES == ROOT / "csrc"
+    assert cpp_rows._load() is None
+    shutil.copytree(cpp_rows.SOURCES, tmp_path / "csrc")
+    (tmp_path / "csrc" / "rows.h").write_text("// newer\n")
+    monkeypatch.setattr(cpp_rows, "SOURCES", tmp_path / "csrc")
+    assert "were built from other sources than those in" in cpp_rows._load()
+
+
+def test_a_broken_library_is_refused(monkeypatch, tmp_path):
+    """With the linker's own reason; the package goes on without it."""
+    (tmp_path / f"{cpp_rows.NAME}{EXTENSION_SUFFIXES[0]}").write_bytes(b"")
+    monkeypatch.setattr(cpp_rows, "__file__", str(tmp_path / "cpp_rows.py"))
+    assert "the C++ kernels can't be loaded (" in cpp_rows._load()
+    assert "file too short" in cpp_rows._load()

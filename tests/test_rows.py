@@ -106,6 +106,7 @@ def test_operators_pass_opcheck():
     column = lambda: torch.zeros(3)  # noqa: E731
     torch.library.opcheck(ops.row_statistics, (z.clone(), y, none, 2.5, 1.0, column(), column(), column(),
                           torch.zeros(3, 4), 16, torch.zeros(3, 50), column()))  # fmt: skip
+    torch.library.opcheck(ops.row_slice, (z.clone(), y, none, none, 1.0, True, cpp_rows.begin(z)))
     torch.library.opcheck(ops.row_gradients, (z.clone(), y, torch.randn(50), none, 1.0, column(), column(), column(),
                           column(), column(), torch.zeros(3, 50)))  # fmt: skip
     torch.library.opcheck(ops.row_token_loss, (z.clone(), y, none, none, 1.0, "bnf", column(), column(), column(),
@@ -126,6 +127,11 @@ def test_bad_arguments_are_refused():
     for message, wrong in cases:
         with pytest.raises(ValueError, match=message):
             cpp_rows.statistics(**{"z_CV": z, "target_C": y, "epilogue": epilogue, "entropy": False, **wrong})
+    columns = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"masses: expected a dense \[C, ceil\(V / tile\)\]"):
+        torch.ops.rgpb.row_statistics(z, y, None, None, 1.0, *columns, None, z[:, :0].clone(), 2**63 - 1, None, None)
+    with pytest.raises(ValueError, match="running: expected a dense float64 CPU tensor"):
+        cpp_rows.add_slice_(torch.zeros(3, 4), z, y, epilogue, False)
     with pytest.raises(ValueError, match="loss: expected nll, unlikelihood or bnf, got 'dpo'"):
         cpp_rows.token_loss_(z.clone(), y, "dpo", torch.ones(3), None, epilogue, False)
     with pytest.raises(ValueError, match="loss: bnf needs"):
@@ -190,6 +196,7 @@ def test_bfloat16_products_refuse_what_they_cannot_do():
         ((a, b.t(), out), r"expected \[M, K\], \[K, N\] and \[M, N\]"),
         ((a.float(), b, out), "expected bfloat16 operands and a float32 result"),
         ((a, b, out.t().contiguous().t()), "expected a result of unit stride along N"),
+        ((a, b, torch.zeros(30).as_strided((3, 5), (3, 1))), "rows that don't overlap"),
         ((torch.randn(3, 8).bfloat16()[:, ::2], b, out), "a: expected rows or columns of unit stride"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -216,14 +216,13 @@ class Products:
     def _score_slices(self, x_CH: Tensor, y_C: Tensor, entropy: bool) -> Statistics:
         """Statistics of logits that nobody asks for again: a slice of the vocabulary at a time, still in the cache when
         it is swept, in the first bytes of the buffer."""
-        found = []
+        running = cpp_rows.begin(x_CH)
         for part, weight in self.columns():
             stride = min(len(weight) + plan.PAD, self.buffer.shape[1])
             z = self.buffer.view(-1)[: len(x_CH) * stride].view(len(x_CH), stride)[:, : len(weight)]
             mm(x_CH, weight.t(), z)
-            epilogue = self.epilogue.slice(part.start, part.stop)
-            found.append(cpp_rows.statistics(z, inside(y_C, part), epilogue, entropy)[0])
-        return merged(found)
+            cpp_rows.add_slice_(running, z, inside(y_C, part), self.epilogue.slice(part.start, part.stop), entropy)
+        return cpp_rows.end(running, entropy, self.p.acc_dtype)
 
     def gradient(self, rows: Rows, scores: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         """(E, r) of the rows scored last."""
@@ -295,20 +294,6 @@ def inside(y: Tensor, part: slice) -> Tensor:
     return torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
 
 
-def merged(parts: list[Statistics]) -> Statistics:
-    """The statistics of rows from those of slices of the vocabulary; z_y is 0 where the target lies elsewhere."""
-    if len(parts) == 1:
-        return parts[0]
-    z_y, each = (torch.stack([part[at] for part in parts]) for at in (0, 1))  # type: ignore[misc]
-    lse_other = each.logsumexp(0)
-    if parts[0].h_o is None:
-        return Statistics(z_y.sum(0), lse_other, None)
-    share = (each - torch.where(lse_other == -torch.inf, 0, lse_other)).exp()
-    # H = Σ shares (H of the slice − log share): nothing as large as the logits is subtracted
-    h_o = torch.stack([part.h_o for part in parts]) + torch.where(share == 0, 0, lse_other - each)  # type: ignore[misc]
-    return Statistics(z_y.sum(0), lse_other, (share * h_o).sum(0))
-
-
 def fill(into: Statistics, scores: Statistics, rows: Rows) -> None:
     for column, value in zip(into, scores):
         if column is not None:
@@ -373,13 +358,20 @@ def even_spans(total: int, most: int) -> Iterator[slice]:
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = A B, or out += A B; 16-bit operands may have a float32 result (CUDA, and `cpp_rows.BF16_PRODUCTS`)."""
     if a.dtype == torch.bfloat16 and a.device.type == "cpu":
-        torch.ops.rgpb.mm_bf16(a, b, out, accumulate)
+        if out.stride(1) != 1:
+            a, b, out = b.t(), a.t(), out.t()  # gradients lie as their tensors do
+        torch.ops.rgpb.mm_bf16(with_unit_stride(a), with_unit_stride(b), out, accumulate)
         return
     more: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     if accumulate:
         torch.addmm(out, a, b, **more, out=out)
     else:
         torch.mm(a, b, **more, out=out)
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """`x`, copied if neither its rows nor its columns are dense, as library products do it."""
+    return x if 1 in x.stride() else x.contiguous()
 
 
 def check_rows(p: Problem, kept: Kept) -> None:

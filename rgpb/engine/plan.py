@@ -170,9 +170,10 @@ def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl
     return compute if compute == torch.float64 or device_type == "cuda" or native else torch.float32
 
 
-@torch.compiler.assume_constant_result
 def cpu_columns() -> int:
     """Columns of logits that a CPU forms by one product, a multiple of MASS_TILE."""
+    if torch.compiler.is_compiling():  # which doesn't know the threads; the operators ask again when they run
+        return MASS_TILE
     return max(MASS_TILE, COLUMNS * torch.get_num_threads()) // MASS_TILE * MASS_TILE
 
 
@@ -223,7 +224,7 @@ def row_chunk(
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
     if score_only and s.sliced:
-        row = (s.columns + PAD) * s.acc + _row_sides(s) + 3 * s.acc * -(-s.vocab // s.columns)
+        row = (s.columns + PAD) * s.acc + _row_sides(s)
         most = min(tokens, MAX_SCORED)
     return _rows_that_fit(workspace, fixed, row, s.vocab, most, s)
 
