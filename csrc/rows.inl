@@ -28,6 +28,18 @@ namespace {
 
 constexpr int64_t BLOCK = 1024;
 
+// A product that is rounded before it goes on: what it is compared with was rounded, too. Fused into a difference, a
+// largest logit of 1e9 would lie dozens above or below itself.
+#if defined(__AVX512F__)
+#define ROUNDED(v) asm("" : "+v"(v))
+#elif defined(__SSE2__)
+#define ROUNDED(v) asm("" : "+x"(v))
+#elif defined(__aarch64__)
+#define ROUNDED(v) asm("" : "+w"(v))
+#else
+#define ROUNDED(v) asm("" : "+m"(v))
+#endif
+
 // -- vectors ----------------------------------------------------------------------------------------------------------
 
 struct bf16 {
@@ -201,12 +213,15 @@ struct Finish {
     Vec<T> v = whole ? load(z + k) : load_some(z + k, n);
     if (BIAS) v += whole ? load(bias + k) : load_some(bias + k, n);
     v *= scale;
+    ROUNDED(v);
     return whole ? v : first<T>(v, n);
   }
   INLINED Vec<T> capped(Vec<T> v, Vec<T>* j) const {
     const Tanh<T> made = tanh_of(v * inverse_cap);
     *j = scale * made.slope;
-    return cap * made.t;
+    Vec<T> z = cap * made.t;
+    ROUNDED(z);
+    return z;
   }
   // The logits at k ... k + n and, with a soft-cap, J there; beyond them -inf.
   INLINED Vec<T> at(int64_t k, int64_t n, Vec<T>* j) const {
@@ -293,7 +308,7 @@ INLINE Found sweep(const void* z, O* out, int64_t V, int64_t y, const Epilogue& 
             vectors<T>(left, right, [&](int64_t k, int64_t n, int lane) INLINED {
               Vec<T> j;
               Vec<T> shifted = finish.at(k, n, &j) - top;
-              shifted = shifted > T(0) ? all(T(0)) : shifted;  // a fused product isn't rounded as `top` was
+              if (CAP) shifted = shifted > T(0) ? all(T(0)) : shifted;  // tanh keeps the order but for its rounding
               const Vec<T> weight = exp_of(shifted);
               sums[lane] += weight;
               if (ENTROPY) means[lane] += weight > T(0) ? weight * shifted : all<T>(0);  // not 0 inf
