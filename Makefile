@@ -62,4 +62,4 @@ $(NEWEST): | $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info runs kernels/_cpp*.so

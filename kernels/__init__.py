@@ -1,6 +1,7 @@
 """Row and tile kernels: what happens between the matrix products.
 
-Installed as `rgpb.kernels`. `torch_rows` runs anywhere; the modules named `triton_…` need Triton and a GPU.
+Installed as `rgpb.kernels`. `torch_rows` runs anywhere; `cpp_rows` is the Python side of `csrc/`, for CPUs, where that
+was built; the modules named `triton_…` need Triton and a GPU.
 """
 
 from __future__ import annotations

@@ -155,7 +155,8 @@ def resolve_impl(impl: str, device: torch.device) -> str:
         return best if why_not(best, device) is None else "torch"
     reason = why_not(impl, device)
     if reason:
-        raise ValueError(f"impl: expected 'auto' or 'torch', since {reason}; got {impl!r}")
+        *some, last = (repr(other) for other in IMPLEMENTATIONS if other == "auto" or why_not(other, device) is None)
+        raise ValueError(f"impl: expected {', '.join(some)} or {last}, since {reason}; got {impl!r}")
     return impl
 
 

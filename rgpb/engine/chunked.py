@@ -173,7 +173,7 @@ class Products:
     def logits(self, x_CH: Tensor) -> Tensor:
         """X Wᵀ in float32 (float64) before anything is rounded. [C, V]"""
         z = self.buffer[: len(x_CH)]
-        for part, weight in self.columns():
+        for part, weight in self.weight() if self.half else self.columns():  # `mm_bf16` makes blocks of its own
             mm(x_CH, weight.t(), z[:, part])
         return z
 

@@ -404,7 +404,8 @@ def _not_single(
     try:
         single_chunk(head, workspace, tokens)
     except ValueError:
-        return "the float32 sum of dW doesn't fit the workspace"
+        size = head.vocab * (head.width + 1) * 4
+        return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
     return None
 
 
