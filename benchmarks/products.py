@@ -3,6 +3,8 @@
 The constants of `rgpb.engine.plan` for CPUs (MAX_ROWS, MAX_SCORED, COLUMNS, MAX_SLICE, PAD) come from these tables:
 GFLOP/s of float32 products in the shapes that the engine asks for, for chunks of C rows, slices of S columns of the
 vocabulary, and rows that lie `pad` elements further apart than they are long. Buffers exist before the time is taken.
+Then what writing new memory costs. The last rows say what share of a whole call of the library its row kernels and its
+products have.
 
 Dimensions: C rows, H hidden size, V vocabulary, S columns of a slice.
 """
@@ -18,10 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from rgpb.bench.cases import LOG_PROB, Shape, fused, make_batch
 from rgpb.bench.measure import interleaved, provenance, quantiles
 from rgpb.bench.plan import argument, positive
 from rgpb.bench.report import free_table
+from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.kernels import cpp_rows
 
 ROWS, COLUMNS, SLICES = (64, 128, 256, 512, 1024), (512, 1024, 2048, 4096, 0), (1024, 2048, 4096)  # 0: all
 
@@ -65,6 +71,46 @@ def runs(width: int, vocab: int, tokens: int) -> dict[Key, tuple[float, Callable
     return found
 
 
+def new_memory(size: int, rounds: int) -> list[dict[str, Any]]:
+    """What it costs to write memory that is new, as results and buffers are: GB/s, with huge pages and without."""
+
+    def touch(fresh: Callable[[Tensor], Tensor]) -> None:
+        fresh(torch.empty(size // 4)).zero_()
+
+    there = torch.zeros(size // 4)
+    ways: dict[str, Callable[[], object]] = {
+        "write memory that is there": there.zero_,
+        "write new memory": partial(touch, lambda x: x),
+        "write new memory, huge pages": partial(touch, cpp_rows.fresh),
+    }
+    times = interleaved(ways, rounds, "cpu")
+    return [{"product": way, "GB/s": round(size / quantiles(seconds)[0] / 1e9, 2)} for way, seconds in times.items()]
+
+
+def shares(shape: Shape) -> list[dict[str, Any]]:
+    """Of a call's time, how much is the row kernels' and how much the products', as torch's profiler sees it."""
+    batch, table = make_batch(shape, torch.float32, "cpu"), []
+    for loss, path in (
+        ("bnf", "single"),
+        ("dpo", "single"),
+        ("dpo", "two_pass"),
+        ("bnf", "frozen"),
+        (LOG_PROB, "forward"),
+    ):
+        run = fused(batch, loss, path, "auto", DEFAULT_WORKSPACE).run
+        run()
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            run()
+        spent = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
+        parts = {"row kernels": "rgpb::row_", "products": ("aten::mm", "aten::addmm", "rgpb::mm_bf16")}
+        of = {part: sum(t for key, t in spent.items() if key.startswith(names)) for part, names in parts.items()}
+        total = sum(spent.values())
+        table.append(
+            {"product": f"{loss} {path}", **{f"{part}, %": round(100 * t / total, 1) for part, t in of.items()}}
+        )
+    return table
+
+
 def main() -> None:
     """Measure, print the table, and write it with its provenance."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__)
@@ -84,6 +130,8 @@ def main() -> None:
                 "gflops": round(median, 1), "20 %": round(low, 1), "80 %": round(high, 1),
             }
         )  # fmt: skip
+    table += new_memory(4 * a.vocab * a.width, a.rounds)
+    table += shares(Shape(a.tokens, a.width, a.vocab))
     facts = provenance("cpu", width=a.width, vocab=a.vocab, tokens=a.tokens, rounds=a.rounds)
     a.out.mkdir(parents=True, exist_ok=True)
     (a.out / "results.json").write_text(

@@ -466,7 +466,11 @@ def test_products_of_a_cpu(tmp_path, capsys, monkeypatch):
     assert content["provenance"]["vocab"] == 5000
     found = {(row["product"], row["columns"], row["pad"]) for row in content["table"]}
     assert {("logits", 1024, 0), ("logits", 5000, 0), ("dX", 5000, 0), ("slices of dW", 2048, 16)} <= found
-    assert all(row["gflops"] > 0 for row in content["table"])
+    assert all(row["gflops"] > 0 for row in content["table"] if "rows" in row)
+    assert sum(row["GB/s"] > 0 for row in content["table"] if "GB/s" in row) == 3
+    calls = {row["product"]: row for row in content["table"] if "row kernels, %" in row}
+    assert {"bnf single", "dpo two_pass", "log-prob forward"} <= set(calls)
+    assert all(0 < row["row kernels, %"] + row["products, %"] <= 100 for row in calls.values())
     assert "slices of dW" in capsys.readouterr().out
 
 
