@@ -464,7 +464,7 @@ def test_products_of_a_cpu(tmp_path, capsys, monkeypatch):
     products.main()
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["provenance"]["vocab"] == 5000
-    found = {(row["product"], row["columns"], row["pad"]) for row in content["table"]}
+    found = {(row["product"], row["columns"], row["pad"]) for row in content["table"] if "columns" in row}
     assert {("logits", 1024, 0), ("logits", 5000, 0), ("dX", 5000, 0), ("slices of dW", 2048, 16)} <= found
     assert all(row["gflops"] > 0 for row in content["table"] if "rows" in row)
     assert sum(row["GB/s"] > 0 for row in content["table"] if "GB/s" in row) == 3
