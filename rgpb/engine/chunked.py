@@ -578,6 +578,7 @@ def head_gradient(
             dweight[places] = dw.to(dweight.dtype)
         if dbias is not None and db is not None:
             dbias[places] = db
+        del weight, dw  # the next slice is not held beside this one
     return dweight, None if dbias is None else dbias.view(-1).to(p.weight.dtype)
 
 
