@@ -13,7 +13,7 @@ groups), G groups, K responses of a group.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from rgpb.layout import Layout, Responses, TokenScores, pairs, repeat, tokens_of
 from rgpb.logprob import (
     check_inputs,
     compute_dtype,
+    is_traced,
     linear_logprob,
     plan_call,
     raw_scores,
@@ -131,7 +132,10 @@ def fused_loss(
         # all that is left is taken, so nothing is left to chance
         options |= {"sampler": "max"} if "sampler" in (spec.options or {}) else {}
     options = {name: value for name, value in options.items() if not isinstance(value, torch.Generator)}
-    chosen = call_plan(hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab)
+    chosen = call_plan(
+        hidden, head, spec, reduction, workspace, options, impl, engine, grad_tolerance, sort_vocab,
+        tokens_of_units(spec, layout, group_size),
+    )  # fmt: skip
     report = hidden.new_empty(0)
     if chosen.path == "single":
         loss, *raw = torch.ops.rgpb.single_pass(
@@ -233,14 +237,24 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
 def call_plan(
     hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
     impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    unit_tokens: Sequence[int] = (),
 ) -> Plan:  # fmt: skip
-    """What `fused_loss` will run for these arguments."""
+    """What `fused_loss` will run for these arguments, with so many tokens in each pair or group."""
     registered = is_registered(spec) and encodable(options)
     return plan_call(
         hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
         couples=spec.couples if registered else "batch", scalar=reduction != "none", entropy_grad=spec.entropy_grad,
-        skipping=grad_tolerance is not None, sort_vocab=sort_vocab,
+        skipping=grad_tolerance is not None, sort_vocab=sort_vocab, unit_tokens=unit_tokens,
     )  # fmt: skip
+
+
+def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> list[int]:
+    """Tokens of each pair or group; none where the objective couples something else, or tensors have no values yet."""
+    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(layout.tokens):
+        return []
+    count = layout.tokens
+    members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
+    return members.sum(0).tolist()
 
 
 def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:

@@ -7,15 +7,17 @@ Budget: twice the error that naive PyTorch makes in the same dtype on the same i
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
 from rgpb.engine.chunked import even_spans
-from rgpb.engine.plan import plan, sizes
-from rgpb.fused import bnf_loss, dpo_loss, mle_loss
+from rgpb.engine.plan import plan, single_chunk, sizes
+from rgpb.fused import bnf_loss, call_plan, dpo_loss, make_layout, mle_loss, tokens_of_units
 from rgpb.kernels import cpp_rows
+from rgpb.logprob import resolve_impl
 
 # N tokens as [B, T], V, H, each with its reason
 SHAPES = {
@@ -112,7 +114,8 @@ PATHS = ("single", "single in chunks", "two_pass", "two_pass in chunks", "frozen
 
 
 def run_path(path, name, hidden, head, target, **keywords):
-    """The loss and its gradients (None for a frozen head) on one path, asserted to be the one that the plan takes."""
+    """The loss and its gradients (of a frozen head none) on one path. The plan isn't told the tokens of pairs and
+    groups, as under a compiler: a single pass then sweeps those twice that are longer than a chunk."""
     if "chunks" in path:
         keywords["workspace"] = small((*target.shape, *head.weight.shape), hidden.dtype)
     if path == "frozen":
@@ -120,7 +123,8 @@ def run_path(path, name, hidden, head, target, **keywords):
     if path.startswith("two_pass"):
         loss = fused_loss(hidden, head, target, objective=name, reduction="none", **keywords).mean()
     else:
-        loss = fused_loss(hidden, head, target, objective=name, **keywords)
+        with patch("rgpb.fused.tokens_of_units", return_value=[]):
+            loss = fused_loss(hidden, head, target, objective=name, **keywords)
     wanted = [x for x in leaves(hidden, head) if x.requires_grad]
     return loss, torch.autograd.grad(loss * 1.5, wanted)
 
@@ -354,15 +358,32 @@ def test_second_derivatives_are_refused():
             torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_a_pair_longer_than_the_chunk_is_swept_twice():
-    shape = (4, 40, 31, 5)
-    hidden, head, target, ref_logits = batch(shape)
-    ref = ref_scores(ref_logits, target)
-    whole = dpo_loss(hidden, head, target, ref=ref)
-    chunked = dpo_loss(hidden, head, target, ref=ref, workspace=small(shape))
+@pytest.mark.parametrize(("lengths", "path"), [((12, 20, 13), "single"), ((12, 28, 13), "two_pass")], ids=str)
+def test_pairs_longer_than_the_chunk(lengths, path, auto):
+    """Where most tokens are in such pairs two passes are taken; a single pass sweeps one that is too long twice."""
+    hidden, head, target, ref_logits = batch((6, 15, 31, 5), masked=False)
+    for pair, length in enumerate(lengths):
+        target[pair, (length + 1) // 2 :] = target[pair + 3, length // 2 :] = -100
+    ref, spec = ref_scores(ref_logits, target), OBJECTIVES["dpo"]
+    head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", resolve_impl("auto", hidden.device))
+    workspace = next(w for w in range(1 << 10, 1 << 16, 8) if fits(head_sizes, w, 90) == 16)
+    counts = tokens_of_units(spec, make_layout(target, None, -100), None)
+    assert counts == [*lengths]
+    chosen = call_plan(hidden, head, spec, "mean", workspace, {}, unit_tokens=counts)
+    assert chosen.path == path
+    assert ("in a pair longer than a chunk of 16 rows" in chosen.reason) == (path == "two_pass")
+    whole, chunked = (dpo_loss(hidden, head, target, ref=ref, workspace=w) for w in (1 << 29, workspace))
     torch.testing.assert_close(whole, chunked)
+    assert ["single_pass" in x.grad_fn.name() for x in (whole, chunked)] == [True, path == "single"]
     for a, b in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (whole, chunked))):
         torch.testing.assert_close(a, b)
+
+
+def fits(head, workspace, tokens):
+    try:
+        return single_chunk(head, workspace, tokens)[0]
+    except ValueError:
+        return 0
 
 
 def test_bitwise_the_same_again():

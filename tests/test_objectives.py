@@ -205,8 +205,8 @@ def test_a_group_with_nothing_to_compare_is_exactly_zero(name):
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if name != "mc_po"])
-def test_single_pass_for_groups_that_fit_the_chunk(name):
-    """The plan takes it, in chunks of whole groups, and a group longer than the chunk is swept twice."""
+def test_single_pass_for_groups_that_fit_the_chunk(name, monkeypatch):
+    """The plan takes it, in chunks of whole groups; two passes where no group fits the chunk."""
     hidden, weight, target, ref = batch(12, T=6)
     target[4, 2:] = -100
     target[7] = -100
@@ -219,7 +219,10 @@ def test_single_pass_for_groups_that_fit_the_chunk(name):
     row = 8 * (31 + 2 * 7)
     for rows in (200, 40, 20, 9, 2):  # one chunk; several groups; one group; less than one; two rows
         workspace = 8 * 31 * 8 + rows * row
-        one = fused_loss(hidden, weight, target, objective=name, ref=ref, workspace=workspace, **given)
+        with monkeypatch.context() as compiled:
+            if rows == 9:  # as under a compiler, where the plan doesn't know that no group fits
+                compiled.setattr("rgpb.fused.tokens_of_units", lambda *_: [])
+            one = fused_loss(hidden, weight, target, objective=name, ref=ref, workspace=workspace, **given)
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
         for a, b in zip(torch.autograd.grad(one, wanted), expected):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -22,7 +22,7 @@ from .journal import Settings, Task, explain
 from .lineup import exact, graded, kernels_for, keywords, plan_of, rewards_of
 
 # B, T, V, H: off every tile; and in this workspace more than one chunk and slice of everything
-WORKSPACE = 64 * 2**20
+WORKSPACE = 96 * 2**20  # of the larger shape two chunks or more, each longer than a pair
 SHAPES = ((4, 33, 1031, 72), (8, 128, 32003, 256))
 HEADS = {"plain": (False, None, 1.0), "bias": (True, None, 1.0), "soft-cap and scale": (True, 5.0, 0.7)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,7 +157,7 @@ def values(bench: Bench, loss: str, path: str, kernels: str) -> dict[str, Any]:
     if path == "forward":
         hidden = hidden.detach()
     reduction = "none" if path == "two_pass" else "mean"
-    plan = plan_of(hidden, head, loss, reduction, WORKSPACE, how)
+    plan = plan_of(hidden, head, x.target, loss, reduction, WORKSPACE, how)
     if plan.path != path:
         return {"status": f"plan: {plan.path}"}
     truth = bench.truth(loss)

@@ -9,7 +9,6 @@ Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V voc
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from rgpb import reference
 from rgpb.bench import cases
 from rgpb.bench.cases import LOG_PROB, NAIVE, Batch, Result, Shape
 from rgpb.engine.plan import Plan
-from rgpb.fused import call_plan, fused_loss
+from rgpb.fused import call_plan, fused_loss, make_layout, tokens_of_units
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
@@ -218,28 +217,18 @@ def kernels_for(device: str) -> tuple[str, ...]:
 
 
 def keywords(kernels: str) -> dict[str, Any]:
-    """`impl` and, where it has one, `engine`.
-
-    Raises:
-        ValueError: this version of the library has no such argument.
-    """
+    """`impl` and, where it has one, `engine`."""
     impl, engine = KERNELS[kernels]
-    if engine is None:
-        return {"impl": impl}
-    if "engine" not in inspect.signature(fused_loss).parameters:
-        raise ValueError("engine: expected a version of rgpb that has it")
-    return {"impl": impl, "engine": engine}
+    return {"impl": impl} if engine is None else {"impl": impl, "engine": engine}
 
 
-def plan_of(hidden: Tensor, head: LMHead, loss: str, reduction: str, workspace: int, how: dict[str, Any]) -> Plan:
-    """What the library will do with these arguments."""
-    known = {
-        "hidden": hidden, "head": head, "spec": OBJECTIVES["mle" if loss == LOG_PROB else loss],
-        "reduction": reduction, "workspace": workspace, "options": {}, "engine": "auto", "grad_tolerance": None,
-        "sort_vocab": False, **how,
-    }  # fmt: skip
-    wanted = inspect.signature(call_plan).parameters
-    return call_plan(**{name: given for name, given in known.items() if name in wanted})
+def plan_of(
+    hidden: Tensor, head: LMHead, target: Tensor, loss: str, reduction: str, workspace: int, how: dict[str, Any]
+) -> Plan:  # fmt: skip
+    """What the library will do with these arguments; groups are of two, as `rewards_of` has them."""
+    spec = OBJECTIVES["mle" if loss == LOG_PROB else loss]
+    unit_tokens = tokens_of_units(spec, make_layout(target, None, -100), 2)
+    return call_plan(hidden, head, spec, reduction, workspace, {}, unit_tokens=unit_tokens, **how)
 
 
 def ours(case: Case, job: Job, path: str, kernels: str, workspace: int) -> tuple[Run, Plan]:
@@ -251,7 +240,7 @@ def ours(case: Case, job: Job, path: str, kernels: str, workspace: int) -> tuple
     hidden, weight = case.inputs(job.kind)
     head, batch, how = LMHead(weight, softcap=case.softcap), case.batch, keywords(kernels)
     reduction = "none" if path == "two_pass" else "mean"
-    plan = plan_of(hidden, head, job.loss, reduction, workspace, how)
+    plan = plan_of(hidden, head, batch.target, job.loss, reduction, workspace, how)
 
     def run() -> Result:
         if job.loss == LOG_PROB:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rgpb import reference
 from rgpb.engine.plan import Plan
-from rgpb.fused import call_plan, fused_loss
+from rgpb.fused import call_plan, fused_loss, make_layout, tokens_of_units
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
@@ -239,7 +239,10 @@ def fused(
     weight = batch.weight.detach() if path in ("frozen", "forward") else batch.weight
     hidden = batch.hidden.detach() if path == "forward" else batch.hidden
     reduction = "none" if path == "two_pass" else "mean"
-    plan = call_plan(hidden, LMHead(weight), spec, reduction, workspace, {}, impl, engine)
+    unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1])
+    plan = call_plan(
+        hidden, LMHead(weight), spec, reduction, workspace, {}, impl, engine, unit_tokens=unit_tokens
+    )  # fmt: skip
 
     def run() -> Result:
         if loss == LOG_PROB:

@@ -19,7 +19,7 @@ from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
 from rgpb.engine.plan import ENGINES, RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
 from rgpb.logprob import IMPLEMENTATIONS, resolve_impl, why_not
-from rgpb.objectives import resolve
+from rgpb.objectives import Objective, resolve
 
 
 class GPU(NamedTuple):
@@ -147,6 +147,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--gpu", choices=tuple(GPUS), help="for time and memory; default h200")
     parser.add_argument("--impl", choices=IMPLEMENTATIONS[1:], help="default: triton on cuda, what auto takes on cpu")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="default %(default)s")
+    parser.add_argument(
+        "--unit-tokens", type=argument(positive), metavar="N",
+        help="of each pair or group, for losses that couple these; default: so few that they fit a chunk",
+    )  # fmt: skip
     parser.add_argument("--skipping", action="store_true", help="with a grad_tolerance")
     parser.add_argument("--frozen-head", action="store_true", help="the head has no gradient, as with LoRA")
     parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
@@ -206,6 +210,21 @@ class Prediction(NamedTuple):
     more: str | None = None
 
 
+def units_of(a: argparse.Namespace, spec: Objective) -> list[int]:
+    """Tokens of each pair or group.
+
+    Raises:
+        ValueError: a loss that couples neither, or fewer tokens in all.
+    """
+    if a.unit_tokens is None:
+        return []
+    if spec.couples not in ("pair", "group"):
+        raise ValueError(f"unit-tokens: expected a loss that couples pairs or groups, got {spec.name}")
+    if a.unit_tokens > a.tokens:
+        raise ValueError(f"unit-tokens: expected at most the {a.tokens} of --tokens, got {a.unit_tokens}")
+    return [a.unit_tokens] * (a.tokens // a.unit_tokens)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan.
 
@@ -224,7 +243,8 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     chosen = plan(
         a.tokens, head, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
-        entropy_grad=spec.entropy_grad, skipping=a.skipping, engine=a.engine, workspace=a.workspace,
+        entropy_grad=spec.entropy_grad, skipping=a.skipping, unit_tokens=units_of(a, spec), engine=a.engine,
+        workspace=a.workspace,
     )  # fmt: skip
     softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
     moved = naive_moved(dtype.itemsize, spec.entropy or spec.entropy_grad, softcap)

@@ -17,6 +17,7 @@ Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -309,6 +310,7 @@ def plan(
     entropy_grad: bool = False,
     skipping: bool = False,
     sort_vocab: bool = False,
+    unit_tokens: Sequence[int] = (),
     engine: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> Plan:
@@ -326,6 +328,8 @@ def plan(
         entropy_grad: whether the gradient of the entropy is asked for.
         skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
         sort_vocab: whether the vocabulary is put in order for that.
+        unit_tokens: tokens of each pair or group, where they are known: in a single pass those longer than a chunk take
+            a sweep more.
         engine: "chunked", "tiled", or "auto".
         workspace: bytes.
 
@@ -337,7 +341,7 @@ def plan(
     why_not = _not_tiled(head, half, skipping, hidden_grad or weight_grad, workspace)
     if engine == "tiled" and why_not:
         raise ValueError(f"engine: {why_not}, got 'tiled'")
-    given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, workspace)
+    given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, unit_tokens, workspace)
     chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled", factored=True)
     if engine == "tiled":
         return _plan(tiled, *given)
@@ -356,7 +360,7 @@ def plan(
 
 def _plan(
     head: Sizes, tokens: int, hidden_grad: bool, weight_grad: bool, couples: str, scalar: bool, half: bool,
-    entropy_grad: bool, skipping: bool, workspace: int,
+    entropy_grad: bool, skipping: bool, unit_tokens: Sequence[int], workspace: int,
 ) -> Plan:  # fmt: skip
     """`plan` on the engine of `head`."""
     gradient = hidden_grad or weight_grad
@@ -378,7 +382,7 @@ def _plan(
         return made(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
-    why = _not_single(head, couples, scalar, half, skipping, workspace, tokens)
+    why = _not_single(head, couples, scalar, half, skipping, unit_tokens, workspace, tokens)
     both = max(held, slice_chunk(head, workspace, tokens)[2])
     two_pass = made("two_pass", why or "the sum of dW over many chunks would cost more", 3 + hidden_grad, rows, both)
     if why is not None:
@@ -390,9 +394,10 @@ def _plan(
 
 
 def _not_single(
-    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, workspace: int, tokens: int
-) -> str | None:
-    """Why gradients can't be made in the forward, or None where they can."""
+    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, unit_tokens: Sequence[int], workspace: int,
+    tokens: int,
+) -> str | None:  # fmt: skip
+    """Why gradients aren't made in the forward, or None where they are."""
     if couples == "batch":
         return "the objective may couple the whole batch"
     if not scalar:
@@ -402,10 +407,13 @@ def _not_single(
     if skipping:
         return "grad_tolerance: what can be left out of dW is known after a first sweep"
     try:
-        single_chunk(head, workspace, tokens)
+        rows, _ = single_chunk(head, workspace, tokens)
     except ValueError:
         size = head.vocab * (head.width + 1) * 4
         return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
+    longer = sum(count for count in unit_tokens if count > rows)
+    if 2 * longer > sum(unit_tokens):
+        return f"most tokens are in a {couples} longer than a chunk of {rows:,} rows, which a single pass sweeps twice"
     return None
 
 
