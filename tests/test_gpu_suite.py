@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installed
 
-from benchmarks.gpu import correct, device, heads, journal, lineup
+from benchmarks.gpu import correct, device, heads, journal, language, lineup, skipping
 from benchmarks.gpu.__main__ import PARTS, main, parse_case
 from rgpb import LMHead, bench, reference
 from rgpb.bench import cases, report
@@ -152,6 +152,85 @@ def test_skip(tmp_path, capsys):
         assert row["status"] == "ok" or row["status"].startswith("refused: ")
         assert row["status"] != "ok" or (0 <= row["share"] <= 1 and row["off"] is not None)
     assert "| bnf | torch |" in rendered(tmp_path / "skip.json", capsys)
+
+
+def write_sources(folder, count=120):
+    """Files of nonsense that is easy to learn, and one in a folder of tests."""
+    for at in range(count):
+        lines = [f"def function_{at}_{line}(x):\n    return x + {line % 7}\n" for line in range(30)]
+        (folder / "package").mkdir(parents=True, exist_ok=True)
+        (folder / "package" / f"module_{at}.py").write_text("\n".join(lines))
+    (folder / "package" / "tests").mkdir()
+    (folder / "package" / "tests" / "test_module.py").write_text("never to be read\n" * 100)
+    return folder
+
+
+TRAINED = ("--steps", 8, "--only", r"mle \| torch \| (None|auto)")
+
+
+def trained(folder, *more, text):
+    return suite(folder, "trained", "--text", text, *TRAINED, *more, shape="text=64,32,400")
+
+
+def test_skipping_on_a_trained_model(tmp_path, capsys):
+    text = write_sources(tmp_path / "text")
+    assert trained(tmp_path, text=text) == 0
+    made, keys = content(tmp_path, "trained")
+    assert {row["status"] for row in made["rows"]} == {"ok"}
+    assert [row["steps"] for row in made["rows"]] == [steps for steps in (0, 2, 4, 6, 8) for _ in range(3)]
+    perplexities = [row["perplexity"] for row in made["rows"][::3]]
+    assert perplexities[-1] < perplexities[0]
+    for row in made["rows"]:
+        assert (row["tokens"], row["width"], row["vocab"]) == (64, 32, row["vocab"])
+        assert 258 <= row["vocab"] <= 400
+        assert row["units"] == (3 if row["tolerance"] is None else pytest.approx(4 - 2 * row["share"]))
+        assert row["tolerance"] is None or row["off"] <= row["certified"] + 1e-6
+    assert "| 0 | " in rendered(tmp_path / "trained.json", capsys)
+    model = tmp_path / "language-model" / "run" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert trained(tmp_path, text=text) == 0
+    assert (model.stat().st_mtime_ns, content(tmp_path, "trained")[1]) == (before, keys)
+    with pytest.raises(ValueError, match="another; remove it"):
+        trained(tmp_path, "--steps", 16, text=text)
+    other = tmp_path / "other"  # a model that is there, on other text
+    assert trained(other, "--model", model.parent, text=text / "package") == 0
+    row = content(other, "trained")[0]["rows"][0]
+    assert "steps" not in row
+    assert row["perplexity"] < perplexities[0]
+
+
+def test_a_part_whose_modules_are_missing_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks.gpu.steps", None)
+    assert suite(tmp_path, "steps") == 3
+    assert "steps: not run, as it needs what `pip install rgpb[hf]` brings" in capsys.readouterr().err
+
+
+def test_the_text_that_is_read(tmp_path):
+    folder = write_sources(tmp_path)
+    corpus = language.read_corpus((folder,), 1 << 20)
+    assert not any("never" in text for text in [*corpus.train, *corpus.held_out])
+    assert all(len(text) < 2 * language.PIECE and text.startswith(("def", "    ", "\n")) for text in corpus.train)
+    names = [{text.partition("function_")[2].partition("_")[0] for text in part} for part in corpus[:2]]
+    assert names[1]
+    assert not names[0] & names[1]  # a file is in one part
+    assert language.read_corpus((folder,), 1 << 20) == corpus
+    total = sum(path.stat().st_size for _, path in language.files((folder,)))
+    half = language.read_corpus((folder,), total // 2)
+    assert 0.2 * total < sum(map(len, [*half.train, *half.held_out])) < 0.8 * total
+    with pytest.raises(ValueError, match="text: expected files, or folders with .py"):
+        language.read_corpus((tmp_path / "nowhere",), 100)
+    with pytest.raises(ValueError, match="one of 20 out, got 1"):
+        language.read_corpus((folder / "package" / "module_3.py",), 1 << 20)
+
+
+def test_a_head_that_is_no_weight_alone_is_refused(tmp_path, monkeypatch):
+    text = write_sources(tmp_path / "text")
+    assert trained(tmp_path, text=text) == 0
+    start = tmp_path / "language-model" / "start"
+    read_head = language.read_head
+    monkeypatch.setattr(language, "read_head", lambda model: read_head(model)._replace(softcap=30.0))
+    with pytest.raises(ValueError, match="model: expected a head of a weight alone, got LlamaForCausalLM's"):
+        language.states_batch(start, start, ["x" * 5000], 8, "cpu")
 
 
 def test_tune_stores_the_sweep(tmp_path, capsys, monkeypatch):
@@ -389,7 +468,7 @@ def test_who_takes_part(device, dtype):
 
 
 def test_the_peaked_batch_is_peaked():
-    batch = device.peaked_batch(Shape(256, 64, 997), "cpu")
+    batch = skipping.peaked_batch(Shape(256, 64, 997), "cpu")
     assert batch.logp.exp().median() > 0.9
     assert (batch.logp < -1).any()
     most = batch.target.flatten().bincount().max()

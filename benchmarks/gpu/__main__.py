@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from rgpb.bench.cases import DTYPES
 from rgpb.bench.plan import argument, parse_bytes, positive
 from rgpb.bench.report import markdown, read
 
-from . import correct, device, heads
+from . import correct, device, heads, roofline
 from .journal import WORKSPACES, Group, Journal, Outcome, Settings, Task, describe, say, work
 
 Rows = list[dict[str, Any]]
@@ -50,6 +51,15 @@ def _table(rows: Rows) -> dict[str, Any]:
     return {"table": [{name: x for name, x in row.items() if not isinstance(x, dict)} for row in rows]}
 
 
+def _lazily(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module that needs more than `rgpb[bench]` brings: transformers and what trains with it."""
+
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), function)(*arguments)
+
+    return call
+
+
 def _named(shapes: tuple[tuple[str, int, int, int, float | None], ...]) -> str:
     return "; ".join(f"{name} N={n} H={h} V={v}" + (f" soft-cap {c:g}" if c else "") for name, n, h, v, c in shapes)
 
@@ -63,6 +73,16 @@ PARTS = {
     "ceilings": Part(
         "copy bandwidth and the rates of bare products",
         lambda journal, settings: device.ceilings(settings),
+        _table,
+    ),
+    "kernels": Part(
+        "each kernel alone against a copy of as many bytes and the library's product, in the same rounds",
+        lambda journal, settings: roofline.kernels(settings),
+        _table,
+    ),
+    "profile": Part(
+        "where a call's time goes: products, row and tile kernels, the rest, idle",
+        lambda journal, settings: roofline.profiles(settings),
         _table,
     ),
     "llama": Part(
@@ -80,9 +100,25 @@ PARTS = {
         lambda journal, settings: device.longest(settings),
         _table,
     ),
+    "steps": Part(
+        "a training step of a 1B Llama with BNF and DPO: tokens per second, peak memory; naive and fused",
+        _lazily("steps", "tasks"),
+        _table,
+    ),
+    "training": Part(
+        "300 steps of a small model, fused in bfloat16 and naive in float32: do the curves agree",
+        _lazily("steps", "training"),
+        _lazily("steps", "summary"),
+        shown=True,
+    ),
     "skip": Part(
-        "certified skipping on a peaked distribution: share, bound, error, time",
-        lambda journal, settings: device.skip(settings),
+        "certified skipping on a made-up peaked distribution: share, units, bound, error, time",
+        _lazily("skipping", "skip"),
+        _table,
+    ),
+    "trained": Part(
+        "the same on text, at stages of the training of a small language model, or with --model on yours",
+        _lazily("skipping", "trained"),
         _table,
     ),
     "tune": Part(
@@ -148,7 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="only print the parts")
     add(
         "--shape", action="append", type=argument(parse_case), default=[], metavar="NAME=N,H,V[,softcap]",
-        help="in place of a part's own shapes; again for more (longest and skip take the first)",
+        help="in place of a part's own shapes; again for more (longest, skip and trained take the first)",
     )  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--dtype", choices=tuple(DTYPES), help="of the heads; default: bf16, and fp32 for the part cpu")
@@ -160,6 +196,12 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--rounds", type=argument(positive), default=20, help="of timing, at most; fewer for slow rows; default 20")
     add("--cap", type=argument(positive), default=1 << 20, help="tokens where `longest` ends; default %(default)s")
+    add("--model", type=Path, metavar="DIR", help="transformers model and tokenizer for `trained`; default: trains one")
+    add("--steps", type=argument(positive), help="of the training for `trained`; default: by device")
+    add(
+        "--text", action="append", type=Path, default=[], metavar="PATH",
+        help="file or folder of text for `trained`; again for more; default: sources of Python and torch",
+    )  # fmt: skip
     add("--only", type=argument(parse_pattern), metavar="REGEX", help="only rows whose key has it, as 'bnf.*tiled'")
     add("--without", type=argument(parse_pattern), metavar="REGEX", help="no row whose key has it, as 'compiled'")
     return parser
@@ -168,7 +210,11 @@ def make_parser() -> argparse.ArgumentParser:
 def run_part(name: str, folder: Path, settings: Settings) -> Outcome:
     """Run what is left of a part, and write its JSON."""
     part, journal = PARTS[name], Journal(folder, name)
-    outcome = work(journal, part.tasks(journal, settings), settings, describe(settings), part.summary)
+    try:
+        outcome = work(journal, part.tasks(journal, settings), settings, describe(settings), part.summary)
+    except ImportError as error:
+        say(f"{name}: not run, as it needs what `pip install rgpb[hf]` brings: {error}")
+        return Outcome(0, 1)
     if part.shown:
         print(markdown(read(journal.json)), end="")
     say(f"{name}: {len(journal.rows)} rows, {outcome.failed} failed, {outcome.left} left: {journal.json}")
@@ -195,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
     settings = Settings(
         a.device, a.rounds, tuple(a.workspace or WORKSPACES[a.device]), tuple(a.shape), a.cap, a.minutes, a.only,
-        a.without, a.dtype,
+        a.without, a.dtype, a.model, tuple(a.text), a.steps,
     )  # fmt: skip
     parts = a.part or [name for name, part in PARTS.items() if part.device == a.device]
     outcomes = [run_part(name, a.out, settings) for name in parts]

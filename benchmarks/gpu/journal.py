@@ -55,6 +55,7 @@ class Settings(NamedTuple):
         minutes: of one part, after which no row is begun.
         only, without: patterns on the keys of rows.
         dtype: of the heads, in place of a part's own.
+        model, text, steps: of the language model: a folder in place of training one, what it reads, how long it trains.
     """
 
     device: str
@@ -66,6 +67,9 @@ class Settings(NamedTuple):
     only: re.Pattern[str] | None = None
     without: re.Pattern[str] | None = None
     dtype: str | None = None
+    model: Path | None = None
+    text: tuple[Path, ...] = ()
+    steps: int | None = None
 
     def wants(self, key: str) -> bool:
         """Whether the patterns let a row through."""
