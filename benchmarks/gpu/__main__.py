@@ -23,7 +23,7 @@ from rgpb.bench.cases import DTYPES
 from rgpb.bench.plan import argument, parse_bytes, positive
 from rgpb.bench.report import markdown, read
 
-from . import correct, device, heads, roofline
+from . import correct, device, heads, roofline, verdict
 from .journal import WORKSPACES, Group, Journal, Outcome, Settings, Task, describe, say, work
 
 Rows = list[dict[str, Any]]
@@ -181,6 +181,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the results; needed, except with --list")
     add("--part", action="append", choices=tuple(PARTS), metavar="NAME", help="again for more; default: the device's")
+    add(
+        "--verdict", action="store_true",
+        help="run nothing: what the results in --out say, beside predictions, aims and others, as Markdown",
+    )  # fmt: skip
     add("--list", action="store_true", help="only print the parts")
     add(
         "--shape", action="append", type=argument(parse_case), default=[], metavar="NAME=N,H,V[,softcap]",
@@ -235,6 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if a.out is None:
         parser.error("--out: expected a folder")
+    if a.verdict:
+        try:
+            print("\n".join(verdict.lines(verdict.read(a.out))), end="")
+        except ValueError as error:
+            parser.error(f"--{error}")
+        return 0
     if a.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a CUDA GPU, got torch.cuda.is_available() = False")
     if a.threads is not None:

@@ -1,0 +1,126 @@
+"""What `python -m benchmarks.gpu --verdict` makes of results: those of a tiny run on a CPU, and made-up rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installed
+
+from benchmarks.gpu import verdict
+from benchmarks.gpu.__main__ import main
+from rgpb.bench.report import Row
+from rgpb.engine.plan import RATES
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"
+)
+
+
+def row(loss, path, impl, **more):
+    """A row of the part `llama` at its first shape, on the faster engine in the default workspace."""
+    units = {"single": 3, "two_pass": 4, "frozen": 2, "forward": 1}.get(path, 3)
+    known = {
+        "case": "Llama-3-8B", "kernels": "triton tiled" if impl == "fused" else None, "seconds": 0.04,
+        "over_floor": 1.1, "over_naive": 0.5, "value_error": 1e-6, "extra_bytes": 500_000_000,
+        "planned_bytes": 510_000_000, "planned_seconds": 0.05, "workspace": 512 << 20 if impl == "fused" else None,
+    }  # fmt: skip
+    return Row(loss, path, impl, "bf16", 8192, 4096, 128256, units, **{**known, **more})._asdict()
+
+
+def written(folder, **parts):
+    folder.mkdir(exist_ok=True)
+    for part, rows in parts.items():
+        content = {"part": part, "provenance": {"capability": "9.0"}, "rows": rows}
+        (folder / f"{part}.json").write_text(json.dumps(content))
+    return verdict.read(folder)
+
+
+def line(results, start):
+    """The aim whose text begins like this."""
+    return next(found for found in verdict.aims(results) if found["aim"].startswith(start))
+
+
+ROWS = (
+    row("bnf", "single", "fused", workspace=4 << 30, over_floor=1.2, seconds=0.03),
+    row("bnf", "single", "fused", workspace=4 << 30, over_floor=1.14, seconds=0.035, kernels="triton chunked"),
+    row("bnf", "single", "fused", workspace=4 << 30, over_floor=0.5, status="FAILED", kernels="torch"),
+    row("bnf", "two_pass", "fused", over_floor=1.3),
+    row("bnf", "full", "naive", seconds=0.06),
+    row("bnf", "full", "compiled", seconds=0.025),
+    row("log-prob", "forward", "fused", value_error=2e-5),
+    row("log-prob", "forward", "fused", value_error=1e-5, kernels="torch"),
+    {**row("bnf", "two_pass", "fused", over_floor=0.9, extra_bytes=601_000_000), "tokens": 32768},
+)
+
+
+def test_aims_and_what_came(tmp_path):
+    results = written(tmp_path, llama=ROWS)
+    single = line(results, "BNF, 4 GiB")
+    assert (single["measured"], single["of"], single["verdict"]) == ("1.14", "triton chunked", "reached")
+    assert line(results, "BNF, default")["measured"] == "1.3"  # that of N = 8192
+    assert line(results, "BNF, default")["verdict"] == "missed"
+    assert line(results, "BNF over the fastest other")["measured"] == "1.2"
+    assert line(results, "BNF over the fastest other")["of"] == "triton tiled over compiled"
+    assert line(results, "log-probabilities, error")["measured"] == "2.0e-05"
+    assert line(results, "extra memory")["of"] == "triton tiled, N = 32768"
+    assert line(results, "extra memory")["verdict"] == "missed"
+    assert line(results, "DPO")["verdict"] == "not measured: part llama"
+    assert line(results, "BNF with skipping")["verdict"] == "not measured: part trained"
+
+
+def test_skipping_counts_the_last_stage(tmp_path):
+    known = {"loss": "bnf", "kernels": "torch", "tolerance": "auto", "status": "ok"}
+    stages = [{**known, "steps": 0, "units": 2.0}, {**known, "steps": 8, "units": 3.1}]
+    others = [{**known, "steps": 8, "units": 2.0, "loss": "mle"}, {**known, "steps": 8, "units": 2.0, "tolerance": 0.1}]
+    results = written(tmp_path, trained=[*stages, *others, {**known, "steps": 8, "units": 3.0, "kernels": "cpp"}])
+    assert line(results, "BNF with skipping")["measured"] == "3"
+    own = written(tmp_path / "own", trained=[{**known, "units": 2.4}])  # a model that was there
+    assert line(own, "BNF with skipping")["verdict"] == "reached"
+
+
+def test_predictions_beside_measurements(tmp_path):
+    copy = {"what": "copy, bytes/s", "rate": 3e12, "status": "ok"}
+    kernel = {
+        "kernel": "statistics", "implementation": "triton", "rows": 1024, "seconds": 2e-3, "predicted_seconds": 1e-3,
+        "share_of_copy": 0.8, "share_of_product": None, "status": "ok",
+    }  # fmt: skip
+    results = written(tmp_path, llama=ROWS, ceilings=[copy, {**copy, "status": "FAILED"}], kernels=[kernel])
+    (ceiling,) = verdict.ceilings(results)
+    assert ceiling["plans assume, T/s"] == RATES["sm_90"].copy / 1e12
+    assert ceiling["measured, T/s"] == 3.0
+    assert verdict.kernels(results)[0]["predicted ms"] == 1.0
+    calls = verdict.calls(results)
+    assert len(calls) == 6  # what failed isn't among them
+    assert calls[0]["ms"] == pytest.approx(30)
+    assert calls[0]["predicted ms"] == pytest.approx(50)
+    best = [(found["who"], found["setting"]) for found in verdict.peers(results) if found["job"] == "bnf, full"]
+    assert best[:3] == [("compiled", ""), ("fused", "triton tiled, single, 4,096 MiB"), ("naive", "")]
+
+
+def test_the_command(tmp_path, capsys):
+    sizes = ("--device", "cpu", "--rounds", "1", "--workspace", "512MiB", "--shape", "tiny=64,32,257")
+    only = ("--only", r"bnf \| full \| (naive|.*torch)|log-prob.*torch")
+    assert main(["--out", str(tmp_path), *sizes, "--part", "llama", "--part", "cpu", *only]) == 0
+    capsys.readouterr()
+    assert main(["--out", str(tmp_path), "--verdict"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("## Aims")
+    assert "| log-probabilities, error | 1e-05 | " in shown
+    assert "| tiny | 64 | bnf single | torch | 512 | " in shown
+    assert "not measured: part trained" in shown
+    assert "## Kernels" not in shown
+    for content, message in (("{}", "KeyError"), ("[", "JSONDecodeError")):
+        (tmp_path / "llama.json").write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            main(["--out", str(tmp_path), "--verdict"])
+        error = capsys.readouterr().err
+        assert "--out: expected the JSON of a part" in error
+        assert message in error
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "none"), "--verdict"])
+    assert "--out: expected a folder with results" in capsys.readouterr().err
