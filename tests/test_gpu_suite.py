@@ -199,6 +199,25 @@ def test_skipping_on_a_trained_model(tmp_path, capsys):
     assert row["perplexity"] < perplexities[0]
 
 
+def test_processes_share_a_part(tmp_path):
+    """Each does its own rows; their lines one after the other are a journal in which nothing is left."""
+    only = ("--only", r"plain \| bnf .* \| torch$")
+    for share in range(3):
+        assert suite(tmp_path / str(share), "correct", *only, "--share", f"{share}/3") == 0
+    lines = [(tmp_path / str(share) / "correct.jsonl").read_text() for share in range(3)]
+    assert all(lines)
+    (tmp_path / "correct.jsonl").write_text("".join(lines))
+    assert suite(tmp_path, "correct", *only) == 0
+    made, keys = content(tmp_path, "correct")
+    assert (tmp_path / "correct.jsonl").read_text() == "".join(lines)  # nothing was run again
+    assert suite(tmp_path / "whole", "correct", *only) == 0
+    assert {*keys} == {*content(tmp_path / "whole", "correct")[1]}
+    assert len(made["rows"]) == len(keys)
+    for bad in ("3/3", "1", "-1/2"):
+        with pytest.raises(SystemExit):
+            suite(tmp_path, "correct", f"--share={bad}")
+
+
 def test_a_part_whose_modules_are_missing_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "benchmarks.gpu.steps", None)
     assert suite(tmp_path, "steps") == 3

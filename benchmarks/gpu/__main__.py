@@ -162,6 +162,18 @@ def parse_pattern(text: str) -> re.Pattern[str]:
         raise ValueError(f"expected a regular expression, got {text!r} ({error})") from error
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """(i, n) from a text such as 0/8.
+
+    Raises:
+        ValueError: anything else, or i not less than n.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ValueError(f"expected I/N with I from 0 to N-1, as 0/8, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
 def parse_minutes(text: str) -> float:
     """A number of minutes, at least 0.
 
@@ -208,6 +220,11 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--only", type=argument(parse_pattern), metavar="REGEX", help="only rows whose key has it, as 'bnf.*tiled'")
     add("--without", type=argument(parse_pattern), metavar="REGEX", help="no row whose key has it, as 'compiled'")
+    add(
+        "--share", type=argument(parse_share), default=(0, 1), metavar="I/N",
+        help="only a part of the rows, I from 0 to N-1: for N processes at a time where nothing is timed, as in "
+        "`correct`, each with its own --out; their .jsonl files one after the other are that of all",
+    )  # fmt: skip
     return parser
 
 
@@ -251,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
     settings = Settings(
         a.device, a.rounds, tuple(a.workspace or WORKSPACES[a.device]), tuple(a.shape), a.cap, a.minutes, a.only,
-        a.without, a.dtype, a.model, tuple(a.text), a.steps,
+        a.without, a.dtype, a.model, tuple(a.text), a.steps, a.share,
     )  # fmt: skip
     parts = a.part or [name for name, part in PARTS.items() if part.device == a.device]
     outcomes = [run_part(name, a.out, settings) for name in parts]

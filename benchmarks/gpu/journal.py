@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
         minutes: of one part, after which no row is begun.
         only, without: patterns on the keys of rows.
         dtype: of the heads, in place of a part's own.
+        share: (i, n): only the i-th of n parts of the rows, by their keys.
         model, text, steps: of the language model: a folder in place of training one, what it reads, how long it trains.
     """
 
@@ -70,11 +72,15 @@ class Settings(NamedTuple):
     model: Path | None = None
     text: tuple[Path, ...] = ()
     steps: int | None = None
+    share: tuple[int, int] = (0, 1)
 
     def wants(self, key: str) -> bool:
-        """Whether the patterns let a row through."""
-        return (self.only is None or self.only.search(key) is not None) and (
-            self.without is None or self.without.search(key) is None
+        """Whether the patterns let a row through, and it is in this run's share."""
+        mine, of = self.share
+        return (
+            (self.only is None or self.only.search(key) is not None)
+            and (self.without is None or self.without.search(key) is None)
+            and zlib.crc32(key.encode()) % of == mine
         )
 
 
