@@ -335,7 +335,7 @@ def test_pairs_that_fit_no_chunk(capsys):
     assert plan_of(capsys, *call)["path"][0].startswith("single: ")
     assert plan_of(capsys, *call, "--unit-tokens", 64)["path"][0].startswith("single: ")
     path = plan_of(capsys, *call, "--unit-tokens", 4096)["path"][0]
-    assert path.startswith("two_pass: most tokens are in a pair longer than a chunk of ")
+    assert path.startswith("two_pass: most tokens are in a pair longer than a single pass's chunk of ")
     for more, message in (
         (("--unit-tokens", 8193), "unit-tokens: expected at most the 8192 of --tokens, got 8193"),
         (("--unit-tokens", 64, "--loss", "bnf"), "unit-tokens: expected a loss that couples pairs or groups, got bnf"),

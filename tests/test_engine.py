@@ -371,7 +371,7 @@ def test_pairs_longer_than_the_chunk(lengths, path, auto):
     assert counts == [*lengths]
     chosen = call_plan(hidden, head, spec, "mean", workspace, {}, unit_tokens=counts)
     assert chosen.path == path
-    assert ("in a pair longer than a chunk of 16 rows" in chosen.reason) == (path == "two_pass")
+    assert ("in a pair longer than a single pass's chunk of 16 rows" in chosen.reason) == (path == "two_pass")
     whole, chunked = (dpo_loss(hidden, head, target, ref=ref, workspace=w) for w in (1 << 29, workspace))
     torch.testing.assert_close(whole, chunked)
     assert ["single_pass" in x.grad_fn.name() for x in (whole, chunked)] == [True, path == "single"]

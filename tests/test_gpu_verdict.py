@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -74,11 +75,21 @@ def test_aims_and_what_came(tmp_path):
 
 
 def test_skipping_counts_the_last_stage(tmp_path):
-    known = {"loss": "bnf", "kernels": "torch", "tolerance": "auto", "status": "ok"}
+    known = {
+        "loss": "bnf",
+        "kernels": "torch",
+        "tolerance": "auto",
+        "status": "ok",
+        "tokens": 8,
+        "width": 4,
+        "vocab": 9,
+    }
+    known["perplexity"] = 7.25
     stages = [{**known, "steps": 0, "units": 2.0}, {**known, "steps": 8, "units": 3.1}]
     others = [{**known, "steps": 8, "units": 2.0, "loss": "mle"}, {**known, "steps": 8, "units": 2.0, "tolerance": 0.1}]
     results = written(tmp_path, trained=[*stages, *others, {**known, "steps": 8, "units": 3.0, "kernels": "cpp"}])
     assert line(results, "BNF with skipping")["measured"] == "3"
+    assert line(results, "BNF with skipping")["of"] == "cpp, N = 8, H = 4, V = 9, perplexity 7.25"
     own = written(tmp_path / "own", trained=[{**known, "units": 2.4}])  # a model that was there
     assert line(own, "BNF with skipping")["verdict"] == "reached"
 
@@ -109,7 +120,9 @@ def test_the_command(tmp_path, capsys):
     capsys.readouterr()
     assert main(["--out", str(tmp_path), "--verdict"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("## Aims")
+    assert shown.startswith("## Aims, tiny, N = 64\n")
+    assert re.search(r"\n(\d+) rows of cpu, llama, \d+ of them right; device CPU, .* commit ", shown)
+    assert "predicted ms" not in shown  # there are no rates for a CPU
     assert "| log-probabilities, error | 1e-05 | " in shown
     assert "| tiny | 64 | bnf single | torch | 512 | " in shown
     assert "not measured: part trained" in shown

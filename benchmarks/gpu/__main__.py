@@ -3,7 +3,10 @@
 With `--device cpu` it has the part `cpu`: all contestants in float32; the others run there, too, when they are named.
 Each part writes DIR/<part>.json and, row by row, DIR/<part>.jsonl. A part that was cut short goes on where it stopped
 when the same command is given again; delete its .jsonl to begin anew. `rgpb bench --render DIR/<part>.json` prints its
-tables and draws its plot. Exit codes: 3 if rows are left for the next run, else 1 if a result was off float64, else 0.
+tables and draws its plot. A row that is there isn't run again, whatever `--rounds` says.
+
+Exit codes: 2 for bad arguments or a part that can't be run, else 3 if rows are left for the next run, else 1 if a
+result was off float64, else 0.
 """
 
 from __future__ import annotations
@@ -101,12 +104,12 @@ PARTS = {
         _table,
     ),
     "steps": Part(
-        "a training step of a 1B Llama with BNF and DPO: tokens per second, peak memory; naive and fused",
+        "training steps of a 1B Llama (on a CPU a toy), BNF and DPO: tokens per second, peak memory; naive and fused",
         _lazily("steps", "tasks"),
         _table,
     ),
     "training": Part(
-        "300 steps of a small model, fused in bfloat16 and naive in float32: do the curves agree",
+        "300 steps of a small model (on a CPU 6 of a toy), fused in bfloat16 and naive in float32: do the curves agree",
         _lazily("steps", "training"),
         _lazily("steps", "summary"),
         shown=True,
@@ -200,7 +203,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="only print the parts")
     add(
         "--shape", action="append", type=argument(parse_case), default=[], metavar="NAME=N,H,V[,softcap]",
-        help="in place of a part's own shapes; again for more (longest, skip and trained take the first)",
+        help="in place of a part's own shapes; again for more. kernels, profile, longest, skip and trained take the "
+        "first; steps and training have models of their own",
     )  # fmt: skip
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--dtype", choices=tuple(DTYPES), help="of the heads; default: bf16, and fp32 for the part cpu")
@@ -208,7 +212,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--minutes", type=argument(parse_minutes), default=8.5, help="of a part, then no row is begun; default 8.5")
     add(
         "--workspace", action="append", type=argument(parse_bytes), metavar="BYTES",
-        help="of the library; again for more; default 512MiB and 4GiB, on a CPU 512MiB and 16MiB",
+        help="of the library; again for more; default 512MiB and 4GiB, on a CPU 512MiB and 16MiB (steps: the "
+        "library's default)",
     )  # fmt: skip
     add("--rounds", type=argument(positive), default=20, help="of timing, at most; fewer for slow rows; default 20")
     add("--cap", type=argument(positive), default=1 << 20, help="tokens where `longest` ends; default %(default)s")
@@ -228,17 +233,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_part(name: str, folder: Path, settings: Settings) -> Outcome:
-    """Run what is left of a part, and write its JSON."""
-    part, journal = PARTS[name], Journal(folder, name)
+def run_part(name: str, folder: Path, settings: Settings) -> Outcome | None:
+    """Run what is left of a part, and write its JSON; None where it can't be run with these settings, or here."""
+    part = PARTS[name]
     try:
+        journal = Journal(folder, name)
         outcome = work(journal, part.tasks(journal, settings), settings, describe(settings), part.summary)
     except ImportError as error:
         say(f"{name}: not run, as it needs what `pip install rgpb[hf]` brings: {error}")
-        return Outcome(0, 1)
+        return None
+    except ValueError as error:
+        say(f"{name}: not run: {error}")
+        return None
     if part.shown:
         print(markdown(read(journal.json)), end="")
-    say(f"{name}: {len(journal.rows)} rows, {outcome.failed} failed, {outcome.left} left: {journal.json}")
+    rows = f"{len(journal.rows)} rows, {outcome.added} of them new"
+    say(f"{name}: {rows}, {outcome.failed} failed, {outcome.left} left: {journal.json}")
     return outcome
 
 
@@ -246,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for.
 
     Returns:
-        3 if rows are left for the next run, else 1 if a result was off float64, else 0; 2 for bad arguments.
+        2 for bad arguments or a part that can't be run, else 3 if rows are left for the next run, else 1 if a result
+        was off float64, else 0.
     """
     parser = make_parser()
     a = parser.parse_args(argv)
@@ -258,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out: expected a folder")
     if a.verdict:
         try:
-            print("\n".join(verdict.lines(verdict.read(a.out))), end="")
+            print("\n".join(verdict.lines(verdict.read(a.out))))
         except ValueError as error:
             parser.error(f"--{error}")
         return 0
@@ -272,9 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parts = a.part or [name for name, part in PARTS.items() if part.device == a.device]
     outcomes = [run_part(name, a.out, settings) for name in parts]
-    if any(outcome.left for outcome in outcomes):
+    if None in outcomes:
+        return 2
+    ran = [outcome for outcome in outcomes if outcome is not None]
+    if any(outcome.left for outcome in ran):
         return 3
-    return int(any(outcome.failed for outcome in outcomes))
+    return int(any(outcome.failed for outcome in ran))
 
 
 if __name__ == "__main__":

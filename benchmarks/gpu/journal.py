@@ -85,10 +85,11 @@ class Settings(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How many rows a part failed, and how many it has left for the next run."""
+    """How many rows a part failed, how many it has left for the next run, and how many this one has added."""
 
     failed: int
     left: int
+    added: int = 0
 
 
 class Journal:
@@ -154,7 +155,7 @@ def work(
     summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> Outcome:
     """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end."""
-    start, longest, made, left = time.monotonic(), 0.0, 0, 0
+    start, longest, made, left, added = time.monotonic(), 0.0, 0, 0, 0
     try:
         for task in tasks:
             together = task.keys if isinstance(task, Group) else (task.key,)
@@ -167,6 +168,7 @@ def work(
                 continue
             for key, row in zip(keys, task.run(keys) if isinstance(task, Group) else [task.run()]):
                 journal.add(key, row, run)
+                added += 1
                 say(f"{journal.part}: {key}: {row.get('status')} ({time.monotonic() - begin:.1f} s)")
             took, made = time.monotonic() - begin, made + 1
             longest = max(0.8 * longest, took)
@@ -178,7 +180,7 @@ def work(
         journal.write(run, left, **summary(list(journal.rows.values())))
     if left:
         say(f"{journal.part}: {left} rows don't fit into {settings.minutes:g} minutes; run it again for them")
-    return Outcome(sum(map(failed, journal.rows.values())), left)
+    return Outcome(sum(map(failed, journal.rows.values())), left, added)
 
 
 def alive(device: str) -> bool:

@@ -132,11 +132,17 @@ class Stage(NamedTuple):
     steps: int | None
 
 
-def train_stages(folder: Path, corpus: Corpus, scale: Scale, device: str) -> list[Stage]:
+def described(scale: Scale) -> str:
+    """Model and training in a few words."""
+    rows = f"{scale.steps} steps of {scale.batch} x {scale.length}"
+    return f"{scale.layers} x {scale.width}, V = {scale.vocab}, {rows}, lr {scale.lr:g}"
+
+
+def train_stages(folder: Path, corpus: Corpus, scale: Scale, tokens: int, device: str) -> list[Stage]:
     """Train in `folder`, or go on there; the model before and at `STAGES` stages of training.
 
     Raises:
-        ValueError: the folder belongs to another text or scale.
+        ValueError: the folder belongs to another text or scale; or the held-out text has less than so many tokens.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,8 +153,9 @@ def train_stages(folder: Path, corpus: Corpus, scale: Scale, device: str) -> lis
     if note.exists() and json.loads(note.read_text()) != wanted:
         raise ValueError(f"out: expected a model of this text and scale in {folder}, got another; remove it")
     if not note.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer(corpus.train, scale.vocab)
+        held_out_ids(tokenizer, corpus.held_out, tokens)  # what there is too little of is known before the training
+        folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=scale.vocab, hidden_size=scale.width, intermediate_size=3 * scale.width,
@@ -175,6 +182,40 @@ def train_stages(folder: Path, corpus: Corpus, scale: Scale, device: str) -> lis
     return [Stage(start, 0), *stages, Stage(folder / "run" / "model", scale.steps)]
 
 
+def given_model(folder: Path) -> Stage:
+    """A model and its tokenizer that are there already.
+
+    Raises:
+        ValueError: they aren't.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with a transformers model and its tokenizer, got {folder}")
+    return Stage(folder, None)
+
+
+def changed(folder: Path) -> str:
+    """What tells this state of a folder from an earlier one."""
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()]
+    return hashlib.sha256(repr(sorted(states)).encode()).hexdigest()[:16]
+
+
+def held_out_ids(tokenizer: Any, texts: list[str], tokens: int) -> Tensor:
+    """Inputs and targets of so many tokens at most, in an even number of responses, [B, T + 1].
+
+    Raises:
+        ValueError: too little text.
+    """
+    length = min(LENGTH, tokens // 2)
+    wanted, rows = tokens // (2 * length) * 2, []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) > length:
+            rows.append(ids[: length + 1])
+        if len(rows) == wanted:
+            return torch.tensor(rows)
+    raise ValueError(f"text: expected {wanted} held-out pieces of more than {length} tokens, got {len(rows)}")
+
+
 @torch.no_grad()
 def states_batch(folder: Path, tokenizer_folder: Path, texts: list[str], tokens: int, device: str) -> Batch:
     """States, head and targets of a model on the first of the texts that are long enough: a batch in bfloat16.
@@ -193,17 +234,7 @@ def states_batch(folder: Path, tokenizer_folder: Path, texts: list[str], tokens:
     head = read_head(model)
     if head.bias is not None or head.softcap is not None or head.scale != 1:
         raise ValueError(f"model: expected a head of a weight alone, got {type(model).__name__}'s")
-    length = min(LENGTH, tokens // 2)
-    wanted, rows = tokens // (2 * length) * 2, []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        if len(ids) > length:
-            rows.append(ids[: length + 1])
-        if len(rows) == wanted:
-            break
-    else:
-        raise ValueError(f"text: expected {wanted} held-out pieces of more than {length} tokens, got {len(rows)}")
-    ids = torch.tensor(rows, device=device)
+    ids = held_out_ids(tokenizer, texts, tokens).to(device)
     hidden = torch.cat([hidden_states(model, part) for part in ids[:, :-1].split(16)])
     hidden, weight, target = hidden.bfloat16(), head.weight.detach().bfloat16(), ids[:, 1:]
     logp = exact_logp(hidden, weight, target)

@@ -130,20 +130,20 @@ def trained(journal: Journal, settings: Settings) -> Iterator[Task]:
         scale = scale._replace(steps=settings.steps)
     corpus = language.read_corpus(settings.text or language.sources(), scale.text)
     if settings.model is None:
-        stages = language.train_stages(journal.path.parent / "language-model", corpus, scale, device)
+        stages = language.train_stages(journal.path.parent / "language-model", corpus, scale, tokens, device)
     else:
-        stages = [language.Stage(settings.model, None)]
+        stages = [language.given_model(settings.model)]
     for stage in stages:
         make = partial(language.states_batch, stage.folder, stages[0].folder, corpus.held_out, tokens, device)
-        title, known = f"{stage.folder} | {tokens}", {}
+        title, known = f"{stage.folder} {language.changed(stage.folder)}", {}
         if stage.steps is not None:
-            title, known = f"{scale} | {stage.steps} | {tokens}", {"steps": stage.steps}
+            title, known = f"{language.described(scale)} | after {stage.steps}", {"steps": stage.steps}
 
         def facts(batch: Batch, known: dict[str, int] = known) -> dict[str, Any]:
             return {**known, **language.peakedness(batch)}
 
         tolerances = TOLERANCES if stage is stages[-1] else ("auto",)
-        yield from rows_of(f"{title} | {corpus.digest}", Subject(make, settings, facts), tolerances)
+        yield from rows_of(f"{title} | N = {tokens} of {corpus.digest}", Subject(make, settings, facts), tolerances)
         release(device)
 
 
@@ -153,7 +153,8 @@ def rows_of(title: str, subject: Subject, tolerances: tuple[float | str, ...]) -
         for kernels in kernels_for(subject.settings.device):
             for tolerance in (None, *tolerances):
                 for sort in (False, True) if tolerance is not None else (False,):
-                    key = f"{title} | {loss} | {kernels} | {tolerance} | sorted={sort}"
+                    how = f"{loss} | {kernels} | {tolerance} | sorted={sort}"
+                    key = f"{title} | {subject.settings.workspaces[0]} | {how}"
                     yield Task(key, partial(skip_row, subject, loss, kernels, tolerance, sort))
 
 

@@ -1,6 +1,7 @@
 """What the results in a folder say: ceilings and times beside what plans foretold of them, and aims beside what came.
 
-Nothing is run. A table without rows is left out; an aim without a measurement says which part is missing.
+Nothing is run. A table without rows and a column without values are left out; an aim without a measurement says which
+part is missing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rgpb.bench.cases import LOG_PROB, naive_path
-from rgpb.bench.report import free_table
+from rgpb.bench.report import free_table, summary
 from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
-
-from .heads import LLAMA
 
 Rows = list[dict[str, Any]]
 MIB = 2**20
@@ -66,8 +65,8 @@ class Aim(NamedTuple):
 
 
 def least(rows: Rows, value: Callable[[dict[str, Any]], float | None]) -> tuple[float, str] | None:
-    """The smallest value, and the kernels that it belongs to."""
-    found = [(made, row.get("kernels") or row.get("impl") or "") for row in rows if (made := value(row)) is not None]
+    """The smallest value, and whose it is."""
+    found = [(made, row["kernels"] or row["impl"]) for row in rows if (made := value(row)) is not None]
     return min(found) if found else None
 
 
@@ -117,7 +116,12 @@ def skipped_units(results: Results) -> tuple[float, str] | None:
     """Units that BNF's forward and backward take with tolerance "auto" after all of the training."""
     rows = [row for row in results.ok("trained") if (row["loss"], row["tolerance"]) == ("bnf", "auto")]
     last = max((row.get("steps") or 0 for row in rows), default=0)
-    return least([row for row in rows if (row.get("steps") or 0) == last], lambda row: row["units"])
+    rows = [row for row in rows if (row.get("steps") or 0) == last]
+    found = min(rows, key=lambda row: row["units"], default=None)
+    if found is None:
+        return None
+    size = f"N = {found['tokens']}, H = {found['width']}, V = {found['vocab']}"
+    return found["units"], f"{found['kernels']}, {size}, perplexity {found['perplexity']:.3g}"
 
 
 BIG = 4 * 2**30
@@ -136,7 +140,7 @@ AIMS = (
 
 def aims(results: Results) -> Rows:
     """A line for each aim; none where nothing that they are about was measured."""
-    lines = []
+    lines: Rows = []
     for aim in AIMS:
         made = aim.found(results)
         line: dict[str, Any] = {"aim": aim.text, "at most": format(aim.most, "g"), "measured": None, "of": None}
@@ -223,7 +227,7 @@ def _times(x: float | None, factor: float) -> float | None:
 
 
 TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
-    (f"Aims, at the shape of {LLAMA[0][0]} with N = {LLAMA[0][1]}", aims),
+    ("Aims", aims),
     ("Ceilings", ceilings),
     ("Kernels beside their predictions and ceilings", kernels),
     ("Calls beside their predictions", calls),
@@ -232,8 +236,14 @@ TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
 
 
 def lines(results: Results) -> Iterator[str]:
-    """Markdown."""
+    """Markdown, provenance below all."""
+    case = next((f", {row['case']}, N = {row['tokens']}" for row in first_case(results)), "")
     for title, make in TABLES:
         rows = make(results)
+        kept = {name for row in rows for name, value in row.items() if value is not None}
         if rows:
-            yield from (f"## {title}", "", *free_table(rows), "")
+            shown = [{name: value for name, value in row.items() if name in kept} for row in rows]
+            yield from (f"## {title}{case if make is aims else ''}", "", *free_table(shown), "")
+    count = sum(map(len, results.rows.values()))
+    right = sum(len(results.ok(part)) for part in results.rows)
+    yield f"{count} rows of {', '.join(results.rows)}, {right} of them right; {summary(results.provenance)}"

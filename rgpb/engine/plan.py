@@ -413,7 +413,8 @@ def _not_single(
         return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
     longer = sum(count for count in unit_tokens if count > rows)
     if 2 * longer > sum(unit_tokens):
-        return f"most tokens are in a {couples} longer than a chunk of {rows:,} rows, which a single pass sweeps twice"
+        chunk = f"a single pass's chunk of {rows:,} rows"
+        return f"most tokens are in a {couples} longer than {chunk}, which would be swept twice"
     return None
 
 
