@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -237,9 +238,9 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
 def call_plan(
     hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
     impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    unit_tokens: Sequence[int] = (),
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
 ) -> Plan:  # fmt: skip
-    """What `fused_loss` will run for these arguments, with so many tokens in each pair or group."""
+    """What `fused_loss` will run for these arguments, with `tokens_of_units` of its target."""
     registered = is_registered(spec) and encodable(options)
     return plan_call(
         hidden, head, resolve_impl(impl, hidden.device), engine, workspace,
@@ -248,13 +249,14 @@ def call_plan(
     )  # fmt: skip
 
 
-def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> list[int]:
-    """Tokens of each pair or group; none where the objective couples something else, or tensors have no values yet."""
-    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(layout.tokens):
-        return []
+def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None:
+    """What gives the tokens of each pair or group, reading them from the device when it is first asked; None where the
+    objective couples something else, or tensors have no values yet."""
     count = layout.tokens
+    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(count):
+        return None
     members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
-    return members.sum(0).tolist()
+    return cache(lambda: members.sum(0).tolist())
 
 
 def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:

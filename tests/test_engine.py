@@ -123,7 +123,7 @@ def run_path(path, name, hidden, head, target, **keywords):
     if path.startswith("two_pass"):
         loss = fused_loss(hidden, head, target, objective=name, reduction="none", **keywords).mean()
     else:
-        with patch("rgpb.fused.tokens_of_units", return_value=[]):
+        with patch("rgpb.fused.tokens_of_units", return_value=None):
             loss = fused_loss(hidden, head, target, objective=name, **keywords)
     wanted = [x for x in leaves(hidden, head) if x.requires_grad]
     return loss, torch.autograd.grad(loss * 1.5, wanted)
@@ -358,7 +358,7 @@ def test_second_derivatives_are_refused():
             torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-@pytest.mark.parametrize(("lengths", "path"), [((12, 20, 13), "single"), ((12, 28, 13), "two_pass")], ids=str)
+@pytest.mark.parametrize(("lengths", "path"), [((12, 24, 13), "single"), ((4, 28, 3), "two_pass")], ids=str)
 def test_pairs_longer_than_the_chunk(lengths, path, auto):
     """Where most tokens are in such pairs two passes are taken; a single pass sweeps one that is too long twice."""
     hidden, head, target, ref_logits = batch((6, 15, 31, 5), masked=False)
@@ -368,7 +368,7 @@ def test_pairs_longer_than_the_chunk(lengths, path, auto):
     head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", resolve_impl("auto", hidden.device))
     workspace = next(w for w in range(1 << 10, 1 << 16, 8) if fits(head_sizes, w, 90) == 16)
     counts = tokens_of_units(spec, make_layout(target, None, -100), None)
-    assert counts == [*lengths]
+    assert counts() == [*lengths]
     chosen = call_plan(hidden, head, spec, "mean", workspace, {}, unit_tokens=counts)
     assert chosen.path == path
     assert ("in a pair longer than a single pass's chunk of 16 rows" in chosen.reason) == (path == "two_pass")
@@ -377,6 +377,26 @@ def test_pairs_longer_than_the_chunk(lengths, path, auto):
     assert ["single_pass" in x.grad_fn.name() for x in (whole, chunked)] == [True, path == "single"]
     for a, b in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (whole, chunked))):
         torch.testing.assert_close(a, b)
+
+
+def test_lengths_are_asked_for_only_where_they_decide():
+    """Reading them is a synchronisation on a GPU. What doesn't fit one chunk of padded rows may be one of the kept."""
+    llama = sizes(128256, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_90")
+
+    def never():
+        raise AssertionError("asked")
+
+    for request in (
+        {"weight_grad": False}, {"scalar": False}, {"half": True}, {"workspace": 512 << 20}, {"couples": "batch"},
+        {"hidden_grad": False, "weight_grad": False},
+    ):  # fmt: skip
+        plan(32768, llama, **{"couples": "pair", "workspace": 4 << 30, "unit_tokens": never, **request})
+    plan(4096, llama, couples="pair", workspace=4 << 30, unit_tokens=never)  # all is one chunk
+    few, many = (
+        plan(32768, llama, couples="pair", workspace=4 << 30, unit_tokens=lambda n=n: [n]) for n in (8000, 16000)
+    )
+    assert "longer than" not in few.reason
+    assert many.reason.startswith("most tokens are in a pair longer than a single pass's chunk of ")
 
 
 def fits(head, workspace, tokens):

@@ -204,7 +204,13 @@ def test_short_calls_are_repeated_and_their_time_is_divided(tmp_path, monkeypatc
     assert [roofline.calls_of(seconds) for seconds in (1e-9, 1e-4, 9e-4, 1e-2)] == [100, 10, 2, 1]
     calls = []
     assert roofline.repeated(lambda: calls.append(1) or len(calls), 3) == 3
-    monkeypatch.setattr(roofline, "interleaved", lambda runs, rounds, device: {name: [1e-4] for name in runs})
+    waits = iter((5e-4, 1e-3))  # of one call with its wait, and of ten
+
+    def spent(runs, rounds, device):
+        seconds = next(waits)
+        return {name: [seconds] for name in runs}
+
+    monkeypatch.setattr(roofline, "interleaved", spent)
     monkeypatch.setattr(roofline, "timed", lambda runs, settings: ({name: [1.0, 3.0, 2.0] for name in runs}, 3))
     row, _ = one(tmp_path, "statistics")
     assert (row["calls"], row["rounds"]) == (10, 3)

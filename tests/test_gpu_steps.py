@@ -117,7 +117,7 @@ def test_the_model_is_llama_s():
 
 def test_steps(tmp_path):
     outcome, made = run(tmp_path, "steps")
-    assert outcome == (0, 0)
+    assert outcome[:2] == (0, 0)
     rows = made["rows"]
     keys = [(row["length"], row["loss"], row["impl"]) for row in rows]
     assert keys == [(n, loss, impl) for n in (16, 33) for loss in ("bnf", "dpo") for impl in ("naive", "fused")]
@@ -130,7 +130,7 @@ def test_steps(tmp_path):
         assert row["peak_bytes"] is None
         assert 3 * weights < row["base_bytes"] < 3 * weights + 1000  # and the number of the step
         assert row["value"] == pytest.approx(row["expected"], abs=1e-5)
-        assert row["gradient_norm"] == pytest.approx(naive["gradient_norm"], rel=1e-4)
+        assert row["gradient_error"] < 1e-5
         if row["impl"] == "fused":
             assert row["over_naive"] == pytest.approx(row["seconds"] / naive["seconds"])
             assert row["path"] in cases.PATHS
@@ -141,7 +141,7 @@ def test_steps(tmp_path):
     assert "| tiny Llama | " in shown
 
     outcome, again = run(tmp_path, "steps")  # nothing more to do
-    assert (outcome, again) == ((0, 0), made)
+    assert (outcome, again) == ((0, 0, 0), made)
 
 
 def test_a_step_moves_no_weight():
@@ -159,9 +159,9 @@ def test_a_step_moves_no_weight():
 
 def test_a_run_of_steps_goes_on(tmp_path):
     """Fused is compared with a naive row of an earlier run."""
-    assert run(tmp_path, "steps", minutes=0, **only("16 . bnf"))[0] == (0, 1)
+    assert run(tmp_path, "steps", minutes=0, **only("16 . bnf"))[0] == (0, 1, 1)
     outcome, made = run(tmp_path, "steps", **only("16 . bnf"))
-    assert outcome == (0, 0)
+    assert outcome[:2] == (0, 0)
     assert [row["impl"] for row in made["rows"]] == ["naive", "fused"]
     assert made["rows"][1]["over_naive"] > 0
 
@@ -212,7 +212,7 @@ def test_naive_runs_out_of_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "log_probs", full)
     monkeypatch.setattr(steps.Llama, "tidy", watched)
     outcome, made = run(tmp_path, "steps", **only("dpo"))
-    assert outcome == (0, 0)
+    assert outcome[:2] == (0, 0)
     assert [row["status"] for row in made["rows"]] == ["out of memory", "ok", "ok", "ok"]
     assert {row["over_naive"] is None for row in made["rows"][:3]} == {True}
     assert made["rows"][3]["over_naive"] > 0
@@ -239,7 +239,7 @@ def test_what_a_loss_may_be_off():
 
 def test_naive_in_bfloat16_is_within_its_tolerance(tmp_path):
     outcome, made = run(tmp_path, "steps", dtype="bf16")
-    assert outcome == (0, 0)
+    assert outcome[:2] == (0, 0)
     assert {row["status"] for row in made["rows"]} == {"ok"}
     assert max(abs(row["value"] - row["expected"]) for row in made["rows"] if row["impl"] == "naive") > 1e-5
 
@@ -249,7 +249,7 @@ def test_naive_in_bfloat16_is_within_its_tolerance(tmp_path):
 
 def test_training(tmp_path):
     outcome, made = run(tmp_path, "training")
-    assert outcome == (0, 0)
+    assert outcome[:2] == (0, 0)
     rows = {(row["loss"], row["seed"], row["impl"]): row for row in made["rows"]}
     assert [*rows] == [(x, s, i) for s in steps.SEEDS for x in ("mle", "bnf", "dpo") for i in ("naive", "fused")]
     course = steps.COURSES["cpu"]
@@ -274,13 +274,13 @@ def test_training(tmp_path):
         assert line["seed_std"] > 0
     assert table[0]["inside"] == 1
     assert "| mle | 3 | 0 | 6 | " in report.markdown(report.read(tmp_path / "training.json"))
-    assert run(tmp_path, "training") == (outcome, made)
+    assert run(tmp_path, "training") == ((0, 0, 0), made)
 
 
 def test_a_run_of_training_goes_on(tmp_path):
     """Another process makes the same start again."""
     whole = run(tmp_path / "a", "training", **only(r"(mle|bnf) . 1 "))[1]["rows"]
-    assert run(tmp_path / "b", "training", minutes=0, **only(r"(mle|bnf) . 1 "))[0] == (0, 3)
+    assert run(tmp_path / "b", "training", minutes=0, **only(r"(mle|bnf) . 1 "))[0] == (0, 3, 1)
     assert run(tmp_path / "b", "training", **only(r"(mle|bnf) . 1 "))[1]["rows"] == whole
 
 

@@ -70,8 +70,29 @@ def test_aims_and_what_came(tmp_path):
     assert line(results, "log-probabilities, error")["measured"] == "2.0e-05"
     assert line(results, "extra memory")["of"] == "triton tiled, N = 32768"
     assert line(results, "extra memory")["verdict"] == "missed"
-    assert line(results, "DPO")["verdict"] == "not measured: part llama"
-    assert line(results, "BNF with skipping")["verdict"] == "not measured: part trained"
+    assert line(results, "DPO")["verdict"] == "no right row of it in llama"
+    assert line(results, "BNF with skipping")["verdict"] == "no right row of it in trained"
+
+
+def test_aims_are_about_one_shape(tmp_path):
+    """That of N = 8192, whatever ran first and even where it failed; of another model the first there is."""
+    first = {**row("bnf", "two_pass", "fused", over_floor=1.01), "tokens": 32768}
+    failed = row("bnf", "two_pass", "fused", status="FAILED", seconds=None, over_floor=None)
+    results = written(tmp_path, llama=[first, failed])
+    assert line(results, "extra memory")["measured"] == "500"
+    assert line(results, "BNF, default")["verdict"] == "no right row of it in llama"
+    assert any(shown == "## Aims, Llama-3-8B, N = 8192" for shown in verdict.lines(results))
+    other = written(tmp_path, llama=[{**first, "case": "mine"}])
+    assert line(other, "BNF, default")["measured"] == "1.01"
+    assert "## Aims, mine, N = 32768" in verdict.lines(other)
+
+
+def test_numbers_that_are_missing(tmp_path):
+    bare = {"extra_bytes": None, "value_error": None, "seconds": None, "over_floor": None, "planned_bytes": None}
+    results = written(
+        tmp_path, llama=[row("bnf", "single", "fused", **bare), row("log-prob", "forward", "fused", **bare)]
+    )
+    assert [*verdict.lines(results)] == ["* llama: 2 of 2 rows right; capability 9.0"]
 
 
 def test_skipping_counts_the_last_stage(tmp_path):
@@ -121,11 +142,11 @@ def test_the_command(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--verdict"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("## Aims, tiny, N = 64\n")
-    assert re.search(r"\n(\d+) rows of cpu, llama, \d+ of them right; device CPU, .* commit ", shown)
+    assert re.search(r"\n\* cpu: \d+ of \d+ rows right; device CPU, .* commit .*\n\* llama: ", shown)
     assert "predicted ms" not in shown  # there are no rates for a CPU
     assert "| log-probabilities, error | 1e-05 | " in shown
     assert "| tiny | 64 | bnf single | torch | 512 | " in shown
-    assert "not measured: part trained" in shown
+    assert "no right row of it in trained" in shown
     assert "## Kernels" not in shown
     for content, message in (("{}", "KeyError"), ("[", "JSONDecodeError")):
         (tmp_path / "llama.json").write_text(content)
@@ -136,4 +157,4 @@ def test_the_command(tmp_path, capsys):
         assert message in error
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path / "none"), "--verdict"])
-    assert "--out: expected a folder with results" in capsys.readouterr().err
+    assert "--out: expected a folder with the JSON of parts" in capsys.readouterr().err

@@ -14,5 +14,6 @@
 
 With `--device cpu` the same contestants, as far as they run there, do the same jobs in float32.
 
-No row has a time unless the same call was right to the tolerance first; of a profile, unless it was finite.
+No row of a contestant or kernel has a time unless the same call was right to the tolerance first; a profile only has
+to be finite, and the bare products are the library's own.
 """

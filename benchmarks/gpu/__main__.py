@@ -242,7 +242,7 @@ def run_part(name: str, folder: Path, settings: Settings) -> Outcome | None:
     except ImportError as error:
         say(f"{name}: not run, as it needs what `pip install rgpb[hf]` brings: {error}")
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         say(f"{name}: not run: {error}")
         return None
     if part.shown:

@@ -85,10 +85,12 @@ def longest(settings: Settings) -> Iterator[Task]:
     """The most tokens that BNF with full gradients can take at once, for naive PyTorch and for the library."""
     name, _, width, vocab, softcap = settings.shapes[0] if settings.shapes else LLAMA
     head = (name, width, vocab, softcap)
-    yield Task("naive", partial(longest_row, settings, head, None, None))
+    yield Task(f"{head} | naive", partial(longest_row, settings, head, None, None))
     for kernels in kernels_for(settings.device):
         for workspace in settings.workspaces:
-            yield Task(f"fused | {kernels} | {workspace}", partial(longest_row, settings, head, kernels, workspace))
+            yield Task(
+                f"{head} | fused | {kernels} | {workspace}", partial(longest_row, settings, head, kernels, workspace)
+            )
 
 
 def longest_row(

@@ -154,7 +154,14 @@ def work(
     run: dict[str, Any],
     summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
 ) -> Outcome:
-    """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end."""
+    """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end.
+
+    Raises:
+        ValueError: the rows that are there are another device's.
+    """
+    there = journal.runs[-1].get("device") if journal.runs else None
+    if there not in (None, run.get("device")):
+        raise ValueError(f"out: expected results of {run.get('device')}, got those of {there} in {journal.path}")
     start, longest, made, left, added = time.monotonic(), 0.0, 0, 0, 0
     try:
         for task in tasks:

@@ -107,7 +107,10 @@ def read_corpus(places: tuple[Path, ...], most: int) -> Corpus:
         digest.update(text.encode())
         made[drawn % HELD_OUT == 0].extend(pieces(text))
     if not all(made):
-        raise ValueError(f"text: expected enough files to hold one of {HELD_OUT} out, got {len(named)}")
+        raise ValueError(
+            f"text: expected files of which one in {HELD_OUT}, by a hash of its name, is held out and others aren't, "
+            f"got {len(named)} files with {len(made[0])} pieces to train on and {len(made[1])} held out"
+        )
     return Corpus(*made, digest.hexdigest()[:16])
 
 
@@ -142,12 +145,19 @@ def train_stages(folder: Path, corpus: Corpus, scale: Scale, tokens: int, device
     """Train in `folder`, or go on there; the model before and at `STAGES` stages of training.
 
     Raises:
-        ValueError: the folder belongs to another text or scale; or the held-out text has less than so many tokens.
+        ValueError: an odd width; the folder belongs to another text or scale; or the held-out text has less than so
+            many tokens.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rgpb.train import TrainConfig, train
+    from rgpb.trainer import save_whole_file
 
+    heads = max(1, scale.width // 64)
+    if scale.width % (2 * heads):
+        raise ValueError(
+            f"shape: expected H a multiple of {2 * heads}, for {heads} heads of even size, got {scale.width}"
+        )
     start, data, note = folder / "start", folder / "text.jsonl", folder / "scale.json"
     wanted = {**scale._asdict(), "corpus": corpus.digest}
     if note.exists() and json.loads(note.read_text()) != wanted:
@@ -159,7 +169,7 @@ def train_stages(folder: Path, corpus: Corpus, scale: Scale, tokens: int, device
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=scale.vocab, hidden_size=scale.width, intermediate_size=3 * scale.width,
-            num_hidden_layers=scale.layers, num_attention_heads=max(1, scale.width // 64),
+            num_hidden_layers=scale.layers, num_attention_heads=heads,
             max_position_embeddings=scale.length, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
@@ -167,19 +177,26 @@ def train_stages(folder: Path, corpus: Corpus, scale: Scale, tokens: int, device
         tokenizer.save_pretrained(start)
         rows = ({"prompt": "", "completion": text, "label": True} for text in corpus.train)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        note.write_text(json.dumps(wanted))
+        save_whole_file(note, lambda path: path.write_text(json.dumps(wanted)))
     every = max(1, scale.steps // STAGES)
+    if (folder / "run" / "result.json").exists():  # also where the folder was moved since
+        return stages_of(folder, scale)
     train(
         TrainConfig(
             data=str(data), output=str(folder / "run"), loss="mle", model=str(start), steps=scale.steps,
-            batch_size=scale.batch, max_length=scale.length, max_prompt_length=1, packing=device == "cuda", lr=scale.lr,
+            batch_size=scale.batch, max_length=scale.length, max_prompt_length=1, lr=scale.lr,
             schedule="cosine", bf16=device == "cuda", cpu=device == "cpu", save_steps=every, keep_checkpoints=STAGES,
             log_steps=20,
         )
     )  # fmt: skip
+    return stages_of(folder, scale)
+
+
+def stages_of(folder: Path, scale: Scale) -> list[Stage]:
+    """The models of a training that has ended."""
     saved = sorted((int(path.name.partition("-")[2]), path) for path in (folder / "run").glob("checkpoint-*"))
     stages = [Stage(path, steps) for steps, path in saved if steps < scale.steps]
-    return [Stage(start, 0), *stages, Stage(folder / "run" / "model", scale.steps)]
+    return [Stage(folder / "start", 0), *stages, Stage(folder / "run" / "model", scale.steps)]
 
 
 def given_model(folder: Path) -> Stage:
@@ -188,8 +205,18 @@ def given_model(folder: Path) -> Stage:
     Raises:
         ValueError: they aren't.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model: expected a folder with a transformers model and its tokenizer, got {folder}")
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        if not folder.is_dir():
+            raise OSError("there is no such folder")
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model: expected a folder with a transformers model and its tokenizer, got {folder} ({what})"
+        ) from error
     return Stage(folder, None)
 
 

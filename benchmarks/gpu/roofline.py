@@ -585,7 +585,12 @@ def times(chunk: Chunk, kernel: Kernel) -> dict[str, Any]:
     runs: dict[str, Callable[[], object]] = {"this": kernel.run, "copy": copy_of(kernel.moved, chunk.device)}
     if isinstance(chunk, Operands) and kernel.flops is not None and kernel.run is not chunk.product.run:
         runs["product"] = chunk.product.run
-    calls = {name: calls_of(seconds[0]) for name, seconds in interleaved(runs, 1, device).items()}
+    once = {name: seconds[0] for name, seconds in interleaved(runs, 1, device).items()}
+    short: dict[Any, Callable[[], object]] = {
+        n: partial(repeated, runs[n], 10) for n in runs if once[n] < LEAST_SECONDS
+    }
+    once |= {name: seconds[0] / 10 for name, seconds in interleaved(short, 1, device).items()}  # without its own wait
+    calls = {name: calls_of(seconds) for name, seconds in once.items()}
     several: dict[Any, Callable[[], object]] = {n: partial(repeated, run, calls[n]) for n, run in runs.items()}
     spent, rounds = timed(several, chunk.settings)
     each = {name: [s / calls[name] for s in seconds] for name, seconds in spent.items()}

@@ -26,6 +26,7 @@ from .lineup import exact, graded, kernels_for, keywords, plan_of
 
 TOLERANCES: tuple[float | str, ...] = (1e-5, 1e-4, 1e-3, 1e-2, "auto")
 LOSSES = ("bnf", "mle")
+PEAKED = {"cuda": LLAMA, "cpu": ("peaked", 2048, 256, 32768, None)}
 TOKENS = {"cuda": 8192, "cpu": 2048}  # N, of held-out text
 
 
@@ -111,7 +112,7 @@ class Subject:
 
 def skip(journal: Journal, settings: Settings) -> Iterator[Task]:
     """What a tolerance on the gradient saves, what it costs, and what sorting the vocabulary adds."""
-    name, *sizes, _ = settings.shapes[0] if settings.shapes else LLAMA
+    name, *sizes, _ = settings.shapes[0] if settings.shapes else PEAKED[settings.device]
     shape = Shape(*sizes)  # type: ignore[arg-type]
     subject = Subject(partial(peaked_batch, shape, settings.device), settings, lambda batch: {})
     yield from rows_of(f"{name} | {shape}", subject, TOLERANCES)

@@ -15,15 +15,17 @@ from rgpb.bench.cases import LOG_PROB, naive_path
 from rgpb.bench.report import free_table, summary
 from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
 
+from .heads import LLAMA
+
 Rows = list[dict[str, Any]]
 MIB = 2**20
 
 
 class Results(NamedTuple):
-    """The rows of each part, those without a measurement too, and the provenance of the last run."""
+    """The rows of each part, those without a measurement too, and the provenance of its last run."""
 
     rows: dict[str, Rows]
-    provenance: dict[str, Any]
+    provenance: dict[str, dict[str, Any]]
 
     def ok(self, part: str) -> Rows:
         """Rows that were right."""
@@ -36,16 +38,16 @@ def read(folder: Path) -> Results:
     Raises:
         ValueError: there is none, or a file that isn't of a part.
     """
-    found, provenance = {}, {}
+    results = Results({}, {})
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            found[content["part"]], provenance = content["rows"], content["provenance"]
+            results.rows[content["part"]], results.provenance[content["part"]] = content["rows"], content["provenance"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: expected the JSON of a part, got {path} ({error!r})") from error
-    if not found:
-        raise ValueError(f"out: expected a folder with results, got {folder}")
-    return Results(found, provenance)
+    if not results.rows:
+        raise ValueError(f"out: expected a folder with the JSON of parts, got {folder}")
+    return results
 
 
 # -- aims --------------------------------------------------------------------------------------------------------------
@@ -70,18 +72,32 @@ def least(rows: Rows, value: Callable[[dict[str, Any]], float | None]) -> tuple[
     return min(found) if found else None
 
 
-def first_case(results: Results) -> Rows:
-    """Rows of this library for N = 8192 of the part `llama`, or what `--shape` had in its place first."""
-    rows = [row for row in results.ok("llama") if row["impl"] == "fused"]
-    same = ("case", "tokens", "width", "vocab", "dtype")
-    return [row for row in rows if all(row[name] == rows[0][name] for name in same)]
+SAME = ("case", "tokens", "width", "vocab", "dtype")
+
+
+def first_case(results: Results) -> dict[str, Any]:
+    """What rows of the part `llama` have in common that aims are about: those of N = 8192, or the first there are."""
+    rows = results.rows.get("llama", [])
+    wanted = [row for row in rows if (row["case"], row["tokens"]) == LLAMA[0][:2]] or rows
+    return {name: wanted[0][name] for name in SAME} if wanted else {}
+
+
+def of_first_case(results: Results) -> Rows:
+    """The right rows of that."""
+    case = first_case(results)
+    return [row for row in results.ok("llama") if {name: row[name] for name in SAME} == case]
+
+
+def ours(results: Results) -> Rows:
+    """This library's."""
+    return [row for row in of_first_case(results) if row["impl"] == "fused"]
 
 
 def over_floor(loss: str, path: str, workspace: int | None) -> Callable[[Results], tuple[float, str] | None]:
     """Time over the bare products of as many units; on the faster engine. None: whatever the workspace."""
 
     def found(results: Results) -> tuple[float, str] | None:
-        rows = [row for row in first_case(results) if (row["loss"], row["path"]) == (loss, path)]
+        rows = [row for row in ours(results) if (row["loss"], row["path"]) == (loss, path)]
         rows = [row for row in rows if workspace is None or row["workspace"] == workspace]
         return least(rows, lambda row: row["over_floor"])
 
@@ -90,26 +106,23 @@ def over_floor(loss: str, path: str, workspace: int | None) -> Callable[[Results
 
 def beside_peers(results: Results) -> tuple[float, str] | None:
     """BNF with all gradients: time over the fastest of all others."""
-    ours = [row for row in first_case(results) if row["loss"] == "bnf" and naive_path(row["path"]) == "full"]
-    if not ours:
-        return None
-    same = ("loss", "case", "tokens", "dtype")
-    others = [row for row in results.ok("llama") if all(row[name] == ours[0][name] for name in same)]
-    rival = least([r for r in others if r["path"] == "full"], lambda row: row["seconds"])
-    best = least(ours, lambda row: row["seconds"])
+    rows = [row for row in of_first_case(results) if row["loss"] == "bnf" and naive_path(row["path"]) == "full"]
+    best = least([row for row in rows if row["impl"] == "fused"], lambda row: row["seconds"])
+    rival = least([row for row in rows if row["path"] == "full"], lambda row: row["seconds"])
     return None if rival is None or best is None else (best[0] / rival[0], f"{best[1]} over {rival[1]}")
 
 
 def log_prob_error(results: Results) -> tuple[float, str] | None:
     """The largest error of a log-probability."""
-    rows = [row for row in first_case(results) if row["loss"] == LOG_PROB]
-    return max(((row["value_error"], row["kernels"]) for row in rows), default=None)
+    found = [(row["value_error"], row["kernels"]) for row in ours(results) if row["loss"] == LOG_PROB]
+    return max((one for one in found if one[0] is not None), default=None)
 
 
 def extra_memory(results: Results) -> tuple[float, str] | None:
     """MB beyond inputs and gradients at the default workspace: the most of all N, losses and kernels."""
     rows = [row for row in results.ok("llama") if row["impl"] == "fused" and row["workspace"] == DEFAULT_WORKSPACE]
-    return max(((row["extra_bytes"] / 1e6, f"{row['kernels']}, N = {row['tokens']}") for row in rows), default=None)
+    found = [(row["extra_bytes"], f"{row['kernels']}, N = {row['tokens']}") for row in rows if row["extra_bytes"]]
+    return (max(found)[0] / 1e6, max(found)[1]) if found else None
 
 
 def skipped_units(results: Results) -> tuple[float, str] | None:
@@ -145,7 +158,7 @@ def aims(results: Results) -> Rows:
         made = aim.found(results)
         line: dict[str, Any] = {"aim": aim.text, "at most": format(aim.most, "g"), "measured": None, "of": None}
         if made is None:
-            lines.append(line | {"verdict": f"not measured: part {aim.part}"})
+            lines.append(line | {"verdict": f"no right row of it in {aim.part}"})
             continue
         verdict = "reached" if made[0] <= aim.most else "missed"
         lines.append(line | {"measured": format(made[0], aim.form), "of": made[1], "verdict": verdict})
@@ -157,7 +170,8 @@ def aims(results: Results) -> Rows:
 
 def ceilings(results: Results) -> Rows:
     """Measured rates beside those that plans are made with."""
-    rates = RATES.get(f"sm_{results.provenance.get('capability', '').replace('.', '')}")
+    capability = results.provenance.get("ceilings", {}).get("capability") or ""
+    rates = RATES.get(f"sm_{capability.replace('.', '')}")
     known = (
         {} if rates is None else {"copy, bytes/s": rates.copy, "product bf16, float32 output, flop/s": rates.library}
     )
@@ -179,6 +193,7 @@ def kernels(results: Results) -> Rows:
             "of the product": row["share_of_product"],
         }
         for row in results.ok("kernels")
+        if row["seconds"] is not None
     ]  # fmt: skip
 
 
@@ -190,11 +205,11 @@ def calls(results: Results) -> Rows:
             "kernels": row["kernels"], "workspace, MiB": f"{row['workspace'] / MIB:,.0f}", "ms": row["seconds"] * 1e3,
             "predicted ms": _times(row["planned_seconds"], 1e3), "× floor": row["over_floor"],
             "of": f"{row['units']}U", "× naive": row["over_naive"],
-            "extra MiB": row["extra_bytes"] / MIB, "planned MiB": _times(row["planned_bytes"], 1 / MIB),
+            "extra MiB": _times(row["extra_bytes"], 1 / MIB), "planned MiB": _times(row["planned_bytes"], 1 / MIB),
         }
         for part in ("llama", "others", "cpu")
         for row in results.ok(part)
-        if row["impl"] == "fused"
+        if row["impl"] == "fused" and row["seconds"] is not None
     ]  # fmt: skip
 
 
@@ -204,13 +219,17 @@ def peers(results: Results) -> Rows:
     for part in ("llama", "others", "cpu"):
         for row in results.ok(part):
             job = (row["case"], row["tokens"], row["loss"], naive_path(row["path"]), row["impl"])
-            if row["impl"] != "gemm" and (job not in found or row["seconds"] < found[job]["seconds"]):
+            if (
+                row["impl"] != "gemm"
+                and row["seconds"] is not None
+                and (job not in found or row["seconds"] < found[job]["seconds"])
+            ):
                 found[job] = row
     ordered = sorted(found.items(), key=lambda item: (*item[0][:4], item[1]["seconds"]))
     return [
         {
             "case": case, "N": tokens, "job": f"{loss}, {kind}", "who": who, "setting": _setting(row, kind),
-            "ms": row["seconds"] * 1e3, "extra MiB": row["extra_bytes"] / MIB, "error": f"{row['value_error']:.0e}",
+            "ms": row["seconds"] * 1e3, "extra MiB": _times(row["extra_bytes"], 1 / MIB), "error": row["value_error"],
         }
         for (case, tokens, loss, kind, who), row in ordered
     ]  # fmt: skip
@@ -237,13 +256,13 @@ TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
 
 def lines(results: Results) -> Iterator[str]:
     """Markdown, provenance below all."""
-    case = next((f", {row['case']}, N = {row['tokens']}" for row in first_case(results)), "")
+    known = first_case(results)
+    case = f", {known['case']}, N = {known['tokens']}" if known else ""
     for title, make in TABLES:
         rows = make(results)
         kept = {name for row in rows for name, value in row.items() if value is not None}
         if rows:
             shown = [{name: value for name, value in row.items() if name in kept} for row in rows]
             yield from (f"## {title}{case if make is aims else ''}", "", *free_table(shown), "")
-    count = sum(map(len, results.rows.values()))
-    right = sum(len(results.ok(part)) for part in results.rows)
-    yield f"{count} rows of {', '.join(results.rows)}, {right} of them right; {summary(results.provenance)}"
+    for part, rows in results.rows.items():
+        yield f"* {part}: {len(results.ok(part))} of {len(rows)} rows right; {summary(results.provenance[part])}"

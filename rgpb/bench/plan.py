@@ -210,19 +210,20 @@ class Prediction(NamedTuple):
     more: str | None = None
 
 
-def units_of(a: argparse.Namespace, spec: Objective) -> list[int]:
-    """Tokens of each pair or group.
+def units_of(a: argparse.Namespace, spec: Objective) -> Callable[[], list[int]] | None:
+    """What gives the tokens of each pair or group; the last one has what is left.
 
     Raises:
         ValueError: a loss that couples neither, or fewer tokens in all.
     """
     if a.unit_tokens is None:
-        return []
+        return None
     if spec.couples not in ("pair", "group"):
         raise ValueError(f"unit-tokens: expected a loss that couples pairs or groups, got {spec.name}")
     if a.unit_tokens > a.tokens:
         raise ValueError(f"unit-tokens: expected at most the {a.tokens} of --tokens, got {a.unit_tokens}")
-    return [a.unit_tokens] * (a.tokens // a.unit_tokens)
+    whole, rest = divmod(a.tokens, a.unit_tokens)
+    return lambda: [a.unit_tokens] * whole + [rest] * (rest > 0)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -575,7 +575,10 @@ def head_gradient(
             if db is not None:
                 mm(e.t(), ones_or(r, e), db, accumulate=chunk.start > 0)
         if dweight is not None and dw is not None and not in_place:
-            dweight[places] = dw.to(dweight.dtype)
+            if p.order is None:
+                dweight[part].copy_(dw)  # converts as it writes
+            else:
+                dweight[places] = dw.to(dweight.dtype)
         if dbias is not None and db is not None:
             dbias[places] = db
         del weight, dw  # the next slice is not held beside this one

@@ -17,7 +17,7 @@ Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,9 @@ ROW_TILE = 128
 MASS_TILE = 1024
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
+# From this part of the tokens on in pairs or groups that a single pass sweeps twice (3 units and this part of a fourth,
+# beside the summing of dW), two passes take less time.
+MOST_TWICE = 0.75
 # A slice of a 16-bit weight converted to float32, where the device has no mixed-precision product.
 CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
@@ -310,7 +313,7 @@ def plan(
     entropy_grad: bool = False,
     skipping: bool = False,
     sort_vocab: bool = False,
-    unit_tokens: Sequence[int] = (),
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
     engine: str = "auto",
     workspace: int = DEFAULT_WORKSPACE,
 ) -> Plan:
@@ -328,8 +331,8 @@ def plan(
         entropy_grad: whether the gradient of the entropy is asked for.
         skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
         sort_vocab: whether the vocabulary is put in order for that.
-        unit_tokens: tokens of each pair or group, where they are known: in a single pass those longer than a chunk take
-            a sweep more.
+        unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
+            in a single pass those longer than a chunk take a sweep more.
         engine: "chunked", "tiled", or "auto".
         workspace: bytes.
 
@@ -360,7 +363,7 @@ def plan(
 
 def _plan(
     head: Sizes, tokens: int, hidden_grad: bool, weight_grad: bool, couples: str, scalar: bool, half: bool,
-    entropy_grad: bool, skipping: bool, unit_tokens: Sequence[int], workspace: int,
+    entropy_grad: bool, skipping: bool, unit_tokens: Callable[[], Sequence[int]] | None, workspace: int,
 ) -> Plan:  # fmt: skip
     """`plan` on the engine of `head`."""
     gradient = hidden_grad or weight_grad
@@ -382,22 +385,27 @@ def _plan(
         return made(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
-    why = _not_single(head, couples, scalar, half, skipping, unit_tokens, workspace, tokens)
+    why = _not_single(head, couples, scalar, half, skipping, workspace, tokens)
     both = max(held, slice_chunk(head, workspace, tokens)[2])
     two_pass = made("two_pass", why or "the sum of dW over many chunks would cost more", 3 + hidden_grad, rows, both)
     if why is not None:
         return two_pass
     rows, held = single_chunk(head, workspace, tokens)
     why = f"coefficients are known chunk by chunk (couples a {couples})"
-    single = made("single", why, 2 + hidden_grad, rows, held)
-    return two_pass if (two_pass.seconds or 0) < (single.seconds or 0) else single
+    single, twice = made("single", why, 2 + hidden_grad, rows, held), 0.0
+    if rows < tokens and unit_tokens is not None:
+        twice, rows = _swept_twice(head, workspace, unit_tokens())
+        if twice >= MOST_TWICE:
+            longer = f"longer than a single pass's chunk of {rows:,} rows"
+            return two_pass._replace(reason=f"most tokens are in a {couples} {longer}, which would be swept twice")
+    seconds = _seconds(head, "single", single.units + twice, tokens, single.rows, workspace)
+    return two_pass if (two_pass.seconds or 0) < (seconds or 0) else single
 
 
 def _not_single(
-    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, unit_tokens: Sequence[int], workspace: int,
-    tokens: int,
-) -> str | None:  # fmt: skip
-    """Why gradients aren't made in the forward, or None where they are."""
+    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, workspace: int, tokens: int
+) -> str | None:
+    """Why gradients can't be made in the forward, or None where they can."""
     if couples == "batch":
         return "the objective may couple the whole batch"
     if not scalar:
@@ -407,15 +415,18 @@ def _not_single(
     if skipping:
         return "grad_tolerance: what can be left out of dW is known after a first sweep"
     try:
-        rows, _ = single_chunk(head, workspace, tokens)
+        single_chunk(head, workspace, tokens)
     except ValueError:
         size = head.vocab * (head.width + 1) * 4
         return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
-    longer = sum(count for count in unit_tokens if count > rows)
-    if 2 * longer > sum(unit_tokens):
-        chunk = f"a single pass's chunk of {rows:,} rows"
-        return f"most tokens are in a {couples} longer than {chunk}, which would be swept twice"
     return None
+
+
+def _swept_twice(head: Sizes, workspace: int, unit_tokens: Sequence[int]) -> tuple[float, int]:
+    """The part of the tokens in pairs or groups that are longer than a single pass's chunk, and the rows of that."""
+    total = sum(unit_tokens)
+    rows, _ = single_chunk(head, workspace, max(total, 1))
+    return sum(count for count in unit_tokens if count > rows) / max(total, 1), rows
 
 
 def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspace: int) -> str | None:
@@ -431,7 +442,7 @@ def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspac
     return None
 
 
-def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int, workspace: int) -> float | None:
+def _seconds(head: Sizes, path: str, units: float, tokens: int, rows: int, workspace: int) -> float | None:
     """`predicted_seconds` where there are rates: for 16-bit products on a GPU."""
     if head.arch is None or head.gemm != 2:
         return None
@@ -439,7 +450,7 @@ def _seconds(head: Sizes, path: str, units: int, tokens: int, rows: int, workspa
 
 
 def predicted_seconds(
-    head: Sizes, rates: Rates, path: str, units: int, tokens: int, rows: int, workspace: int
+    head: Sizes, rates: Rates, path: str, units: float, tokens: int, rows: int, workspace: int
 ) -> float:  # fmt: skip
     """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
     sweeps = {"two_pass": 2}.get(path, 1)  # how often logits are formed
