@@ -23,9 +23,12 @@ test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, i
 	$(PYTEST) $(SLOW)
 	$(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
 	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
-	$(ON_NEWEST) $(PYTEST) tests/test_targets.py
+	$(ON_NEWEST) $(PYTEST) tests/test_targets.py $(TARGETS)
 
+# On the newest Triton one architecture is compiled for; all with the slow ones
+TARGETS = -k sm_90
 test-slow: SLOW = --slow
+test-slow: TARGETS =
 test-slow: test  ## also the slow ones
 
 # A copy of the package with the C++ kernels built for the sanitizers, before the other one on the path
