@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -105,7 +106,7 @@ class Exact:
         return value, -weight * torch.exp((lam - ref_lam).clamp(max=0)).detach() * log_p
 
 
-class Chunk:
+class Chunk(ABC):
     """C rows, and what a kernel is given beside logits or operands. Each is made when it is first asked for."""
 
     def __init__(self, head: Head, rows: int, settings: Settings):
@@ -165,9 +166,9 @@ class Chunk:
         """Some rows in float64."""
         return Exact(self.raw(part), self.y[part], self.softcap)
 
+    @abstractmethod
     def raw(self, part: slice) -> Tensor:
         """Raw products in float64."""
-        raise NotImplementedError
 
     def room(self, impl: str) -> int:
         """Length of a row of a buffer, as the engines have it."""
