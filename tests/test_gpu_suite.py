@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,6 +195,10 @@ def test_skipping_on_a_trained_model(tmp_path, capsys):
     assert "15 rows, 0 of them new, 0 failed, 0 left" in capsys.readouterr().err
     assert trained(tmp_path, "--steps", 16, text=text) == 2
     assert "trained: not run: out: expected a model of this text and scale" in capsys.readouterr().err
+    moved = tmp_path / "moved"  # with its model, which isn't trained again
+    shutil.copytree(tmp_path / "language-model", moved / "language-model")
+    assert trained(moved, "--only", r"after 8 .* mle \| torch \| None", text=text) == 0
+    assert content(moved, "trained")[0]["rows"][0]["perplexity"] == perplexities[-1]
     other = tmp_path / "other"  # a model that is there, on other text
     assert trained(other, "--model", tmp_path, text=text / "package") == 2
     message = f"model: expected a folder with a transformers model and its tokenizer, got {tmp_path} ("
@@ -202,6 +207,15 @@ def test_skipping_on_a_trained_model(tmp_path, capsys):
     row = content(other, "trained")[0]["rows"][0]
     assert "steps" not in row
     assert row["perplexity"] < perplexities[0]
+
+
+def test_rows_of_another_device_are_no_rows_of_this_one(tmp_path, capsys):
+    assert suite(tmp_path, "ceilings") == 0
+    path = tmp_path / "ceilings.jsonl"
+    path.write_text(path.read_text().replace('"device": "CPU"', '"device": "NVIDIA H200"'))
+    assert suite(tmp_path, "ceilings") == 2
+    message = "ceilings: not run: out: expected results of CPU, got those of NVIDIA H200 in "
+    assert message in capsys.readouterr().err
 
 
 def test_processes_share_a_part(tmp_path):
