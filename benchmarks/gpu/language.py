@@ -47,7 +47,7 @@ class Scale(NamedTuple):
     text: int
 
 
-# On a GPU minutes, on two CPU threads about an hour.
+# On two CPU threads an hour; on a GPU meant to take minutes.
 SCALES = {
     "cuda": Scale(65536, 1024, 8, 800, 64, 512, 1e-3, 1 << 26),
     "cpu": Scale(32768, 192, 3, 1600, 8, 256, 2e-3, 1 << 26),

@@ -45,8 +45,8 @@ ROW_TILE = 128
 MASS_TILE = 1024
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
-# From this part of the tokens on in pairs or groups that a single pass sweeps twice (3 units and this part of a fourth,
-# beside the summing of dW), two passes take less time.
+# From this part of the tokens on in pairs or groups that a single pass sweeps twice, two passes are taken: 4 units,
+# where it does 3 and this part of a fourth, and sums dW over its chunks besides.
 MOST_TWICE = 0.75
 # A slice of a 16-bit weight converted to float32, where the device has no mixed-precision product.
 CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
