@@ -87,7 +87,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             NAME, list(FLAGS), include_dirs=cpp_extension.include_paths(), libraries=["torch_cpu", "c10"],
-            library_dirs=cpp_extension.library_paths(), depends=["csrc/rows.h", "csrc/rows.inl"], optional=True,
+            library_dirs=cpp_extension.library_paths(), depends=["csrc/rows.h", "csrc/rows.inl", "csrc/token_losses.inl"], optional=True,
             language="c++",
         )
     ]  # fmt: skip

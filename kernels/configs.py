@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from rgpb.kernels import architecture
+from rgpb.kernels.devices import architecture
 
 INTERPRETED = "interpreter"
 

@@ -17,7 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
+from rgpb.kernels import matmul
+from rgpb.kernels.rows import RowSet
+from rgpb.kernels.torch_rows import from_weights_
+from rgpb.kernels.types import (
+    PAD,
+    TOKEN_LOSSES,
+    Chunk,
+    Epilogue,
+    Statistics,
+    TokenTerms,
+    Upstream,
+    Weighed,
+    acc_dtype,
+    inside,
+)
 
 NAME = "_cpp"
 HOW = "reinstall rgpb where there is a C++ compiler, by `pip install --no-build-isolation`"
@@ -74,17 +88,12 @@ def fresh(x: Tensor) -> Tensor:
 
 
 def statistics(
-    z_CV: Tensor,
-    target_C: Tensor,
-    epilogue: Epilogue,
-    entropy: bool,
-    tile: int | None = None,
-    room: int | None = None,
+    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, tile: int | None = None
 ) -> tuple[Statistics, Tensor | None]:
-    """(z_y, lse_other, H_o) of each row; nothing is changed. As `triton_rows.statistics`; `room` isn't needed here, and
-    a negative target doesn't rule the row out."""
-    masses = None if tile is None else z_CV.new_empty(len(z_CV), -(-z_CV.shape[1] // tile), dtype=_acc(z_CV))
-    return _statistics(z_CV, target_C, epilogue, entropy, masses, tile, None)[0], masses
+    """(z_y, lse_other, H_o) of each row; nothing is changed. As `triton_rows.statistics`, but that a negative target
+    doesn't rule the row out."""
+    found, masses, _ = _sweep(z_CV, target_C, epilogue, entropy, tile, None)
+    return found, masses
 
 
 def statistics_(
@@ -93,26 +102,23 @@ def statistics_(
     epilogue: Epilogue,
     entropy: bool,
     out: Tensor | None = None,
-    masses: Tensor | None = None,
-    tile: int = 0,
-    keep: bool = True,
-) -> tuple[Statistics, Tensor]:
-    """The statistics, and Σ E_k [C]; with `keep` products become weights J_k E_k, 0 at the target, in place or in
-    `out`. As `torch_rows.statistics_`, but that weights in `out` aren't normalised."""
-    weights = (z_CV if out is None else out) if keep else None
-    return _statistics(z_CV, target_C, epilogue, entropy, masses, tile, weights)
+    tile: int | None = None,
+) -> tuple[Statistics, Tensor | None, Tensor]:
+    """(statistics, masses, Σ E_k [C]); products become weights J_k E_k, 0 at the target, in place or in `out`. As
+    `torch_rows.statistics_`, but that weights in `out` aren't normalised."""
+    return _sweep(z_CV, target_C, epilogue, entropy, tile, z_CV if out is None else out)
 
 
-def _statistics(
-    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, masses: Tensor | None, tile: int | None,
-    weights: Tensor | None,
-) -> tuple[Statistics, Tensor]:  # fmt: skip
-    z_y, lse_other, total, h_o = (z_CV.new_empty(len(z_CV), dtype=_acc(z_CV)) for _ in range(4))
+def _sweep(
+    z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, tile: int | None, weights: Tensor | None
+) -> tuple[Statistics, Tensor | None, Tensor]:
+    masses = None if tile is None else z_CV.new_empty(len(z_CV), -(-z_CV.shape[1] // tile), dtype=acc_dtype(z_CV.dtype))
+    z_y, lse_other, total, h_o = (z_CV.new_empty(len(z_CV), dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
     found = Statistics(z_y, lse_other, h_o if entropy else None)
     torch.ops.rgpb.row_statistics(
         z_CV, target_C.contiguous(), *_dense(epilogue), *found, masses, tile or 0, weights, total
     )  # fmt: skip
-    return found, total
+    return found, masses, total
 
 
 def begin(x_CH: Tensor) -> Tensor:
@@ -143,7 +149,6 @@ def gradients_(
     upstream: Upstream,
     epilogue: Epilogue,
     out: Tensor | None = None,
-    room: int | None = None,
 ) -> tuple[Tensor, None]:
     """Raw products → (D, None), the dlogits themselves, in place or in `out`. As `triton_rows.gradients_`."""
     out = z_CV if out is None else out
@@ -156,25 +161,58 @@ def gradients_(
 
 
 def token_loss_(
-    z_CV: Tensor, target_C: Tensor, loss: str, weight_C: Tensor, ref: tuple[Tensor, Tensor] | None, epilogue: Epilogue,
-    entropy: bool, out: Tensor | None = None, room: int | None = None,
-) -> tuple[Statistics, Tensor, Tensor]:  # fmt: skip
+    z_CV: Tensor, target_C: Tensor, terms: TokenTerms, epilogue: Epilogue, out: Tensor | None = None
+) -> tuple[Statistics, Tensor, Tensor]:
     """Raw products → (statistics, loss of each token, dlogits), in place or in `out`. As `triton_rows.token_loss_`."""
     out = z_CV if out is None else out
-    z_y, lse_other, value, h_o = (z_CV.new_empty(len(z_CV), dtype=_acc(z_CV)) for _ in range(4))
-    found = Statistics(z_y, lse_other, h_o if entropy else None)
-    ref_logp, ref_lam = (None, None) if ref is None else (x.contiguous() for x in ref)
+    z_y, lse_other, value, h_o = (z_CV.new_empty(len(z_CV), dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
+    found = Statistics(z_y, lse_other, h_o if terms.entropy else None)
+    ref_logp, ref_lam = (None, None) if terms.ref is None else (x.contiguous() for x in terms.ref)
     torch.ops.rgpb.row_token_loss(
-        z_CV, target_C.contiguous(), *_dense(epilogue), loss, weight_C.contiguous(), ref_logp, ref_lam, *found, value,
-        out,
+        z_CV, target_C.contiguous(), *_dense(epilogue), terms.loss, terms.factor.contiguous(), ref_logp, ref_lam,
+        *found, value, out,
     )  # fmt: skip
     return found, value, out
-
-
-def _acc(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def _dense(epilogue: Epilogue) -> tuple[Tensor | None, float | None, float]:
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     return bias, epilogue.softcap, epilogue.scale
+
+
+class CppRows(RowSet):
+    """The kernel set of the C++ kernels."""
+
+    token_losses = TOKEN_LOSSES
+
+    def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
+        """Without masses nobody asks for these logits again: they are formed a slice of the vocabulary at a time, still
+        in the cache when it is swept, in the first bytes of the buffer."""
+        if mass_tile is not None:
+            return statistics(self.logits(chunk), chunk.y, chunk.epilogue, entropy, mass_tile)
+        running, rows = begin(chunk.x), len(chunk.x)
+        for part, weight in chunk.slices():
+            stride = min(len(weight) + PAD, chunk.buffer.shape[1])
+            z = chunk.buffer.view(-1)[: rows * stride].view(rows, stride)[:, : len(weight)]
+            matmul.mm(chunk.x, weight.t(), z)
+            add_slice_(running, z, inside(chunk.y, part), chunk.epilogue.slice(part.start, part.stop), entropy)
+        return end(running, entropy, chunk.buffer.dtype), None
+
+    def weigh(
+        self, chunk: Chunk, entropy: bool, mass_tile: int | None = None
+    ) -> tuple[Statistics, Tensor | None, Weighed]:
+        z, out = self.logits(chunk), self.narrow(chunk)
+        found, masses, total = statistics_(z, chunk.y, chunk.epilogue, entropy, out, mass_tile)
+        return found, masses, Weighed(z if out is None else out, total)
+
+    def pull_back(
+        self, chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream
+    ) -> tuple[Tensor, Tensor]:
+        return from_weights_(chunk, weighed, statistics, upstream)
+
+    def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, None]:
+        z = self.logits(chunk)
+        return gradients_(z, chunk.y, statistics, upstream, chunk.epilogue, self.narrow(chunk))
+
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+        return token_loss_(self.logits(chunk), chunk.y, terms, chunk.epilogue, self.narrow(chunk))

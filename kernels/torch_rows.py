@@ -18,59 +18,24 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), R rows of a b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rgpb.kernels.rows import RowSet
+from rgpb.kernels.types import (
+    LARGEST_HALF_RATIO,
+    LARGEST_RATIO,
+    Chunk,
+    Epilogue,
+    Statistics,
+    Upstream,
+    Weighed,
+)
+
 # Size of one block of rows, and of each of at most four scratch buffers: what passes over a block costs a read of the
 # cache.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
-
-# Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
-LARGEST_RATIO = 1e16
-# The same for float16, which has no larger numbers; beyond, the others are below the last bit of the target's entry.
-LARGEST_HALF_RATIO = 6e4
-
-
-class Epilogue(NamedTuple):
-    """What follows the bare product W x: bias [V] in the buffer's dtype or None, soft-cap or None, scale."""
-
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-    def slice(self, start: int, stop: int) -> Epilogue:
-        """The same for the vocabulary entries start … stop."""
-        return self if self.bias is None else self._replace(bias=self.bias[start:stop])
-
-    def jacobian(self, z: Tensor) -> Tensor | float:
-        """J at the logits `z`."""
-        return self.scale if self.softcap is None else self.scale * (1 - (z / self.softcap) ** 2)
-
-
-class Statistics(NamedTuple):
-    """Per row, each [C]: the target's logit, logsumexp and entropy (or None) of the others."""
-
-    z_y: Tensor
-    lse_other: Tensor
-    h_o: Tensor | None
-
-    def at(self, rows: slice | Tensor) -> Statistics:
-        """The statistics of some rows."""
-        return Statistics(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
-
-
-class Upstream(NamedTuple):
-    """Gradients of the loss with respect to `Statistics`, each [C]; g_ho None where the entropy has none."""
-
-    g_zy: Tensor
-    g_lo: Tensor
-    g_ho: Tensor | None = None
-
-    def at(self, rows: slice | Tensor) -> Upstream:
-        """The gradients of some rows."""
-        return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
 
 def block_rows(vocab: int, itemsize: int, device_type: str) -> int:
@@ -86,7 +51,6 @@ def statistics_(
     out: Tensor | None = None,
     masses: Tensor | None = None,
     tile: int = 0,
-    keep: bool = True,
 ) -> tuple[Statistics, Tensor]:
     """The statistics, and Σ E_k [C]. Products become weights J_k E_k, 0 at the target, in place or in `out`.
 
@@ -95,7 +59,6 @@ def statistics_(
     Args:
         out: [C, V] view of 16-bit elements over the first half of each row's own bytes, or None.
         masses: [C, ⌈V / tile⌉] to be filled with the softmax mass over the other tokens of each `tile` columns.
-        keep: whether the weights are asked for at all; they are made here anyway.
     """
     columns = [z_CV.new_empty(len(z_CV)) for _ in range(4 if entropy else 3)]
     scratch = _scratch(z_CV)
@@ -171,11 +134,10 @@ def gradients_(
     upstream: Upstream,
     epilogue: Epilogue,
     out: Tensor | None = None,
-    room: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Raw products → (E, r) with D = diag(r) E, from known statistics; in place or in `out`, as `statistics_`.
 
-    A negative target lies in another slice of the vocabulary. `room` is for kernels that touch padding.
+    A negative target lies in another slice of the vocabulary.
     """
     r = weights_(z_CV, scores, upstream, epilogue, out)
     e = z_CV if out is None else out
@@ -223,3 +185,36 @@ def _blocks(z_CV: Tensor) -> Iterator[slice]:
 def _scratch(z_CV: Tensor) -> Tensor:
     rows = min(len(z_CV), block_rows(z_CV.shape[1], z_CV.element_size(), z_CV.device.type))
     return z_CV.new_empty(rows, z_CV.shape[1])
+
+
+class TorchRows(RowSet):
+    """The kernel set of plain torch operations."""
+
+    def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
+        statistics, masses, _ = self.weigh(chunk, entropy, mass_tile)
+        return statistics, masses
+
+    def weigh(
+        self, chunk: Chunk, entropy: bool, mass_tile: int | None = None
+    ) -> tuple[Statistics, Tensor | None, Weighed]:
+        z, out = self.logits(chunk), self.narrow(chunk)
+        masses = None if mass_tile is None else z.new_empty(len(z), -(-z.shape[1] // mass_tile))
+        statistics, total = statistics_(z, chunk.y, chunk.epilogue, entropy, out, masses, mass_tile or 0)
+        return statistics, masses, Weighed(z if out is None else out, total)
+
+    def pull_back(
+        self, chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream
+    ) -> tuple[Tensor, Tensor]:
+        return from_weights_(chunk, weighed, statistics, upstream)
+
+    def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor]:
+        z = self.logits(chunk)
+        return gradients_(z, chunk.y, statistics, upstream, chunk.epilogue, self.narrow(chunk))
+
+
+def from_weights_(chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor]:
+    """(E, r) from weights and their sum: `pull_back` of the sets whose sweep leaves weights behind."""
+    e, total = weighed
+    assert total is not None
+    r = torch.where(total > 0, upstream.g_lo / total, 0)
+    return e, with_target_(e, chunk.y, r, upstream.g_zy * chunk.epilogue.jacobian(statistics.z_y))

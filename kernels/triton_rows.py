@@ -27,11 +27,20 @@ import triton.language as tl
 from torch import Tensor
 
 from rgpb.kernels import configs
-from rgpb.kernels.torch_rows import LARGEST_RATIO, Epilogue, Statistics, Upstream
+from rgpb.kernels.rows import RowSet
 from rgpb.kernels.triton_epilogue import finish, gradient
-
-TOKEN_LOSSES = ("nll", "unlikelihood", "bnf")
-
+from rgpb.kernels.triton_token_losses import token_loss
+from rgpb.kernels.types import (
+    LARGEST_RATIO,
+    TOKEN_LOSSES,
+    Chunk,
+    Epilogue,
+    Statistics,
+    TokenTerms,
+    Upstream,
+    Weighed,
+    acc_dtype,
+)
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -165,45 +174,6 @@ def gradients_kernel(
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for 0 ≤ e ≤ 1, right to rounding also where 1 + e = 1."""
-    u = 1.0 + e
-    return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
-
-
-@triton.jit
-def _token_loss(lam, h_o, weight, ref_logp, ref_lam, LOSS: tl.constexpr):
-    """Value and ∂/∂λ of weight · (loss of one token); a rejected token has a negative weight.
-
-    nll: −log p. unlikelihood: −log p, and |weight| · −log(1 − p) for a rejected token. bnf: MATH as in
-    `rgpb.objectives.token.bnf`, f = min(p / p_ref, 1), c = min(1, exp(λ − λ_ref)).
-    """
-    e = tl.exp(-tl.abs(lam))
-    log_1p = _log1p(e)
-    log_p = tl.minimum(lam, 0.0) - log_1p
-    log_not_p = tl.minimum(-lam, 0.0) - log_1p
-    p = tl.where(lam >= 0, 1.0, e) / (1.0 + e)
-    not_p = tl.where(lam >= 0, e, 1.0) / (1.0 + e)
-    if LOSS == "nll":
-        value = -weight * log_p
-        slope = -weight * not_p
-    elif LOSS == "unlikelihood":
-        value = tl.where(weight > 0, -weight * log_p, weight * log_not_p)
-        slope = tl.where(weight > 0, -weight * not_p, -weight * p)
-    else:
-        tl.static_assert(LOSS == "bnf")
-        c = tl.where(lam >= ref_lam, 1.0, tl.exp(lam - ref_lam))
-        x = tl.minimum(log_p - ref_logp, 0.0)
-        near = -x * (1.0 + x * (0.5 + x * (1.0 / 6.0)))
-        f_others = tl.where(x > -1e-4, near, 1.0 - tl.exp(x))
-        others = tl.where(f_others > 0, f_others * (log_not_p - h_o), 0.0)
-        own = tl.where(f_others < 1, (1.0 - f_others) * log_p, 0.0)
-        value = -weight * (own + others)
-        slope = -weight * c * not_p
-    return tl.where(weight == 0, 0.0, value), tl.where(weight == 0, 0.0, slope)
-
-
-@triton.jit
 def token_loss_kernel(
     z_ptr, stride_zc,  # [C, V] in: raw products
     out_ptr, stride_oc,  # [C, V] out: dlogits, possibly over the same bytes
@@ -237,7 +207,7 @@ def token_loss_kernel(
         if ref_lam_ptr is not None:
             ref_logp = tl.load(ref_logp_ptr + row)
             ref_lam = tl.load(ref_lam_ptr + row)
-        value, slope = _token_loss(lam, h_o, tl.load(weight_ptr + row), ref_logp, ref_lam, LOSS)
+        value, slope = token_loss(lam, h_o, tl.load(weight_ptr + row), ref_logp, ref_lam, LOSS)
         slope = tl.where(lse_other == -float("inf"), 0.0, slope)  # a certain token: no logit moves that
         _pull_back(
             z_row, out_row, bias_ptr, y, lse_other, h_o, slope, -slope, None, V, room, SOFTCAP, SCALE, NARROW, BLOCK_V,
@@ -295,7 +265,7 @@ def statistics(
         tile: also return the softmax mass over the other tokens of each `tile` columns, [C, ⌈V / tile⌉].
     """
     rows, vocab = z_CV.shape
-    acc = torch.float64 if z_CV.dtype == torch.float64 else torch.float32
+    acc = acc_dtype(z_CV.dtype)
     z_y, lse_other = (z_CV.new_empty(rows, dtype=acc) for _ in range(2))
     h_o = torch.empty_like(z_y) if entropy else None
     masses = None if tile is None else z_CV.new_empty(rows, -(-vocab // tile), dtype=acc)
@@ -361,31 +331,28 @@ def relative(upstream: Upstream) -> tuple[Tensor, Upstream]:
 
 
 def token_loss_(
-    z_CV: Tensor, target_C: Tensor, loss: str, weight_C: Tensor, ref: tuple[Tensor, Tensor] | None, epilogue: Epilogue,
-    entropy: bool, out: Tensor | None = None, room: int | None = None, config: configs.Rows | None = None,
+    z_CV: Tensor, target_C: Tensor, terms: TokenTerms, epilogue: Epilogue, out: Tensor | None = None,
+    room: int | None = None, config: configs.Rows | None = None,
 ) -> tuple[Statistics, Tensor, Tensor]:  # fmt: skip
     """Raw products → (statistics, loss of each token, dlogits), in place or in `out`, in one launch.
 
     Args:
-        loss: of `TOKEN_LOSSES`.
-        weight_C: factor of each token's loss, negative for a rejected one.
-        ref: (log p, log-odds) of the reference, or None; in the accumulators' type, as `weight_C`.
+        terms: the loss, with vectors in the accumulators' type.
         room: as in `gradients_`.
         config: default: that of the device.
     """
-    if loss not in TOKEN_LOSSES:
-        raise ValueError(f"loss: expected one of {TOKEN_LOSSES}, got {loss!r}")
+    if terms.loss not in TOKEN_LOSSES:
+        raise ValueError(f"loss: expected one of {TOKEN_LOSSES}, got {terms.loss!r}")
     out = z_CV if out is None else out
-    acc = torch.float64 if z_CV.dtype == torch.float64 else torch.float32
-    z_y, lse_other, value = (z_CV.new_empty(len(z_CV), dtype=acc) for _ in range(3))
-    h_o = torch.empty_like(z_y) if entropy else None
+    z_y, lse_other, value = (z_CV.new_empty(len(z_CV), dtype=acc_dtype(z_CV.dtype)) for _ in range(3))
+    h_o = torch.empty_like(z_y) if terms.entropy else None
     config = config or configs.rows(z_CV.device)
-    vectors = dense(target_C, epilogue.bias, weight_C, *(ref or (None, None)))
+    vectors = dense(target_C, epilogue.bias, terms.factor, *(terms.ref or (None, None)))
     if len(z_CV):
         token_loss_kernel[(len(z_CV),)](
             z_CV, z_CV.stride(0), out, out.stride(0), *vectors, z_y, lse_other, h_o, value, z_CV.shape[1],
-            room or z_CV.shape[1], loss, epilogue.softcap, epilogue.scale, out.element_size() < z_CV.element_size(),
-            BLOCK_V=config.block_vocab, num_warps=config.warps,
+            room or z_CV.shape[1], terms.loss, epilogue.softcap, epilogue.scale,
+            out.element_size() < z_CV.element_size(), BLOCK_V=config.block_vocab, num_warps=config.warps,
         )  # fmt: skip
     return Statistics(z_y, lse_other, h_o), value, out
 
@@ -401,3 +368,30 @@ def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor, t
             LARGEST_RATIO, BLOCK_V=config.block_vocab, num_warps=config.warps,
         )  # fmt: skip
     return factor
+
+
+class TritonRows(RowSet):
+    """The kernel set of the Triton row kernels."""
+
+    token_losses = TOKEN_LOSSES
+
+    def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
+        return statistics(self.logits(chunk), chunk.y, chunk.epilogue, entropy, mass_tile, chunk.room)
+
+    def weigh(
+        self, chunk: Chunk, entropy: bool, mass_tile: int | None = None
+    ) -> tuple[Statistics, Tensor | None, Weighed]:
+        found, masses = self.score(chunk, entropy, mass_tile)
+        return found, masses, Weighed(chunk.buffer, None)
+
+    def pull_back(
+        self, chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream
+    ) -> tuple[Tensor, Tensor | None]:
+        return gradients_(weighed.e, chunk.y, statistics, upstream, chunk.epilogue, self.narrow(chunk), chunk.room)
+
+    def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
+        self.logits(chunk)
+        return self.pull_back(chunk, Weighed(chunk.buffer, None), statistics, upstream)
+
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+        return token_loss_(self.logits(chunk), chunk.y, terms, chunk.epilogue, self.narrow(chunk), chunk.room)

@@ -24,9 +24,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rgpb.kernels import configs
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 from rgpb.kernels.triton_epilogue import finish, gradient
-from rgpb.kernels.triton_rows import dense, relative
+from rgpb.kernels.triton_rows import dense, relative, with_target_
+from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
 
 
 @triton.jit
@@ -279,3 +279,97 @@ def masses(partials: Partials, shift: Tensor | None, lse_other: Tensor, per: int
     tiles, rows = mass.shape
     padded = torch.nn.functional.pad(mass, (0, 0, 0, -tiles % per))
     return padded.view(-1, per, rows).sum(1).t()
+
+
+# -- the kernel set ---------------------------------------------------------------------------------------------------
+
+# How far a row's logsumexp may lie from the shift: e⁴⁰ times the largest ratio of a target's coefficient to the others'
+# (types.LARGEST_RATIO) is 2e33, inside the range of float32 and bfloat16 also after a product with the weight.
+LARGEST_RISE = 40.0
+
+
+class Tiles:
+    """The kernel set that never writes a logit; the methods are those of `rgpb.kernels.KernelSet`.
+
+    A sweep writes weights E = J exp(z − shift) relative to a shift that is known before the row is: the maximum over
+    its first tile, one of the row's own logits unless no token of that tile is possible. A row that ends far from it is
+    noticed from its sums, and its chunk is swept again relative to the true logsumexp.
+    """
+
+    token_losses: tuple[str, ...] = ()
+
+    def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
+        statistics, masses, _ = self._sweep(chunk, entropy, mass_tile, None)
+        return statistics, masses
+
+    def weigh(
+        self, chunk: Chunk, entropy: bool, mass_tile: int | None = None
+    ) -> tuple[Statistics, Tensor | None, Weighed]:
+        shift = self._first_maximum(chunk)
+        scores, masses, total = self._sweep(chunk, entropy, mass_tile, shift)
+        # one number read back per chunk; a row whose first tile has no possible token may also lie far below
+        if not bool(((scores.lse_other - shift).abs() < LARGEST_RISE).all()):
+            true = self._sweep(chunk, False, None, None)[0].lse_other
+            shift = torch.where(true == -torch.inf, 0, true)
+            scores, masses, total = self._sweep(chunk, entropy, mass_tile, shift)
+        return scores, masses, Weighed(chunk.buffer, total)
+
+    def pull_back(
+        self, chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream
+    ) -> tuple[Tensor, Tensor]:
+        e, total = weighed
+        assert total is not None
+        r = torch.where(total > 0, upstream.g_lo / total, 0)
+        return e, with_target_(e, chunk.y, r, upstream.g_zy * chunk.epilogue.jacobian(statistics.z_y), total)
+
+    def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
+        e, r = chunk.buffer, None
+        for part, weight in chunk.parts():
+            epilogue = chunk.epilogue.slice(part.start, part.stop)
+            y, out = inside(chunk.y, part), e[:, part]
+            r = gradients(chunk.x, weight, y, statistics, upstream, epilogue, out, _room(chunk, part))
+        return e, r
+
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+        raise ValueError(f"loss: expected one of {self.token_losses}, got {terms.loss!r}")
+
+    def _first_maximum(self, chunk: Chunk) -> Tensor:
+        """The largest logit of each row's first tile, the target's aside. [C]"""
+        x, (_, weight) = chunk.x, next(chunk.parts())
+        first = slice(0, min(len(weight), configs.tile("score", x.device, x.dtype).vocab))
+        partials = Partials.empty(x, 1, len(x), acc_dtype(x.dtype), True, False)
+        z_y = torch.empty_like(partials.total[0])
+        score(x, weight[first], inside(chunk.y, first), chunk.epilogue.slice(0, first.stop), z_y, partials)
+        return partials.top[0]  # type: ignore[index]
+
+    def _sweep(
+        self, chunk: Chunk, entropy: bool, mass_tile: int | None, shift: Tensor | None
+    ) -> tuple[Statistics, Tensor | None, Tensor]:
+        """Statistics, masses and Σ exp(z − shift); with a shift also E in the buffer."""
+        x, vocab, step = chunk.x, chunk.vocab, chunk.step
+        block = configs.tile("score" if shift is None else "weights", x.device, x.dtype).vocab
+        if mass_tile is not None and (mass_tile % block or (step < vocab and step % mass_tile)):
+            raise ValueError(
+                f"impl: expected another than 'tiled' for masses of {mass_tile} columns, which tiles of {block} in "
+                f"slices of {step} don't make up"
+            )
+        each = [-(-min(step, vocab - start) // block) for start in range(0, vocab, step)]
+        partials = Partials.empty(x, sum(each), len(x), acc_dtype(x.dtype), shift is None, entropy)
+        z_y = x.new_zeros(len(x), dtype=acc_dtype(x.dtype))
+        done = 0
+        for (part, weight), tiles in zip(chunk.parts(), each):
+            out, epilogue = (
+                None if shift is None else chunk.buffer[:, part],
+                chunk.epilogue.slice(part.start, part.stop),
+            )
+            these = partials.tiles(done, done + tiles)
+            score(x, weight, inside(chunk.y, part), epilogue, z_y, these, shift, out, _room(chunk, part))
+            done += tiles
+        lse_other, h_o, total = merge(partials, shift, entropy)
+        made = None if mass_tile is None else masses(partials, shift, lse_other, mass_tile // block)
+        return Statistics(z_y, lse_other, h_o), made, total
+
+
+def _room(chunk: Chunk, part: slice) -> int | None:
+    """The last part may run over into the rows' padding."""
+    return chunk.room - part.start if part.stop == chunk.vocab else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,6 +36,30 @@ class TokenScores(NamedTuple):
     def flat(self) -> TokenScores:
         """The same with one dimension, [P]: what `Responses` holds."""
         return TokenScores(*(None if x is None else x.reshape(-1) for x in self))  # type: ignore[arg-type]
+
+
+def token_scores(
+    z_y: Tensor, lse_other: Tensor, h_o: Tensor | None, *, mask: Tensor | None, entropy: bool
+) -> TokenScores:
+    """TokenScores from the three statistics, all of one shape; 0 where `mask` is False."""
+
+    def shown(x: Tensor) -> Tensor:
+        return x if mask is None else torch.where(mask, x, 0)
+
+    # a token without others is certain, and no logit moves that
+    log_odds = torch.where(lse_other == -torch.inf, torch.inf, z_y - lse_other)
+    whole = None
+    if entropy and h_o is not None:
+        bounded = log_odds.clamp(-800, 800)  # beyond, the two-way part is 0 also in float64
+        two_way = F.softplus(-bounded) * torch.sigmoid(bounded) + F.softplus(bounded) * torch.sigmoid(-bounded)
+        whole = shown(two_way + torch.sigmoid(-log_odds) * h_o)
+    return TokenScores(
+        logp=shown(F.logsigmoid(log_odds)),
+        log_odds=shown(log_odds),
+        lse=shown(torch.logaddexp(z_y, lse_other)),
+        entropy=whole,
+        other_entropy=None if h_o is None else shown(h_o),
+    )
 
 
 class Layout(NamedTuple):
@@ -125,7 +150,7 @@ class Responses(NamedTuple):
         """
         # e⁻⁸⁰⁰ is 0 in float64, and one impossible token must not swallow the sums of others
         logp = self.policy.logp.double().clamp(min=-800)
-        rest = torch.nn.functional.logsigmoid(-self.policy.log_odds.double())
+        rest = F.logsigmoid(-self.policy.log_odds.double())
         layout, counts = self.layout, rest > -torch.inf
         if not layout.responses:
             return self.logps()
@@ -134,7 +159,7 @@ class Responses(NamedTuple):
         width = len(logp) // max(layout.responses, 1)
         lengths = torch.full_like(layout.tokens, width) if layout.lengths is None else layout.lengths
         upto = logp.cumsum(0)
-        start = torch.nn.functional.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
+        start = F.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
         left = torch.where(counts, upto - logp - repeat(start, lengths, len(logp)) + rest, -torch.inf)
         most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf)
         known = most > -torch.inf

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
+from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 # V: off the blocks of 64 with several of them; exactly two blocks; less than one block; the smallest with another token
 VOCABS = (150, 128, 9, 2)
@@ -173,7 +173,7 @@ def test_token_losses_in_one_launch(rows, narrow, loss, flags):
     buffer = z.clone()
     out = None if narrow == acc else buffer.view(narrow)[:, :vocab]
     scores, made, d = rows.token_loss_(
-        buffer, y, loss, weight, ref if loss == "bnf" else None, epilogue, loss == "bnf", out
+        buffer, y, TokenTerms(loss, weight, ref if loss == "bnf" else None, loss == "bnf"), epilogue, out
     )
     for a, b in zip(scores, truth if loss == "bnf" else truth[:2]):
         close(a[:4], b[:4].detach(), acc)

@@ -7,17 +7,17 @@ Budget: twice the error that naive PyTorch makes in the same dtype on the same i
 from __future__ import annotations
 
 import math
-from unittest.mock import patch
 
 import pytest
 import torch
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
-from rgpb.engine.chunked import even_spans
+from rgpb.engine.products import even_spans
 from rgpb.engine.plan import plan, single_chunk, sizes
-from rgpb.fused import bnf_loss, call_plan, dpo_loss, make_layout, mle_loss, tokens_of_units
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows
-from rgpb.logprob import resolve_impl
+from rgpb.kernels import resolve_impl
+from rgpb.validation import How, make_layout, plan_call, tokens_of_units
 
 # N tokens as [B, T], V, H, each with its reason
 SHAPES = {
@@ -114,17 +114,16 @@ PATHS = ("single", "single in chunks", "two_pass", "two_pass in chunks", "frozen
 
 
 def run_path(path, name, hidden, head, target, **keywords):
-    """The loss and its gradients (of a frozen head none) on one path. The plan isn't told the tokens of pairs and
-    groups, as under a compiler: a single pass then sweeps those twice that are longer than a chunk."""
+    """The loss and its gradients (of a frozen head none) on one path. A single pass sweeps those pairs and groups
+    twice that are longer than a chunk."""
     if "chunks" in path:
         keywords["workspace"] = small((*target.shape, *head.weight.shape), hidden.dtype)
     if path == "frozen":
         head = head._replace(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
-    if path.startswith("two_pass"):
-        loss = fused_loss(hidden, head, target, objective=name, reduction="none", **keywords).mean()
-    else:
-        with patch("rgpb.fused.tokens_of_units", return_value=None):
-            loss = fused_loss(hidden, head, target, objective=name, **keywords)
+    # what couples the whole batch, and float16, take two passes
+    if path != "frozen" and OBJECTIVES[name].couples != "batch" and hidden.dtype != torch.float16:
+        keywords["path"] = path.partition(" ")[0]
+    loss = fused_loss(hidden, head, target, objective=name, **keywords)
     wanted = [x for x in leaves(hidden, head) if x.requires_grad]
     return loss, torch.autograd.grad(loss * 1.5, wanted)
 
@@ -365,16 +364,16 @@ def test_pairs_longer_than_the_chunk(lengths, path, auto):
     for pair, length in enumerate(lengths):
         target[pair, (length + 1) // 2 :] = target[pair + 3, length // 2 :] = -100
     ref, spec = ref_scores(ref_logits, target), OBJECTIVES["dpo"]
-    head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", resolve_impl("auto", hidden.device))
+    head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", resolve_impl("auto", hidden.device)[0])
     workspace = next(w for w in range(1 << 10, 1 << 16, 8) if fits(head_sizes, w, 90) == 16)
     counts = tokens_of_units(spec, make_layout(target, None, -100), None)
     assert counts() == [*lengths]
-    chosen = call_plan(hidden, head, spec, "mean", workspace, {}, unit_tokens=counts)
-    assert chosen.path == path
+    chosen, _ = plan_call(hidden, head, How(workspace=workspace), spec=spec, unit_tokens=counts)
+    assert chosen.path == path, chosen
     assert ("in a pair longer than a single pass's chunk of 16 rows" in chosen.reason) == (path == "two_pass")
     whole, chunked = (dpo_loss(hidden, head, target, ref=ref, workspace=w) for w in (1 << 29, workspace))
     torch.testing.assert_close(whole, chunked)
-    assert ["single_pass" in x.grad_fn.name() for x in (whole, chunked)] == [True, path == "single"]
+    assert ["rgpb_loss" in x.grad_fn.name() for x in (whole, chunked)] == [True, path == "single"]
     for a, b in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (whole, chunked))):
         torch.testing.assert_close(a, b)
 
@@ -483,8 +482,8 @@ def test_sixteen_bit_operands_as_on_cuda(monkeypatch, auto, dtype, path, head):
     """16-bit dlogits in the logits' own bytes and float32 results, as on CUDA; the products are emulated here."""
     if auto == "cpp" and dtype == torch.float16:
         pytest.skip("the C++ kernels have no float16: on a CPU it is multiplied in float32")
-    from rgpb.engine import chunked
     from rgpb.engine import plan as planning
+    from rgpb.kernels import matmul
 
     def emulated(a, b, out, accumulate=False):
         assert a.dtype == b.dtype == dtype
@@ -492,7 +491,7 @@ def test_sixteen_bit_operands_as_on_cuda(monkeypatch, auto, dtype, path, head):
         out.copy_(out + product if accumulate else product)
 
     monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
-    monkeypatch.setattr(chunked, "mm", emulated)
+    monkeypatch.setattr(matmul, "mm", emulated)
     hidden, lm_head, target, ref_logits = batch(SHAPES["V and H off every tile"], dtype, head)
     ours, oracle = arguments("bnf", ref_logits, target)
     loss, gradients = run_path(path, "bnf", hidden, lm_head, target, **ours)
@@ -681,15 +680,15 @@ def test_a_target_that_dwarfs_the_others_in_float16(monkeypatch, auto):
     """∂lse/∂z_y = p against ∂lse/∂z_k = p_k: a ratio of e²⁰ or e³⁰, and float16 ends at 65504."""
     if auto == "cpp":
         pytest.skip("the C++ kernels have no float16: on a CPU it is multiplied in float32")
-    from rgpb.engine import chunked
     from rgpb.engine import plan as planning
+    from rgpb.kernels import matmul
 
     def emulated(a, b, out, accumulate=False):
         product = (a.float() @ b.float()).to(out.dtype)
         out.copy_(out + product if accumulate else product)
 
     monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
-    monkeypatch.setattr(chunked, "mm", emulated)
+    monkeypatch.setattr(matmul, "mm", emulated)
     for margin in (5.0, 20.0, 30.0):
         hidden, weight, target = confident(margin, torch.float16)
         made = torch.autograd.grad(linear_logprob(hidden, weight, target).lse.sum(), [hidden, weight])
@@ -749,16 +748,16 @@ def test_on_a_gpu_the_plan_compares_times():
         sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_90")
         for vocab, width in ((50304, 2560), (128256, 4096))
     )
-    tight, wide = (plan(8192, pythia, couples="token", workspace=w) for w in (1 << 30, 4 << 30))
+    tight, wide = (plan(8192, pythia, ("triton", "tiled"), couples="token", workspace=w) for w in (1 << 30, 4 << 30))
     assert (tight.path, wide.path) == ("single", "single")
-    many_chunks = plan(8192, pythia, couples="token", engine="chunked")
+    many_chunks = plan(8192, pythia, couples="token")
     assert many_chunks.path == "two_pass"
     assert "sum of dW over many chunks" in many_chunks.reason
     for request in ({"couples": "token"}, {"weight_grad": False}, {"weight_grad": False, "hidden_grad": False}):
-        each = [plan(8192, llama, engine=engine, **request).seconds for engine in ("chunked", "tiled")]
-        assert plan(8192, llama, **request).seconds == min(each)
+        each = [plan(8192, llama, (impl,), **request).seconds for impl in ("triton", "tiled")]
+        assert plan(8192, llama, ("triton", "tiled"), **request).seconds == min(each)
     small_head = sizes(2, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_120")
     request = {"couples": "batch", "skipping": True, "workspace": 50000}
     with pytest.raises(ValueError, match="workspace: expected at least"):
-        plan(8192, small_head, engine="tiled", **request)
-    assert plan(8192, small_head, **request).engine == "chunked"  # what fits, whatever the other lacks
+        plan(8192, small_head, ("tiled",), **request)
+    assert plan(8192, small_head, ("triton", "tiled"), **request).impl == "triton"  # what fits, whatever the other lacks

@@ -20,7 +20,7 @@ from benchmarks.gpu.__main__ import PARTS, main, parse_case
 from rgpb import LMHead, bench, reference
 from rgpb.bench import cases, report
 from rgpb.bench.cases import LOG_PROB, Result, Shape
-from rgpb.logprob import why_not
+from rgpb.kernels import why_not
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"

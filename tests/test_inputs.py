@@ -293,8 +293,8 @@ def test_the_ways_to_give_a_reference_agree():
 
 def test_own_objectives_from_outside():
     """A bare function, and a registered one: same value; the registered one is allowed the single pass."""
-    from rgpb.fused import call_plan
     from rgpb.objectives import resolve
+    from rgpb.validation import How, plan_call
 
     def hinge(responses, *, delta=1.0):
         chosen, rejected = pairs(responses.logps(length_normalize=True))
@@ -303,11 +303,11 @@ def test_own_objectives_from_outside():
     given = good()
     hidden, head, target = given["hidden"], given["head"], given["target"]
     bare = fused_loss(hidden, head, target, objective=hinge, delta=2.0)
-    assert call_plan(hidden, LMHead(head), resolve(hinge), "mean", 1 << 29, {}).path == "two_pass"
+    assert plan_call(hidden, LMHead(head), How(), spec=resolve(hinge))[0].path == "two_pass"
     objective("hinge_of_this_test", couples="pair")(hinge)
     try:
         named = fused_loss(hidden, head, target, objective="hinge_of_this_test", delta=2.0)
-        assert call_plan(hidden, LMHead(head), resolve(hinge), "mean", 1 << 29, {}).path == "single"
+        assert plan_call(hidden, LMHead(head), How(), spec=resolve(hinge))[0].path == "single"
         torch.testing.assert_close(named, bare)
         for a, b in zip(*(torch.autograd.grad(x, [hidden, head]) for x in (named, bare))):
             torch.testing.assert_close(a, b)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from rgpb import OBJECTIVES, FusedLoss, Layout, Responses, TokenScores, fused_loss, linear_logprob, objective, reference
 from rgpb import fused as public
-from rgpb.engine.single import pack_units
-from rgpb.fused import bco_loss, call_plan, dpo_loss, kto_loss, mc_po_loss, mle_loss, rnce_loss, swepo_loss
+from rgpb.engine.coefficients import pack_units
+from rgpb.fused import bco_loss, dpo_loss, kto_loss, mc_po_loss, mle_loss, rnce_loss, swepo_loss
 from rgpb.head import LMHead
 from rgpb.objectives import RunningMean, resolve, unit_values
-from rgpb.objectives.group import draw_negatives
+from rgpb.objectives import draw_negatives
+from rgpb.validation import How, plan_call
 from rgpb.objectives.registry import parse_sum, reward_scale
 
 LENGTHS = [3, 5, 2, 4, 1, 6]  # tokens of six responses: three pairs, two groups of three
@@ -205,24 +206,22 @@ def test_a_group_with_nothing_to_compare_is_exactly_zero(name):
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if name != "mc_po"])
-def test_single_pass_for_groups_that_fit_the_chunk(name, monkeypatch):
+def test_single_pass_for_groups_that_fit_the_chunk(name):
     """The plan takes it, in chunks of whole groups; two passes where no group fits the chunk."""
     hidden, weight, target, ref = batch(12, T=6)
     target[4, 2:] = -100
     target[7] = -100
     given = group_arguments(name, 4, 3)
     spec, wanted = OBJECTIVES[name], (hidden, weight)
-    plan = call_plan(hidden, LMHead(weight), spec, "mean", 1 << 29, {})
+    plan, _ = plan_call(hidden, LMHead(weight), How(), spec=spec)
     assert (plan.path, plan.units) == ("single", 3)
     two = fused_loss(hidden, weight, target, objective=name, ref=ref, reduction="none", **given).mean()
     expected = torch.autograd.grad(two, wanted)
     row = 8 * (31 + 2 * 7)
     for rows in (200, 40, 20, 9, 2):  # one chunk; several groups; one group; less than one; two rows
         workspace = 8 * 31 * 8 + rows * row
-        with monkeypatch.context() as compiled:
-            if rows == 9:  # as under a compiler, where the plan doesn't know that no group fits
-                compiled.setattr("rgpb.fused.tokens_of_units", lambda *_: None)
-            one = fused_loss(hidden, weight, target, objective=name, ref=ref, workspace=workspace, **given)
+        how = {"path": "single"} if rows == 9 else {}  # although no group fits
+        one = fused_loss(hidden, weight, target, objective=name, ref=ref, workspace=workspace, **how, **given)
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
         for a, b in zip(torch.autograd.grad(one, wanted), expected):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -589,7 +588,7 @@ def test_the_papers_recipes_are_sums():
 def test_a_sum_costs_one_sweep():
     hidden, weight, *_ = batch(6)
     for name, units in (("mle + 0.5*dpo", 3), ("mle + bnf", 3), ("mle + 0.5*swepo", 3), ("mle + kto", 4)):
-        assert call_plan(hidden, LMHead(weight), resolve(name), "mean", 1 << 29, {}).units == units
+        assert plan_call(hidden, LMHead(weight), How(), spec=resolve(name))[0].units == units
 
 
 def test_sums_beside_groups_labels_and_pairs():

@@ -8,7 +8,7 @@ from row_suite import *  # noqa: F403
 from row_suite import Implementation, close, dense
 
 from rgpb.kernels import cpp_rows, torch_rows
-from rgpb.kernels.torch_rows import Epilogue, Upstream
+from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 WIDE = (torch.float64, torch.float32)
 SETS = torch.ops.rgpb.cpp_available() if cpp_rows.missing() is None else []
@@ -21,12 +21,17 @@ def torch_statistics(z, target, epilogue, entropy, tile):
     return torch_rows.statistics_(z, target, epilogue, entropy, None, masses, tile)[0], masses
 
 
+def cpp_weights(z, target, epilogue, entropy, out):
+    statistics, _, total = cpp_rows.statistics_(z, target, epilogue, entropy, out)
+    return statistics, total
+
+
 IMPLEMENTATIONS = {
     "torch": Implementation(
         torch_statistics, torch_rows.gradients_, None, torch_rows.statistics_, WIDE, (torch.bfloat16, torch.float16)
     ),
     "cpp": Implementation(
-        cpp_rows.statistics, cpp_rows.gradients_, cpp_rows.token_loss_, cpp_rows.statistics_,
+        cpp_rows.statistics, cpp_rows.gradients_, cpp_rows.token_loss_, cpp_weights,
         (*WIDE, torch.bfloat16), (torch.bfloat16,),
     ),
 }  # fmt: skip
@@ -85,7 +90,7 @@ def test_the_same_bits_on_any_number_of_threads():
     runs = []
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
-        runs.append(cpp_rows.token_loss_(z.clone(), y, "bnf", weight, ref, epilogue, True))
+        runs.append(cpp_rows.token_loss_(z.clone(), y, TokenTerms("bnf", weight, ref, True), epilogue))
     torch.set_num_threads(1)
     for scores, value, d in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip((*scores, value, d), (*runs[0][0], *runs[0][1:])))
@@ -133,11 +138,11 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="running: expected a dense float64 CPU tensor"):
         cpp_rows.add_slice_(torch.zeros(3, 4), z, y, epilogue, False)
     with pytest.raises(ValueError, match="loss: expected nll, unlikelihood or bnf, got 'dpo'"):
-        cpp_rows.token_loss_(z.clone(), y, "dpo", torch.ones(3), None, epilogue, False)
+        cpp_rows.token_loss_(z.clone(), y, TokenTerms("dpo", torch.ones(3), None, False), epilogue)
     with pytest.raises(ValueError, match="loss: bnf needs"):
-        cpp_rows.token_loss_(z.clone(), y, "bnf", torch.ones(3), None, epilogue, False)
+        cpp_rows.token_loss_(z.clone(), y, TokenTerms("bnf", torch.ones(3), None, False), epilogue)
     with pytest.raises(ValueError, match="g_lo: expected a dense CPU vector of 3 Float"):
-        cpp_rows.gradients_(z, y, torch_rows.Statistics(*torch.zeros(2, 3), None),
+        cpp_rows.gradients_(z, y, Statistics(*torch.zeros(2, 3), None),
                             Upstream(torch.zeros(3), torch.zeros(3).double()), epilogue)  # fmt: skip
 
 

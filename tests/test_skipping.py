@@ -15,8 +15,7 @@ TILE, B, T, V, H = 16, 4, 9, 150, 12  # a last tile that isn't whole
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    for module in (plan, skipping):
-        monkeypatch.setattr(module, "MASS_TILE", TILE)
+    monkeypatch.setattr(plan, "MASS_TILE", TILE)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream  # noqa: E402
+from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -354,10 +354,10 @@ def row_launch(arch, name, flags):
         elif name == "padded":  # a vocabulary off every multiple, in rows that aren't
             z = torch.empty(8, 1040)[:, :1031]
             narrow = z.view(torch.bfloat16)[:, :1031]
-            triton_rows.token_loss_(z, target, "nll", c, None, epilogue, False, narrow, room=1040)
+            triton_rows.token_loss_(z, target, TokenTerms("nll", c, None, False), epilogue, narrow, room=1040)
         else:
             ref = (a, b) if name == "bnf" else None
-            triton_rows.token_loss_(z, target, name, c, ref, epilogue, name == "bnf" or flags, narrow)
+            triton_rows.token_loss_(z, target, TokenTerms(name, c, ref, name == "bnf" or flags), epilogue, narrow)
     return launches
 
 

@@ -22,7 +22,7 @@ from rgpb.bench.cases import DTYPES, LOG_PROB, NAIVE, PATHS, TOLERANCE, Batch, C
 from rgpb.bench.measure import interleaved, peak_memory, provenance, quantiles
 from rgpb.bench.plan import argument, parse_bytes, positive
 from rgpb.bench.report import Report, Row, markdown, plot, read, show, write
-from rgpb.logprob import IMPLEMENTATIONS
+from rgpb.kernels import IMPLEMENTATIONS
 
 SMALL, LARGE = Shape(256, 128, 4096), Shape(2048, 512, 32000)
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rgpb import reference
 from rgpb.engine.plan import Plan
-from rgpb.fused import call_plan, fused_loss, make_layout, tokens_of_units
+from rgpb.fused import fused_loss
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
+from rgpb.validation import How, plan_call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATHS = ("single", "two_pass", "frozen", "forward")
@@ -227,34 +228,27 @@ def naive(batch: Batch, loss: str, path: str) -> Contestant:
 # -- the library, the floor, the truth ---------------------------------------------------------------------------------
 
 
-def fused(
-    batch: Batch, loss: str, path: str, impl: str, workspace: int, engine: str = "auto"
-) -> Contestant:  # fmt: skip
-    """The library, called so that it takes `path` where it can.
+def fused(batch: Batch, loss: str, path: str, impl: str, workspace: int) -> Contestant:
+    """The library on `path`.
 
     Raises:
-        ValueError: a `workspace` too small for one row, or an `engine` that can't serve the request.
+        ValueError: a `workspace` too small for one row, or an `impl` or `path` that can't serve the request.
     """
     spec = OBJECTIVES["mle" if loss == LOG_PROB else loss]
     weight = batch.weight.detach() if path in ("frozen", "forward") else batch.weight
     hidden = batch.hidden.detach() if path == "forward" else batch.hidden
-    reduction = "none" if path == "two_pass" else "mean"
-    unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1])
-    plan = call_plan(
-        hidden, LMHead(weight), spec, reduction, workspace, {}, impl, engine, unit_tokens=unit_tokens
-    )  # fmt: skip
+    plan, _ = plan_call(hidden, LMHead(weight), How(impl, path, workspace=workspace), spec=spec)
 
     def run() -> Result:
         if loss == LOG_PROB:
-            scores = linear_logprob(hidden, weight, batch.target, impl=impl, engine=engine, workspace=workspace)
+            scores = linear_logprob(hidden, weight, batch.target, impl=impl, path=path, workspace=workspace)
             return Result(scores.logp, ())
         label, ref = batch.label if spec.label else None, None if spec.ref is None else batch.ref
         value = fused_loss(
             hidden, weight, batch.target, objective=loss, label=label, ref=ref,
-            rewards=batch.rewards if spec.rewards else None, reduction=reduction, impl=impl, engine=engine,
-            workspace=workspace,
+            rewards=batch.rewards if spec.rewards else None, impl=impl, path=path, workspace=workspace,
         )  # fmt: skip
-        return _with_gradients(value.mean(), hidden, weight)
+        return _with_gradients(value, hidden, weight)
 
     return Contestant(loss, path, "fused", plan.units, run, plan)
 

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rgpb
 from rgpb.bench.cases import Result
-from rgpb.engine.chunked import mm
+from rgpb.kernels.matmul import mm
 
 # The profiler announces its own start and stop on stderr, at a level below this one.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -17,8 +17,9 @@ import torch
 
 from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
-from rgpb.engine.plan import ENGINES, RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
-from rgpb.logprob import IMPLEMENTATIONS, resolve_impl, why_not
+from rgpb.engine.plan import RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
+from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
+from rgpb.validation import ENGINES
 from rgpb.objectives import Objective, resolve
 
 

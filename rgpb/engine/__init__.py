@@ -1,1 +1,1 @@
-"""What runs a loss: the plan, the chunk loops, the operators registered with PyTorch."""
+"""What runs a loss: the call, its plan, the sweeps and their operators."""

@@ -9,20 +9,25 @@ One unit of work is a product of 2 · N · V · H flops. Naive PyTorch does 3 an
 | `frozen`   | 2     | head without gradient: the forward accumulates O = Σ q_k w_k, the backward only scales it       |
 | `two_pass` | 4 (3) | `frozen`, then the logits again for dW, each slice of it finished at once                      |
 
-Two engines run each path. `chunked`: library products into a buffer of float32 logits, row kernels over it. `tiled`
-(Triton): logits in registers only; what is written is exp(z − shift) or dlogits, in the products' own dtype.
+Every kernel set runs each path. `torch`, `cpp` and `triton` form float32 logits by library products into a buffer, and
+run row kernels over it; `tiled` (Triton) holds logits in registers only, and writes exp(z − shift) or dlogits in the
+products' own dtype.
+
+`plan` says what a call costs, for its number of tokens. `chunks` says what fits the workspace whatever that number: the
+door puts it into the `Call`, and no loop asks again.
 
 Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from rgpb.kernels import cpp_rows, torch_rows
+from rgpb.kernels.types import PAD
 
 DEFAULT_WORKSPACE = 512 * 2**20
 
@@ -33,8 +38,6 @@ MAX_SCORED = 2048
 # Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
 # longer (docs/cpu.md). At least MASS_TILE.
 COLUMNS = 512
-# Room behind the rows of a slice of logits on a CPU: rows at a distance of a power of two share too few cache lines.
-PAD = 16
 # Entries of the vocabulary in one finished slice of dW.
 MAX_SLICE = {"cpu": 2048, "cuda": 16384}
 # Slices of a product with all rows at once aren't narrower: 8 tiles of 128 columns.
@@ -52,7 +55,9 @@ MOST_TWICE = 0.75
 CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
 
-ENGINES = ("auto", "chunked", "tiled")
+PATHS = ("auto", "forward", "single", "frozen", "two_pass")
+# More rows than any call has: what fits is then bounded by the workspace alone.
+ANY = 1 << 62
 
 
 class Rates(NamedTuple):
@@ -89,8 +94,7 @@ class Plan(NamedTuple):
         rows: C, rows of logits held at a time.
         extra_bytes: held at most beyond inputs and gradients, tokens' own numbers (a few bytes each) aside.
         flops: units · 2 · N · V · H.
-        impl: "torch", "cpp" or "triton".
-        engine: "chunked" or "tiled".
+        impl: the kernel set, "torch", "cpp", "triton" or "tiled".
         seconds: predicted from `RATES`; None where there are none.
     """
 
@@ -101,8 +105,73 @@ class Plan(NamedTuple):
     extra_bytes: int
     flops: int
     impl: str = "torch"
-    engine: str = "chunked"
     seconds: float | None = None
+
+
+class Request(NamedTuple):
+    """What is asked of a call, besides its shapes.
+
+    Attributes:
+        tokens: N, at most; masked ones are compacted away before the first product.
+        hidden_grad, weight_grad: which gradients will be asked for.
+        couples: what the objective couples: "token", "pair" or "group" (known before the whole batch is scored) or
+            "batch".
+        scalar: whether the result is reduced to one number, so that coefficients are known up to a common factor.
+        half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
+            rounding.
+        entropy_grad: whether the gradient of the entropy is asked for.
+        skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
+        sort_vocab: whether the vocabulary is put in order for that.
+        unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
+            in a single pass those longer than a chunk take a sweep more.
+        path: of `PATHS`; "auto" for the cheapest that fits.
+        workspace: bytes.
+    """
+
+    tokens: int
+    hidden_grad: bool = True
+    weight_grad: bool = True
+    couples: str = "batch"
+    scalar: bool = True
+    half: bool = False
+    entropy_grad: bool = False
+    skipping: bool = False
+    sort_vocab: bool = False
+    unit_tokens: Callable[[], Sequence[int]] | None = None
+    path: str = "auto"
+    workspace: int = DEFAULT_WORKSPACE
+
+
+class Chunks(NamedTuple):
+    """What the loops hold at a time: what fits the workspace, whatever the number of tokens.
+
+    Attributes:
+        rows: of a sweep over all of V.
+        summed_rows: the same beside a float32 sum of dW, for a single pass of several chunks with a 16-bit head.
+        slices: (columns, rows) of a sweep that finishes dW slice by slice, widest slices first.
+        converted: rows of the weight converted to the operands' dtype at a time; 0 where none has to be.
+        columns: of logits formed by one product.
+        room: length of a row of the buffer of logits.
+        pad: elements between the rows of a slice of logits.
+        sample_rows: rows that an order of the vocabulary may be estimated from; 0 where none is asked for.
+    """
+
+    rows: int
+    summed_rows: int
+    slices: tuple[tuple[int, int], ...]
+    converted: int
+    columns: int
+    room: int
+    pad: int
+    sample_rows: int
+
+    def single_rows(self, tokens: int) -> int:
+        """Rows of a single pass's chunk: beside a sum of dW where one chunk isn't all."""
+        return self.rows if tokens <= self.rows else self.summed_rows
+
+    def slice_for(self, tokens: int) -> tuple[int, int]:
+        """The widest slice whose sweep takes all rows at once, else the narrowest: (columns, rows)."""
+        return next((each for each in self.slices if each[1] >= tokens), self.slices[-1])
 
 
 class Sizes(NamedTuple):
@@ -115,12 +184,12 @@ class Sizes(NamedTuple):
         convert: whether the weight has to be converted for them.
         accumulate: whether a sum of dW over chunks needs a buffer of its own (16-bit weight).
         device_type: "cpu", "cuda", …
-        impl: row kernels, "torch", "cpp" or "triton".
-        engine: "chunked" or "tiled".
+        impl: the kernel set, "torch", "cpp", "triton" or "tiled".
         arch: key in `RATES`, or None.
         factored: whether rows have factors that are applied to the [C, H] sides, which takes float32 copies of them.
         ordered: whether the vocabulary is taken in another order.
         columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
+        strided: whether the weight has no unit stride along H, as the tile kernels need it.
     """
 
     vocab: int
@@ -131,11 +200,11 @@ class Sizes(NamedTuple):
     accumulate: bool
     device_type: str
     impl: str = "torch"
-    engine: str = "chunked"
     arch: str | None = None
     factored: bool = True
     ordered: bool = False
     columns: int = 1 << 62
+    strided: bool = False
 
     @property
     def sliced(self) -> bool:
@@ -154,12 +223,12 @@ class Sizes(NamedTuple):
     @property
     def logit(self) -> int:
         """Bytes of an element of the [C, V] buffer."""
-        return self.gemm if self.engine == "tiled" else self.acc
+        return self.gemm if self.impl == "tiled" else self.acc
 
     @property
     def room(self) -> int:
         """Length of a row of that buffer: V, for Triton rounded up so that all rows start alike."""
-        return -(-self.vocab // 16) * 16 if self.impl == "triton" else self.vocab
+        return -(-self.vocab // 16) * 16 if self.impl in ("triton", "tiled") else self.vocab
 
     @property
     def scratch(self) -> int:
@@ -174,10 +243,9 @@ def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl
     return compute if compute == torch.float64 or device_type == "cuda" or native else torch.float32
 
 
+@torch.compiler.assume_constant_result
 def cpu_columns() -> int:
     """Columns of logits that a CPU forms by one product, a multiple of MASS_TILE."""
-    if torch.compiler.is_compiling():  # which doesn't know the threads; the operators ask again when they run
-        return MASS_TILE
     return max(MASS_TILE, COLUMNS * torch.get_num_threads()) // MASS_TILE * MASS_TILE
 
 
@@ -188,17 +256,18 @@ def sizes(
     compute_dtype: torch.dtype,
     device_type: str,
     impl: str = "torch",
-    engine: str = "chunked",
     arch: str | None = None,
+    strided: bool = False,
 ) -> Sizes:
     """`Sizes` of a head [vocab, width] used in `compute_dtype` (the autocast type, else that of the hidden states)."""
     gemm = gemm_dtype(device_type, weight_dtype, compute_dtype, impl)
     acc = 8 if weight_dtype == torch.float64 else 4
-    convert = gemm != weight_dtype
-    factored = impl in ("torch", "cpp") or engine == "tiled" or convert or gemm == torch.float16
+    convert = gemm != weight_dtype or (strided and impl == "tiled")
+    factored = impl != "triton" or convert or gemm == torch.float16
+    one_product = min(vocab, cpu_columns()) if device_type == "cpu" and impl != "tiled" else vocab
     return Sizes(
-        vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, engine, arch, factored,
-        columns=min(vocab, cpu_columns()) if device_type == "cpu" else vocab,
+        vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, arch, factored,
+        columns=one_product, strided=strided,
     )  # fmt: skip
 
 
@@ -223,7 +292,7 @@ def row_chunk(
         fixed += s.vocab * (s.width + 1) * 4
     logits = s.room * s.logit
     row = logits + _row_sides(s)
-    if s.engine == "tiled":
+    if s.impl == "tiled":
         logits = 0 if score_only else logits
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
@@ -246,7 +315,7 @@ def _rows_that_fit(workspace: int, fixed: int, row: int, vocab: int, most: int, 
             f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
-    if s.device_type != "cpu" and ROW_TILE < rows < most:
+    if s.device_type != "cpu" and ROW_TILE < rows < most < MAX_ROWS["cuda"]:
         chunks = -(-most // (rows // ROW_TILE * ROW_TILE))
         rows = -(-most // (chunks * ROW_TILE)) * ROW_TILE  # chunks of equal length
     return rows, fixed + rows * row + min(rows, block) * scratch
@@ -273,110 +342,128 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
     On a GPU slices are as wide as they can be with all rows in one chunk: then the product itself is the finished dW.
     Otherwise, and on a CPU, a slice of it is summed over chunks of rows.
     """
-    summed = s.width * s.acc * (s.accumulate or s.ordered)
-    column = s.width * s.gemm * s.convert + summed * s.ordered
+    for step in _wide_slices(s):
+        rows, held = _slice_rows(s, workspace, step, tokens)
+        if rows >= tokens > 0:
+            return rows, step, held
+    step, row, column = _narrow_slice(s, workspace)
+    rows, held = _rows_that_fit(workspace, step * column, row, step, max(tokens, 1), s)
+    return rows, step, held
+
+
+def _wide_slices(s: Sizes) -> Iterator[int]:
+    """Slices to try on a GPU, from the widest."""
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
-    if s.device_type != "cpu":
-        while True:
-            try:
-                rows, held = _rows_that_fit(
-                    workspace, step * column, step * s.logit + _row_sides(s), step, max(tokens, 1), s
-                )
-            except ValueError:
-                rows = 0
-            if rows >= tokens > 0:
-                return rows, step, held
-            if step <= MIN_SLICE:
-                break
-            step = max(MIN_SLICE, step // 2)
-    if not s.ordered:
-        column += summed
+    while s.device_type != "cpu":
+        yield step
+        if step <= MIN_SLICE:
+            return
+        step = max(MIN_SLICE, step // 2)
+
+
+def _slice_rows(s: Sizes, workspace: int, step: int, tokens: int) -> tuple[int, int]:
+    """(rows, bytes held) beside a slice of dW that is the product itself; (0, 0) where not one row fits."""
+    column = s.width * s.gemm * s.convert + s.width * s.acc * s.ordered
+    try:
+        return _rows_that_fit(workspace, step * column, step * s.logit + _row_sides(s), step, max(tokens, 1), s)
+    except ValueError:
+        return 0, 0
+
+
+def _narrow_slice(s: Sizes, workspace: int) -> tuple[int, int, int]:
+    """(columns, bytes of a row, bytes of a column) where a slice of dW is summed over chunks of rows."""
+    step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
+    step = step if s.device_type == "cpu" else min(step, MIN_SLICE)
+    column = s.width * s.gemm * s.convert + s.width * s.acc * (s.accumulate or s.ordered)
     if column:
         step = max(1, min(step, workspace // 2 // column))
     sides = _row_sides(s) + s.pad * s.logit
     while step > 1 and workspace - step * column < step * (s.logit + s.scratch * s.acc) + sides:
         step = -(-step // 2)
-    row = step * s.logit + sides
-    rows, held = _rows_that_fit(workspace, step * column, row, step, max(tokens, 1), s)
-    return rows, step, held
+    return step, step * s.logit + sides, column
 
 
-def plan(
-    tokens: int,
-    head: Sizes,
-    *,
-    hidden_grad: bool = True,
-    weight_grad: bool = True,
-    couples: str = "batch",
-    scalar: bool = True,
-    half: bool = False,
-    entropy_grad: bool = False,
-    skipping: bool = False,
-    sort_vocab: bool = False,
-    unit_tokens: Callable[[], Sequence[int]] | None = None,
-    engine: str = "auto",
-    workspace: int = DEFAULT_WORKSPACE,
-) -> Plan:
-    """The cheapest path that fits the workspace, on the engine that is predicted to be faster.
-
-    Args:
-        tokens: N, at most; masked ones are compacted away before the first product.
-        head: from `sizes`.
-        hidden_grad, weight_grad: which gradients will be asked for.
-        couples: what the objective couples: "token", "pair" or "group" (known before the whole batch is scored) or
-            "batch".
-        scalar: whether the result is reduced to one number, so that coefficients are known up to a common factor.
-        half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
-            rounding.
-        entropy_grad: whether the gradient of the entropy is asked for.
-        skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
-        sort_vocab: whether the vocabulary is put in order for that.
-        unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
-            in a single pass those longer than a chunk take a sweep more.
-        engine: "chunked", "tiled", or "auto".
-        workspace: bytes.
+def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
+    """What the loops of `path` hold at a time, for any number of tokens.
 
     Raises:
-        ValueError: `workspace` is too small for a single row, or the engine can't serve the request.
+        ValueError: `workspace` doesn't hold one row.
     """
-    if sort_vocab:
-        head = head.gathered()
-    why_not = _not_tiled(head, half, skipping, hidden_grad or weight_grad, workspace)
-    if engine == "tiled" and why_not:
-        raise ValueError(f"engine: {why_not}, got 'tiled'")
-    given = (tokens, hidden_grad, weight_grad, couples, scalar, half, entropy_grad, skipping, unit_tokens, workspace)
-    chunked, tiled = head._replace(engine="chunked"), head._replace(engine="tiled", factored=True)
-    if engine == "tiled":
-        return _plan(tiled, *given)
-    if engine == "chunked" or why_not or head.gemm != 2:
-        return _plan(chunked, *given)
-    made, refused = [], []
-    for candidate in (chunked, tiled):
+    sample = 0
+    if s.ordered:
+        sample, _ = row_chunk(s._replace(impl="torch", ordered=False), workspace, ANY)
+    rows, _ = row_chunk(s, workspace, ANY, score_only=path == "forward")
+    summed = rows
+    if path == "single" and s.accumulate:
         try:
-            made.append(_plan(candidate, *given))
+            summed, _ = row_chunk(s, workspace, ANY, accumulator=True)
+        except ValueError:
+            summed = 0  # the plan takes a single pass for what fits one chunk
+    slices: list[tuple[int, int]] = []
+    if path == "two_pass":
+        slices = [(step, rows) for step in _wide_slices(s) if (rows := _slice_rows(s, workspace, step, ANY)[0])]
+        step, row, column = _narrow_slice(s, workspace)
+        slices.append((step, _rows_that_fit(workspace, step * column, row, step, ANY, s)[0]))
+    return Chunks(rows, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
+
+
+def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> Plan:
+    """The cheapest path that fits the workspace, on the kernel set that is predicted to be fastest.
+
+    Args:
+        tokens: N, at most.
+        head: from `sizes`.
+        impls: kernel sets to choose from, in order of preference where times can't be predicted; default: the head's.
+        asked: the rest of a `Request`, by name.
+
+    Raises:
+        ValueError: `workspace` is too small for a single row, or the path or the only kernel set can't serve the
+            request.
+    """
+    request = Request(tokens, **asked)
+    if request.sort_vocab:
+        head = head.gathered()
+    made, refused = [], []
+    for impl in impls or (head.impl,):
+        candidate = of_impl(head, impl)
+        why = _not_tiled(candidate, request)
+        try:
+            if why:
+                raise ValueError(f"impl: {why}, got 'tiled'")
+            made.append(_plan(candidate, request))
         except ValueError as error:
             refused.append(error)
     if not made:
         raise refused[0]
-    return min(made, key=lambda p: p.seconds or 0.0)
+    # without rates nothing is predicted, and float32 and float64 have none: no tensor core takes them unrounded
+    return min(made, key=lambda p: p.seconds) if all(p.seconds for p in made) else made[0]  # type: ignore[arg-type, return-value]
 
 
-def _plan(
-    head: Sizes, tokens: int, hidden_grad: bool, weight_grad: bool, couples: str, scalar: bool, half: bool,
-    entropy_grad: bool, skipping: bool, unit_tokens: Callable[[], Sequence[int]] | None, workspace: int,
-) -> Plan:  # fmt: skip
-    """`plan` on the engine of `head`."""
+def of_impl(head: Sizes, impl: str) -> Sizes:
+    """`Sizes` of the same head on another kernel set of the same device."""
+    if impl == head.impl:
+        return head
+    convert = head.convert or (impl == "tiled" and head.strided)
+    return head._replace(impl=impl, convert=convert, factored=impl != "triton" or head.factored)
+
+
+def _plan(head: Sizes, request: Request) -> Plan:
+    """`plan` on the kernel set of `head`."""
+    tokens, workspace = request.tokens, request.workspace
+    hidden_grad, weight_grad = request.hidden_grad, request.weight_grad
     gradient = hidden_grad or weight_grad
     rows, held = row_chunk(head, workspace, tokens, score_only=not gradient)
     unit = 2 * tokens * head.vocab * head.width
 
     def made(path: str, reason: str, units: int, rows: int, held: int) -> Plan:
+        if request.path not in ("auto", path):
+            raise ValueError(f"path: expected 'auto' or {path!r}, since {reason}; got {request.path!r}")
         seconds = _seconds(head, path, units, tokens, rows, workspace)
-        return Plan(path, reason, units, rows, held, units * unit, head.impl, head.engine, seconds)
+        return Plan(path, reason, units, rows, held, units * unit, head.impl, seconds)
 
     if not gradient:
         return made("forward", "no gradient is asked for", 1, rows, held)
-    if entropy_grad:
+    if request.entropy_grad:
         units = 1 + 2 * hidden_grad + 2 * weight_grad
         held = max(held, slice_chunk(head, workspace, tokens)[2]) if weight_grad else held
         path = "two_pass" if weight_grad else "frozen"
@@ -385,37 +472,39 @@ def _plan(
         return made(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
-    why = _not_single(head, couples, scalar, half, skipping, workspace, tokens)
+    why = _not_single(head, request)
     both = max(held, slice_chunk(head, workspace, tokens)[2])
-    two_pass = made("two_pass", why or "the sum of dW over many chunks would cost more", 3 + hidden_grad, rows, both)
-    if why is not None:
-        return two_pass
-    rows, held = single_chunk(head, workspace, tokens)
-    why = f"coefficients are known chunk by chunk (couples a {couples})"
-    single, twice = made("single", why, 2 + hidden_grad, rows, held), 0.0
-    if rows < tokens and unit_tokens is not None:
-        twice, rows = _swept_twice(head, workspace, unit_tokens())
+    two_pass_units = 3 + hidden_grad
+    if why is not None or request.path == "two_pass":
+        return made("two_pass", why or "it was asked for", two_pass_units, rows, both)
+    single_rows, single_held = single_chunk(head, workspace, tokens)
+    why = f"coefficients are known chunk by chunk (couples a {request.couples})"
+    if request.path != "auto":
+        return made("single", why, 2 + hidden_grad, single_rows, single_held)
+    single, twice = made("single", why, 2 + hidden_grad, single_rows, single_held), 0.0
+    two_pass = made("two_pass", "the sum of dW over many chunks would cost more", two_pass_units, rows, both)
+    if single_rows < tokens and request.unit_tokens is not None:
+        twice, longest = _swept_twice(head, workspace, request.unit_tokens())
         if twice >= MOST_TWICE:
-            longer = f"longer than a single pass's chunk of {rows:,} rows"
-            return two_pass._replace(reason=f"most tokens are in a {couples} {longer}, which would be swept twice")
+            longer = f"longer than a single pass's chunk of {longest:,} rows"
+            reason = f"most tokens are in a {request.couples} {longer}, which would be swept twice"
+            return two_pass._replace(reason=reason)
     seconds = _seconds(head, "single", single.units + twice, tokens, single.rows, workspace)
     return two_pass if (two_pass.seconds or 0) < (seconds or 0) else single
 
 
-def _not_single(
-    head: Sizes, couples: str, scalar: bool, half: bool, skipping: bool, workspace: int, tokens: int
-) -> str | None:
+def _not_single(head: Sizes, request: Request) -> str | None:
     """Why gradients can't be made in the forward, or None where they can."""
-    if couples == "batch":
+    if request.couples == "batch":
         return "the objective may couple the whole batch"
-    if not scalar:
+    if not request.scalar:
         return "reduction='none': the upstream gradient of each result is not known in the forward"
-    if half:
+    if request.half:
         return "float16 gradients: the loss scale has to come before the rounding"
-    if skipping:
+    if request.skipping:
         return "grad_tolerance: what can be left out of dW is known after a first sweep"
     try:
-        single_chunk(head, workspace, tokens)
+        single_chunk(head, request.workspace, request.tokens)
     except ValueError:
         size = head.vocab * (head.width + 1) * 4
         return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
@@ -429,16 +518,16 @@ def _swept_twice(head: Sizes, workspace: int, unit_tokens: Sequence[int]) -> tup
     return sum(count for count in unit_tokens if count > rows) / max(total, 1), rows
 
 
-def _not_tiled(head: Sizes, half: bool, skipping: bool, gradient: bool, workspace: int) -> str | None:
+def _not_tiled(head: Sizes, request: Request) -> str | None:
     """What the tile kernels lack for this request, or None."""
-    if head.impl != "triton":
-        return f"expected 'chunked' with impl={head.impl!r}, since the tile kernels are Triton's"
-    if half and gradient:
+    if head.impl != "tiled":
+        return None
+    if request.half and (request.hidden_grad or request.weight_grad):
         return (
-            "expected 'chunked' for float16 gradients, whose range is too narrow for weights before they are normalised"
+            "expected another for float16 gradients, whose range is too narrow for weights before they are normalised"
         )
-    if skipping and 0 < convert_rows(head, workspace) < min(MASS_TILE, head.vocab):
-        return f"expected 'chunked', since the workspace doesn't hold {MASS_TILE} converted rows of the weight"
+    if request.skipping and 0 < convert_rows(head, request.workspace) < min(MASS_TILE, head.vocab):
+        return f"expected another, since the workspace doesn't hold {MASS_TILE} converted rows of the weight"
     return None
 
 
@@ -455,7 +544,7 @@ def predicted_seconds(
     """Products at their rates, and what passes through memory between them; nothing is assumed to overlap."""
     sweeps = {"two_pass": 2}.get(path, 1)  # how often logits are formed
     unit, logits = 2 * tokens * head.vocab * head.width, tokens * head.vocab
-    if head.engine == "tiled":
+    if head.impl == "tiled":
         moved = 0 if path == "forward" else sweeps * head.gemm  # E written
         products = unit * (sweeps / rates.tile + (units - sweeps) / rates.library)
     else:  # logits written and read for statistics; then read again, and D written

@@ -15,17 +15,14 @@ Dimensions: P positions, T tiles of MASS_TILE columns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rgpb.engine.plan import MASS_TILE
-from rgpb.kernels.torch_rows import Statistics, Upstream
-
-if TYPE_CHECKING:
-    from rgpb.engine.chunked import Problem
+from rgpb.engine import plan
+from rgpb.engine.products import Problem
+from rgpb.kernels.types import Statistics, Upstream
 
 # A mass carries the rounding of its sum and that of float32 logits, which grows with them. The bound allows for both:
 # so much of itself, and so much for each unit of the largest logit (8 spacings of float32).
@@ -53,31 +50,6 @@ class Skipped(NamedTuple):
         return cls(report[:-1], report[-1])
 
 
-def check(grad_tolerance: object, sort_vocab: bool, entropy_grad: bool, dtype: torch.dtype) -> float | None:
-    """The tolerance as a number; "auto" is one rounding unit of `dtype`, eps / 2.
-
-    Raises:
-        ValueError: not a number ≥ 0 or "auto"; with a gradient of the entropy; `sort_vocab` without it.
-    """
-    if not isinstance(sort_vocab, bool):
-        raise ValueError(f"sort_vocab: expected True or False, got {sort_vocab!r}")
-    if grad_tolerance is None:
-        if sort_vocab:
-            raise ValueError("sort_vocab: expected False without grad_tolerance, since nothing is skipped; got True")
-        return None
-    if entropy_grad:
-        raise ValueError(
-            "grad_tolerance: expected None where the entropy has a gradient, which the masses don't bound; "
-            f"got {grad_tolerance!r}"
-        )
-    if isinstance(grad_tolerance, str) and grad_tolerance == "auto":
-        return torch.finfo(dtype).eps / 2
-    number = isinstance(grad_tolerance, Real) and not isinstance(grad_tolerance, bool)
-    if not number or not 0 <= float(grad_tolerance) < 1:  # type: ignore[arg-type]
-        raise ValueError(f"grad_tolerance: expected None, 'auto' or a number in [0, 1), got {grad_tolerance!r}")
-    return float(grad_tolerance)  # type: ignore[arg-type]
-
-
 def choose(
     p: Problem, masses: Tensor, statistics: Statistics, upstream: Upstream, tolerance: float, report: Tensor
 ) -> Callable[[int], Tensor]:
@@ -89,7 +61,7 @@ def choose(
         statistics, upstream: [P].
         report: [P + 1].
     """
-    target, kept = p.target, p.target != p.ignore_index
+    target, kept = p.target, p.target != p.call.ignore_index
     g = torch.where(kept, upstream.g_lo.abs(), 0).double()
     g_y = torch.where(kept, upstream.g_zy, 0)
     largest = g.max() if len(g) else g.sum()
@@ -97,11 +69,11 @@ def choose(
     finite = torch.where(statistics.lse_other == -torch.inf, 0, statistics.lse_other)
     slack = 1 + ROUNDING + SPACING * torch.maximum(finite.abs(), statistics.z_y.abs()).double()
     active = torch.empty(masses.shape, dtype=torch.bool, device=masses.device)
-    step = max(1, min(BLOCK, p.workspace // BLOCK_ENTRY) // max(masses.shape[1], 1))
+    step = max(1, min(BLOCK, p.call.workspace // BLOCK_ENTRY) // max(masses.shape[1], 1))
     for start in range(0, len(target), step):
         rows = slice(start, start + step)
         cost = masses[rows].double().mul_((g * slack)[rows, None])
-        tile = torch.where(kept[rows], target[rows] // MASS_TILE, 0)[:, None]
+        tile = torch.where(kept[rows], target[rows] // plan.MASS_TILE, 0)[:, None]
         own = torch.where(g_y[rows, None] == 0, cost.gather(1, tile), torch.inf)  # NaN is kept
         cost.scatter_(1, tile, own)
         cost, index = cost.sort(1)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
-from rgpb.engine import chunked, skipping
+from rgpb.engine import skipping
 from rgpb.engine import plan as planning
 from rgpb.fused import bnf_loss, dpo_loss
+from rgpb.kernels import matmul
 from tests.test_engine import (
     HEADS,
     PATHS,
@@ -29,7 +30,7 @@ from tests.test_engine import (
     small,
 )
 
-ENGINES = ("chunked", "tiled")
+IMPLS = ("triton", "tiled")
 SHAPE = (3, 5, 141, 24)  # several blocks and tiles along V, two tiles of rows, H off the tile of 16
 
 
@@ -43,36 +44,36 @@ def as_on_cuda(monkeypatch):
         out.copy_(out + wide if accumulate else wide)
 
     monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
-    monkeypatch.setattr(chunked, "mm", product)
+    monkeypatch.setattr(matmul, "mm", product)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["nll_pll", "unlikelihood", "bnf", "dpo", "swepo"])
-def test_float64_paths_equal_the_oracle(name, head, path, engine):
+def test_float64_paths_equal_the_oracle(name, head, path, impl):
     shape = (4, *SHAPE[1:])
     hidden, lm_head, target, ref_logits = batch(shape, head=head)
     ours, oracle = arguments(name, ref_logits, target)
-    loss, gradients = run_path(path, name, hidden, lm_head, target, impl="triton", engine=engine, **ours)
+    loss, gradients = run_path(path, name, hidden, lm_head, target, impl=impl, **ours)
     exact, exact_gradients = oracle_in(torch.float64, name, hidden, lm_head, target, oracle)
     torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-9)
     for gradient, truth in zip(gradients, exact_gradients):
         torch.testing.assert_close(gradient, 1.5 * truth, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["bnf", "dpo"])
-def test_precision_is_within_the_budget(as_on_cuda, name, dtype, path, engine):
+def test_precision_is_within_the_budget(as_on_cuda, name, dtype, path, impl):
     hidden, head, target, ref_logits = batch((4, *SHAPE[1:]), dtype)
     ours, oracle = arguments(name, ref_logits, target)
-    if engine == "tiled" and dtype == torch.float16:
-        with pytest.raises(ValueError, match=r"engine: expected 'chunked' for float16 gradients"):
-            run_path(path, name, hidden, head, target, impl="triton", engine=engine, **ours)
+    if impl == "tiled" and dtype == torch.float16:
+        with pytest.raises(ValueError, match=r"impl: expected another for float16 gradients"):
+            run_path(path, name, hidden, head, target, impl=impl, **ours)
         return
-    loss, gradients = run_path(path, name, hidden, head, target, impl="triton", engine=engine, **ours)
+    loss, gradients = run_path(path, name, hidden, head, target, impl=impl, **ours)
     exact, exact_gradients = oracle_in(torch.float64, name, hidden, head, target, oracle)
     naive, naive_gradients = oracle_in(dtype, name, hidden, head, target, oracle)
     terms, _ = oracle_in(torch.float64, name, hidden, head, target, oracle, reduction="none")
@@ -82,20 +83,20 @@ def test_precision_is_within_the_budget(as_on_cuda, name, dtype, path, engine):
         assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_log_probs_of_any_dtype_are_right_to_1e_5(as_on_cuda, dtype, engine):
+def test_log_probs_of_any_dtype_are_right_to_1e_5(as_on_cuda, dtype, impl):
     hidden, head, target, _ = batch((2, 9, 307, 40), dtype, head="bias")
     h, w, b = (x.detach() for x in leaves(hidden, head))
-    scores = linear_logprob(h, LMHead(w, b), target, entropy=True, impl="triton", engine=engine)
+    scores = linear_logprob(h, LMHead(w, b), target, entropy=True, impl=impl)
     exact = reference.token_scores(h.double(), LMHead(w.double(), b.double()), target)
     for field in ("logp", "log_odds", "lse", "entropy", "other_entropy"):
         assert (getattr(scores, field).double() - exact[field]).abs().max() <= 1e-5, field
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("head", HEADS)
-def test_gradients_of_every_score(head, engine):
+def test_gradients_of_every_score(head, impl):
     """gradcheck, with the entropy's gradient, in many chunks."""
     shape = (2, 3, 7, 3)
     hidden, lm_head, target, _ = batch(shape, head=head)
@@ -103,17 +104,17 @@ def test_gradients_of_every_score(head, engine):
     def scores(h, w, *b):
         head = LMHead(w, b[0] if b else None, lm_head.softcap, lm_head.scale)
         return tuple(
-            linear_logprob(h, head, target, entropy=True, impl="triton", engine=engine, workspace=small(shape))
+            linear_logprob(h, head, target, entropy=True, impl=impl, workspace=small(shape))
         )
 
     assert torch.autograd.gradcheck(scores, leaves(hidden, lm_head), fast_mode=True)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_operators_pass_opcheck(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_operators_pass_opcheck(impl):
     hidden, head, target, _ = batch((1, 6, 70, 4))
     h, y = hidden.detach().view(6, 4).requires_grad_(), target.view(-1)
-    common = (h, head.weight, None, y, None, 1.0, -100, 1 << 20, torch.float64, "triton", engine)
+    common = (h, head.weight, None, y, None, 1.0, -100, 1 << 20, torch.float64, "triton", impl)
     torch.library.opcheck(torch.ops.rgpb.score, (*common, False, False, None, False))
     plain = (h.detach(), head.weight.detach(), *common[2:])
     static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
@@ -121,7 +122,7 @@ def test_operators_pass_opcheck(engine):
     lengths = torch.tensor([6])
     single = (
         h, head.weight, None, y, lengths, None, None, None, None, None, 0, "mle", "", True, None, 1.0, -100, 1 << 20,
-        torch.float64, "triton", engine, True, True, False,
+        torch.float64, "triton", impl, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.rgpb.single_pass, single)
 
@@ -142,7 +143,7 @@ def test_the_loss_in_the_kernel_equals_the_objective(monkeypatch):
         for known in (spec, spec._replace(terms=None)):
             monkeypatch.setitem(OBJECTIVES, name, known)
             loss = fused_loss(
-                hidden, head, target, objective=name, impl="triton", engine="chunked", workspace=small(shape), **ours,
+                hidden, head, target, objective=name, impl="triton", workspace=small(shape), **ours,
                 **options,
             )  # fmt: skip
             runs.append([loss, *torch.autograd.grad(loss, leaves(hidden, head))])
@@ -150,10 +151,10 @@ def test_the_loss_in_the_kernel_equals_the_objective(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("margin", [0.0, 30.0, 200.0])
-def test_confident_tokens_and_rows_that_rise_above_their_first_tile(margin, path, engine):
+def test_confident_tokens_and_rows_that_rise_above_their_first_tile(margin, path, impl):
     """A logit far above the first tile's maximum: the tiled engine takes such a chunk again."""
     hidden, head, target, ref_logits = batch((2, 4, 141, 6), torch.float32)
     weight = head.weight.detach().clone()
@@ -161,15 +162,15 @@ def test_confident_tokens_and_rows_that_rise_above_their_first_tile(margin, path
     head = LMHead(weight.requires_grad_())
     target[0, 0] = 100
     ours, oracle = arguments("bnf", ref_logits, target)
-    loss, gradients = run_path(path, "bnf", hidden, head, target, impl="triton", engine=engine, **ours)
+    loss, gradients = run_path(path, "bnf", hidden, head, target, impl=impl, **ours)
     exact, truth = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
     for a, b in zip(gradients, truth):
         torch.testing.assert_close(a.double(), 1.5 * b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_impossible_tokens_masked_rows_and_tiny_vocabularies(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_impossible_tokens_masked_rows_and_tiny_vocabularies(impl):
     how = {"impl": "triton", "engine": engine}
     hidden, head, target, _ = batch((2, 5, 141, 4), head="bias")
     bias = head.bias.detach().clone()
@@ -205,14 +206,14 @@ def test_impossible_tokens_masked_rows_and_tiny_vocabularies(engine):
     assert not any(g.any() for g in torch.autograd.grad(loss, [hidden, head.weight]))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_bitwise_the_same_again(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bitwise_the_same_again(impl):
     hidden, head, target, ref_logits = batch((2, 20, 141, 16), torch.float32)
     ref = ref_scores(ref_logits, target)
     runs = []
     for _ in range(2):
         loss = bnf_loss(
-            hidden, head, target, torch.tensor([1, -1]), ref=ref, impl="triton", engine=engine, workspace=1 << 16
+            hidden, head, target, torch.tensor([1, -1]), ref=ref, impl=impl, workspace=1 << 16
         )
         runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
     for a, b in zip(*runs):
@@ -220,19 +221,19 @@ def test_bitwise_the_same_again(engine):
 
 
 @pytest.mark.parametrize("shape", [SHAPES["one token"], SHAPES["H = 1"]], ids=str)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_small_shapes(shape, engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_small_shapes(shape, impl):
     hidden, head, target, ref_logits = batch(shape)
     ours, oracle = arguments("bnf", ref_logits, target)
-    loss, gradients = run_path("single", "bnf", hidden, head, target, impl="triton", engine=engine, **ours)
+    loss, gradients = run_path("single", "bnf", hidden, head, target, impl=impl, **ours)
     exact, truth = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
     torch.testing.assert_close(loss, exact)
     for a, b in zip(gradients, truth):
         torch.testing.assert_close(a, 1.5 * b)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_skipping_is_certified(monkeypatch, engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_skipping_is_certified(monkeypatch, impl):
     """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
     for module in (planning, skipping):
         monkeypatch.setattr(module, "MASS_TILE", 64)
@@ -253,7 +254,7 @@ def test_skipping_is_certified(monkeypatch, engine):
 LONG = """
 import torch
 from rgpb.kernels import triton_rows
-from rgpb.kernels.torch_rows import Epilogue
+from rgpb.kernels.types import Epilogue
 z = torch.empty(20000, 152064, dtype=torch.bfloat16)  # 6 GB, of which only the rows touched exist
 row = z[19990:19991]
 assert 19990 * z.stride(0) > 2**31
@@ -311,37 +312,37 @@ def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("path", ["single", "two_pass", "frozen"])
 @pytest.mark.parametrize("rise", [36.0, 38.0, 45.0, 59.0, 61.0])
-def test_rows_that_rise_above_their_first_tile_keep_the_others(rise, path, engine):
+def test_rows_that_rise_above_their_first_tile_keep_the_others(rise, path, impl):
     """The largest two logits lie `rise` above the first tile; the target of the second row is neither."""
     hidden = torch.ones(1, 2, 1, requires_grad=True)
     weight = torch.zeros(141, 1)
     weight[100:102] = rise
     head, target = LMHead(weight.requires_grad_()), torch.tensor([[100, 3]])
-    _, gradients = run_path(path, "mle", hidden, head, target, impl="triton", engine=engine)
+    _, gradients = run_path(path, "mle", hidden, head, target, impl=impl)
     _, truth = oracle_in(torch.float64, "mle", hidden, head, target, {})
     for a, b in zip(gradients, truth):
         torch.testing.assert_close(a.double(), 1.5 * b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("others", [-100.0, -120.0])
-def test_a_first_tile_without_a_possible_token(others, engine):
+def test_a_first_tile_without_a_possible_token(others, impl):
     hidden, weight = torch.ones(1, 1, 1, requires_grad=True), torch.zeros(141, 1, requires_grad=True)
     bias = torch.full((141,), others)
     bias[:64] = -torch.inf
     head, target = LMHead(weight, bias), torch.tensor([[100]])
-    loss, gradients = run_path("single", "mle", hidden, head, target, impl="triton", engine=engine)
+    loss, gradients = run_path("single", "mle", hidden, head, target, impl=impl)
     exact, truth = oracle_in(torch.float64, "mle", hidden, LMHead(weight, bias), target, {})
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
     for a, b in zip(gradients, truth):
         torch.testing.assert_close(a.double(), 1.5 * b.nan_to_num(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_strided_inputs(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs(impl):
     """Targets, biases, references, hidden states and weights whose elements don't lie side by side."""
     hidden, head, target, ref_logits = batch((3, 4, 70, 6), head="bias")
     ref = ref_scores(ref_logits, target)
@@ -360,22 +361,22 @@ def test_strided_inputs(engine):
         h, w = h.requires_grad_(), w.requires_grad_()
         loss = bnf_loss(
             h, LMHead(w, b), y, label, ref=TokenScores(*(change(x) for x in packed[:3])), cu_seqlens=offsets,
-            impl="triton", engine=engine,
+            impl=impl,
         )  # fmt: skip
-        scores = linear_logprob(h, LMHead(w, b), y, impl="triton", engine=engine)
+        scores = linear_logprob(h, LMHead(w, b), y, impl=impl)
         made = scores.lse + scores.logp
         runs.append([loss, made, *torch.autograd.grad(loss, [h, w]), *torch.autograd.grad(made.sum(), [h, w])])
     for a, b in zip(*runs):
         torch.testing.assert_close(a, b)
     transposed = flat[1].t().contiguous().t()
     uniform = flat[2][:1].expand(70)
-    made = linear_logprob(flat[0], LMHead(transposed, uniform), flat[3][:1].expand(12), impl="triton", engine=engine)
+    made = linear_logprob(flat[0], LMHead(transposed, uniform), flat[3][:1].expand(12), impl=impl)
     exact = reference.token_scores(flat[0], LMHead(flat[1], uniform), flat[3][:1].expand(12))
     torch.testing.assert_close(made.logp, exact["logp"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_the_kernel_must_leave_to_the_objective(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_the_kernel_must_leave_to_the_objective(impl):
     """A vocabulary of one (no logit moves its certain token), and a negative α (rejected is told by the sign)."""
     for vocab, options in ((1, {}), (20, {"alpha": -0.5})):
         hidden, head, target, _ = batch((2, 3, vocab, 4))
@@ -387,13 +388,13 @@ def test_what_the_kernel_must_leave_to_the_objective(engine):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_nan_in_the_weight_shows_everywhere(engine):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_in_the_weight_shows_everywhere(impl):
     hidden, head, target, _ = batch((2, 5, 70, 4), masked=False)
     weight = head.weight.detach().clone()
     weight[30] = torch.nan
     weight.requires_grad_()
-    loss = fused_loss(hidden, weight, target, objective="mle", impl="triton", engine=engine, reduction="none").sum()
+    loss = fused_loss(hidden, weight, target, objective="mle", impl=impl, reduction="none").sum()
     assert loss.isnan()
     assert torch.autograd.grad(loss, weight)[0].isnan().all()
 

@@ -12,7 +12,7 @@ from row_suite import *  # noqa: F403
 from row_suite import EPILOGUES, Implementation, close, dense, epilogue_of, upstream_of
 
 from rgpb.kernels import configs, triton_rows, triton_tiles
-from rgpb.kernels.torch_rows import Statistics
+from rgpb.kernels.types import Statistics
 
 
 @pytest.fixture

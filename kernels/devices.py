@@ -1,0 +1,15 @@
+"""What kind of GPU a device is."""
+
+from __future__ import annotations
+
+import torch
+
+
+def architecture(device: torch.device) -> str | None:
+    """ "sm_80", "sm_90", "sm_100", "sm_120" or "gfx9"; the nearest for a GPU that is none of them, None for no GPU."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "gfx9"
+    major = torch.cuda.get_device_properties(device).major  # which torch.compile takes for a constant
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")

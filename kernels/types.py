@@ -1,0 +1,128 @@
+"""What kernels and engine exchange: a chunk of rows, its statistics, their gradients.
+
+Dimensions: C rows of a chunk, V vocabulary (or a slice of it), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The token-wise losses that kernel sets may have: `triton_token_losses.py` and `csrc/token_losses.inl`.
+TOKEN_LOSSES = ("nll", "unlikelihood", "bnf")
+
+# Room behind the rows of a slice of logits on a CPU: rows at a distance of a power of two share too few cache lines.
+PAD = 16
+
+# Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
+LARGEST_RATIO = 1e16
+# The same for float16, which has no larger numbers; beyond, the others are below the last bit of the target's entry.
+LARGEST_HALF_RATIO = 6e4
+
+
+class Epilogue(NamedTuple):
+    """What follows the bare product W x: bias [V] in the buffer's dtype or None, soft-cap or None, scale."""
+
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+
+    def slice(self, start: int, stop: int) -> Epilogue:
+        """The same for the vocabulary entries start … stop."""
+        return self if self.bias is None else self._replace(bias=self.bias[start:stop])
+
+    def jacobian(self, z: Tensor) -> Tensor | float:
+        """J at the logits `z`."""
+        return self.scale if self.softcap is None else self.scale * (1 - (z / self.softcap) ** 2)
+
+
+class Statistics(NamedTuple):
+    """Per row, each [C]: the target's logit, logsumexp and entropy (or None) of the others."""
+
+    z_y: Tensor
+    lse_other: Tensor
+    h_o: Tensor | None
+
+    def at(self, rows: slice | Tensor) -> Statistics:
+        """The statistics of some rows."""
+        return Statistics(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss with respect to `Statistics`, each [C]; g_ho None where the entropy has none."""
+
+    g_zy: Tensor
+    g_lo: Tensor
+    g_ho: Tensor | None = None
+
+    def at(self, rows: slice | Tensor) -> Upstream:
+        """The gradients of some rows."""
+        return Upstream(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class TokenTerms(NamedTuple):
+    """A token-wise loss that a kernel set computes itself, for the rows of a chunk.
+
+    Attributes:
+        loss: of `TOKEN_LOSSES`.
+        factor: of each token's loss, [C]; negative for a rejected one.
+        ref: (log p, log-odds) of the reference, [C] each, or None.
+        entropy: whether its value needs H_o.
+    """
+
+    loss: str
+    factor: Tensor
+    ref: tuple[Tensor, Tensor] | None
+    entropy: bool
+
+
+class Chunk(NamedTuple):
+    """Rows of hidden states against the head, or against a slice of it.
+
+    Attributes:
+        x: [C, H] in the dtype of the products' operands, unit stride along H.
+        y: int64 [C], the target's column; −1 where it lies in another slice of the vocabulary.
+        vocab: V, the columns.
+        step: columns of a part, but for the last.
+        parts: gives (columns, weight [S, H] in the operands' dtype), from the first column to the last.
+        slices: the same in slices whose logits stay in a CPU's cache.
+        epilogue: for all columns.
+        buffer: [C, V], what the set writes into; narrower, or without rows, where a set that only scores wants less.
+        room: columns of the buffer that may be touched: V, and the padding of its rows.
+    """
+
+    x: Tensor
+    y: Tensor
+    vocab: int
+    step: int
+    parts: Callable[[], Iterator[tuple[slice, Tensor]]]
+    slices: Callable[[], Iterator[tuple[slice, Tensor]]]
+    epilogue: Epilogue
+    buffer: Tensor
+    room: int
+
+
+class Weighed(NamedTuple):
+    """What `KernelSet.weigh` leaves behind until the coefficients are known.
+
+    Attributes:
+        e: [C, V], weights J exp(z − shift), or still the logits' raw products.
+        total: Σ exp(z − shift) of each row, [C]; None where `e` holds products.
+    """
+
+    e: Tensor
+    total: Tensor | None
+
+
+def inside(y: Tensor, part: slice) -> Tensor:
+    """Targets relative to the slice `part` of the vocabulary, −1 where they lie elsewhere."""
+    y = y - part.start
+    return torch.where((y >= 0) & (y < part.stop - part.start), y, -1)
+
+
+def acc_dtype(stored: torch.dtype) -> torch.dtype:
+    """The accumulators' type for operands or logits of a dtype: float64 for float64, else float32."""
+    return torch.float64 if stored == torch.float64 else torch.float32

@@ -1,0 +1,147 @@
+"""`Call`: everything about one call but its tensors, settled once at the door.
+
+Operators take the tensors that are there and the call as a string that describes itself:
+
+    rgpb::loss(Tensor[] inputs, str call) -> Tensor[]
+
+so that one schema serves every loss, every head and every path. `Tensors` names the tensors; the call's `given` says
+which of them the list holds.
+
+Dimensions: P positions, B responses, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.plan import Chunks
+
+
+class Call(NamedTuple):
+    """How a call is run, and of what.
+
+    Attributes:
+        impl: the kernel set.
+        path: of `plan.PATHS`, settled.
+        chunks: what the loops hold at a time.
+        workspace: bytes.
+        operands: dtype of the products' operands, by name ("bfloat16").
+        ignore_index, softcap, scale: as the public functions have them.
+        entropy: whether H_o is asked for.
+        accumulate: whether the forward makes O = Q W − w_y, which becomes the gradient of hidden.
+        tolerance: of skipping, or None.
+        sort_vocab: whether the vocabulary is put in order for that.
+        objective: its registered name, for a single pass; else "".
+        options: its options, names and literals.
+        mean: whether the loss is the units' mean, else their sum.
+        group_size: K, or 0.
+        needs: whether gradients of hidden, weight and bias are asked for.
+        given: names of the tensors that come with it, of `Tensors`.
+    """
+
+    impl: str
+    path: str
+    chunks: Chunks
+    workspace: int
+    operands: str
+    ignore_index: int
+    softcap: float | None
+    scale: float
+    entropy: bool = False
+    accumulate: bool = False
+    tolerance: float | None = None
+    sort_vocab: bool = False
+    objective: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+    mean: bool = True
+    group_size: int = 0
+    needs: tuple[bool, bool, bool] = (False, False, False)
+    given: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products' operands."""
+        return getattr(torch, self.operands)
+
+    def encode(self) -> str:
+        """As text: a Python literal, field by field. `parse` reads it."""
+        return _encode(self) if torch.compiler.is_compiling() else _encode_once(self)
+
+    @staticmethod
+    def parse(text: str) -> Call:
+        """What `encode` wrote."""
+        return _parse(text)
+
+
+def _encode(call: Call) -> str:
+    fields = [f"{name!r}: {tuple(value)!r}" if name == "chunks" else f"{name!r}: {value!r}"
+              for name, value in zip(Call._fields, call)]  # fmt: skip
+    return "{" + ", ".join(fields) + "}"
+
+
+_encode_once = lru_cache(256)(_encode)
+
+
+@lru_cache(256)
+def _parse(text: str) -> Call:
+    fields = ast.literal_eval(text)
+    return Call(**{**fields, "chunks": Chunks(*fields["chunks"])})
+
+
+def encodable(options: dict[str, Any]) -> bool:
+    """Whether `Call` can carry them: what a literal can say."""
+    return all(
+        type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)) for value in options.values()
+    )
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call; what isn't there is None.
+
+    Attributes:
+        hidden: [P, H].
+        weight, bias: [V, H], [V].
+        target: int64 [P].
+        lengths: int64 [B], positions per response.
+        label, rewards: float64 [B].
+        ref_logp, ref_log_odds: [P] of the reference.
+        ref_sums: float64 [B].
+        z_y, lse_other, h_o: statistics, [P].
+        g_zy, g_lo, g_ho: their upstream gradients, [P].
+        masses, order: of skipping (`sweeps.Scored`).
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    target: Tensor | None = None
+    lengths: Tensor | None = None
+    label: Tensor | None = None
+    rewards: Tensor | None = None
+    ref_logp: Tensor | None = None
+    ref_log_odds: Tensor | None = None
+    ref_sums: Tensor | None = None
+    z_y: Tensor | None = None
+    lse_other: Tensor | None = None
+    h_o: Tensor | None = None
+    g_zy: Tensor | None = None
+    g_lo: Tensor | None = None
+    g_ho: Tensor | None = None
+    masses: Tensor | None = None
+    order: Tensor | None = None
+
+    def pack(self, call: Call) -> tuple[list[Tensor], str]:
+        """An operator's arguments: those that are there, and the call that names them."""
+        given = tuple(name for name, x in zip(self._fields, self) if x is not None)
+        return [x for x in self if x is not None], call._replace(given=given).encode()
+
+    @staticmethod
+    def unpack(inputs: list[Tensor], call: Call) -> Tensors:
+        """By the names that the call gives them."""
+        return Tensors(**dict(zip(call.given, inputs)))

@@ -1,0 +1,147 @@
+"""What an objective says of a chunk: the coefficients of its tokens, ∂L/∂z_y and ∂L/∂lse_other.
+
+A chunk holds whole units (pairs or groups), or any tokens where the objective couples none. Its value is summed up on
+the way, so the loss is there when the last chunk is.
+
+Dimensions: P positions, B responses, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.call import Call, Tensors
+from rgpb.engine.products import Kept, Rows, even_spans
+from rgpb.kernels import kernel_set
+from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
+from rgpb.layout import Layout, Responses, TokenScores, token_scores, tokens_of_each
+from rgpb.objectives import resolve, unit_values, units
+
+
+class Coefficients:
+    """The objective of a single pass, chunk by chunk.
+
+    Attributes:
+        total: the loss so far, float64 0-d.
+    """
+
+    def __init__(self, tensors: Tensors, call: Call):
+        target, lengths = tensors.target, tensors.lengths
+        assert target is not None
+        assert lengths is not None
+        assert tensors.weight is not None
+        self.t, self.call, self.spec, self.options = tensors, call, resolve(call.objective), dict(call.options)
+        self.count = tokens_of_each(target != call.ignore_index, lengths)
+        self.units = units(self.spec, len(self.count), call.group_size)
+        self.total = target.new_zeros((), dtype=torch.float64)
+        self.acc_dtype = acc_dtype(tensors.weight.dtype)
+
+    def chunks(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream] | TokenTerms]]:
+        """Rows of at most `rows`, or of one unit, with what turns their statistics into coefficients, or the loss
+        itself where the kernel set has it."""
+        if self.spec.couples != "token":
+            yield from self._units(kept, rows)
+            return
+        own = None
+        if self.spec.terms is not None:
+            own = self.spec.terms(self.count, self.t.label, **self.options)
+        in_kernel = own if own is not None and own[0] in kernel_set(self.call.impl).token_losses else None
+        ends = self.count.cumsum(0)
+        for chunk in even_spans(kept.count, rows):
+            inside = ends.clamp(chunk.start, chunk.stop) - (ends - self.count).clamp(chunk.start, chunk.stop)
+            positions = kept.rows((chunk.start, chunk.stop))
+            if in_kernel is not None:
+                yield positions, self._terms(in_kernel, positions, inside, chunk.stop - chunk.start)
+            else:
+                yield positions, self._of(positions, Layout(len(self.count), inside, self.count, None), slice(None))
+
+    def _units(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream]]]:
+        """Whole pairs or groups."""
+        counts = self.count.tolist()
+        end = [0, *accumulate(counts)]
+        # a pair's responses lie one in each half, a group's K in a row
+        starts, width = ([0, self.units], 1) if self.spec.unit == "pair" else ([0], self.call.group_size)
+        for first, last in pack_units(counts, starts, width, rows):
+            runs = [(start + first * width, start + last * width) for start in starts]
+            members = torch.cat([torch.arange(a, b, device=self.count.device) for a, b in runs])
+            whole = Layout(len(members), self.count[members], self.count[members], None)
+            positions = kept.rows(*((end[a], end[b]) for a, b in runs))
+            yield positions, self._of(positions, whole, members)
+
+    def _of(self, rows: Rows, part: Layout, responses: Tensor | slice) -> Callable[[Statistics], Upstream]:
+        """The objective of some responses' tokens, `rows`, laid out as `part`."""
+        t, spec = self.t, self.spec
+        ref = None
+        if t.ref_logp is not None and t.ref_log_odds is not None:
+            ref = TokenScores(t.ref_logp[rows], t.ref_log_odds[rows], torch.zeros_like(t.ref_logp[rows]))
+
+        def selected(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[responses]
+
+        def value(z_y: Tensor, lse_other: Tensor, h_o: Tensor | None) -> Tensor:
+            policy = token_scores(z_y, lse_other, h_o, mask=None, entropy=False)
+            sums = selected(t.ref_sums)
+            if spec.couples == "token" and ref is not None:
+                sums = part.sum(ref.logp)  # of this chunk: parts have to add up
+            seen = Responses(
+                policy, ref, sums, selected(t.label), part, self.call.group_size or None, selected(t.rewards)
+            )
+            values = unit_values(spec, seen, self.options).sum()
+            return values / self.units if self.call.mean else values
+
+        def coefficients(statistics: Statistics) -> Upstream:
+            with autograd_inside_operator():
+                z_y, lse_other = (s.detach().requires_grad_() for s in statistics[:2])
+                part_value = value(z_y, lse_other, statistics.h_o)
+                g_zy, g_lo = torch.autograd.grad(
+                    part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True
+                )
+            self.total.add_(part_value.detach().double())
+            return Upstream(g_zy, g_lo)
+
+        return coefficients
+
+    def _terms(self, known: tuple[str, Tensor], rows: Rows, inside: Tensor, tokens: int) -> TokenTerms:
+        """The loss of `rows` for a kernel that has it; `inside`: how many of them are each response's, [B]."""
+        name, factor = known
+        ref = None
+        if self.t.ref_logp is not None and self.t.ref_log_odds is not None:
+            ref = self.t.ref_logp[rows].to(self.acc_dtype), self.t.ref_log_odds[rows].to(self.acc_dtype)
+        factor = (factor / self.units if self.call.mean else factor).to(self.acc_dtype)
+        return TokenTerms(name, torch.repeat_interleave(factor, inside, output_size=tokens), ref, self.spec.entropy)
+
+
+@contextmanager
+def autograd_inside_operator() -> Iterator[None]:
+    """Autograd on small tensors in an operator's body, which the dispatcher runs with the autograd keys off."""
+    keys: Any = torch._C.DispatchKey
+    with ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        # not through the caller's hooks: checkpointing would take these tensors for its own
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        yield
+
+
+def pack_units(counts: list[int], starts: list[int], width: int, step: int) -> Iterator[tuple[int, int]]:
+    """Runs of whole units of at most `step` tokens; a longer unit is a run of its own.
+
+    Unit u has `width` responses from each of `starts` + u · width; `counts` are the tokens of the B responses.
+    """
+    units = len(counts) // (len(starts) * width)
+    first = tokens = 0
+    for unit in range(units):
+        more = sum(sum(counts[start + unit * width : start + (unit + 1) * width]) for start in starts)
+        if tokens and tokens + more > step:
+            yield first, unit
+            first, tokens = unit, 0
+        tokens += more
+    if tokens:
+        yield first, units

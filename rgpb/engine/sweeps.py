@@ -1,0 +1,472 @@
+"""The three sweeps, each its loop and its operator: score, loss, pull back.
+
+    score      Z = X Wᵀ → (z_y, lse_other, H_o), and O = Q W − w_y where the gradient of hidden will be asked for
+    loss       the same, and at once D from the chunk's coefficients: dX = D W, dW += Dᵀ X  (the single pass)
+    pull_back  Z again, slice by slice of V: dW = Dᵀ X finished per slice; dX = D W only where H_o has a gradient
+
+With Q the softmax over the other tokens and O = Q W − w_y, dX = g_lo · O + (g_zy + g_lo) · w_y needs no second look at
+the logits. All loops run without autograd and without autocast, over the rows that aren't ignored. What a chunk holds
+stands in the call.
+
+Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V, T tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.engine import plan, skipping
+from rgpb.engine.call import Call, Tensors
+from rgpb.engine.coefficients import Coefficients
+from rgpb.engine.operator import is_traced, operator
+from rgpb.engine.products import (
+    HeadSlices,
+    HeadSum,
+    Kept,
+    Problem,
+    Products,
+    Rows,
+    empty_statistics,
+    even_spans,
+    ones_or,
+    spans,
+    split_rows,
+    times,
+)
+from rgpb.kernels import matmul
+from rgpb.kernels.torch_rows import TorchRows, apply_
+from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
+from rgpb.objectives import resolve
+
+
+def fill(into: Statistics, scores: Statistics, rows: Rows) -> None:
+    for column, value in zip(into, scores):
+        if column is not None:
+            column[rows] = value
+
+
+def check_rows(p: Problem, kept: Kept) -> None:
+    """Refuse what would turn into a finite but wrong loss.
+
+    Raises:
+        ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
+    """
+    vocab, ignore = p.weight.shape[0], p.call.ignore_index
+    outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != ignore)
+    rows = kept.rows((0, kept.count))
+    finite = outside.new_ones(0)
+    if kept.count:
+        least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+        finite = ((least > -torch.inf) & (most < torch.inf))[rows]
+    ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
+    if not ok[0]:
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
+            f"got {int(p.target[at])} at flat position {at}"
+        )
+    if not ok[1]:
+        at = int((~finite).nonzero()[0])
+        at = at if isinstance(rows, slice) else int(rows[at])
+        raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {at}")
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """What `score` returns; all but the first two are empty unless asked for.
+
+    Attributes:
+        z_y, lse_other: [P], 0 at ignored positions.
+        h_o: [P].
+        accumulated: O [P, H], in the hidden states' dtype.
+        masses: softmax mass over the other tokens of each MASS_TILE columns, [P, T].
+        order: int64 [V], the order of the vocabulary's columns that `masses` are in.
+        report: float32 [P + 1], of skipping (`skipping.Skipped.read`): NaN, until a backward fills it in.
+    """
+
+    z_y: Tensor
+    lse_other: Tensor
+    h_o: Tensor
+    accumulated: Tensor
+    masses: Tensor
+    order: Tensor
+    report: Tensor
+
+
+def _score(tensors: Tensors, call: Call) -> Scored:
+    """The statistics of each position, and what the backward will ask for."""
+    p = Problem.of(tensors, call)
+    with p.running():
+        kept = p.kept()
+        check_rows(p, kept)
+        order = p.target.new_empty(0)
+        if call.sort_vocab:
+            order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
+            p = p.ordered(order)
+        skip = call.tolerance is not None
+        scores, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
+        if call.accumulate:
+            accumulated = torch.zeros_like(p.hidden)
+        masses = p.hidden.new_zeros((len(p.target), mass_tiles(p.weight)) if skip else 0, dtype=p.acc_dtype)
+        rows = min(call.chunks.rows, kept.count)
+        products = Products(p, rows, score_only=not (call.accumulate or skip))
+        for chunk in kept.chunks(rows):
+            given, tile = products.chunk(chunk), plan.MASS_TILE if skip else None
+            if call.accumulate:
+                found, mass, weighed = products.set.weigh(given, call.entropy, tile)
+                one = torch.ones_like(found.z_y)
+                upstream = Upstream(-one, one)
+                products.hidden_rows(accumulated, chunk, *products.set.pull_back(given, weighed, found, upstream))
+            else:
+                found, mass = products.set.score(given, call.entropy, tile)
+            fill(scores, found, chunk)
+            if mass is not None:
+                masses[chunk] = mass
+    report = p.hidden.new_full((len(p.target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)
+    h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if scores.h_o is None else scores.h_o
+    return Scored(scores.z_y, scores.lse_other, h_o, accumulated, masses, order, report)
+
+
+def _score_fake(t: Tensors, call: Call) -> Scored:
+    hidden, weight, target = t.hidden, t.weight, t.target
+    assert hidden is not None
+    assert weight is not None
+    assert target is not None
+    acc, positions, skip = acc_dtype(weight.dtype), target.shape, call.tolerance is not None
+    return Scored(
+        hidden.new_empty(positions, dtype=acc),
+        hidden.new_empty(positions, dtype=acc),
+        hidden.new_empty(positions if call.entropy else (0,), dtype=acc),
+        torch.empty_like(hidden) if call.accumulate else hidden.new_empty(0),
+        hidden.new_empty((*positions, mass_tiles(weight)) if skip else (0,), dtype=acc),
+        target.new_empty(weight.shape[0] if call.sort_vocab else 0),
+        hidden.new_empty((positions[0] + 1) if skip else 0, dtype=torch.float32),
+    )
+
+
+def _score_setup(ctx: Any, t: Tensors, output: Sequence[Tensor]) -> int:
+    found = Scored(*output)
+    # The sum O becomes dX in place, so it is held once and given away; a second backward recomputes.
+    ctx.accumulated = [found.accumulated] if ctx.call.accumulate else []
+    ctx.report = found.report
+    ctx.save_for_backward(
+        t.hidden, t.weight, t.bias, t.target, found.z_y, found.lse_other, found.h_o, found.masses, found.order
+    )
+    return 3 if ctx.call.entropy else 2
+
+
+def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    hidden, weight, bias, target, z_y, lse_other, h_o, masses, order = ctx.saved_tensors
+    call: Call = ctx.call
+    g_zy, g_lo = (torch.zeros_like(z_y) if g is None else g.contiguous() for g in upstream[:2])
+    g_ho = upstream[2]
+    made: dict[str, Tensor | None] = {}
+    needs = set(ctx.needs)
+    if "hidden" in needs and g_ho is None and ctx.accumulated:
+        dhidden = ctx.accumulated.pop()
+        if is_traced(dhidden):
+            dhidden = dhidden.clone()
+        torch.ops.rgpb.finish_hidden_(
+            dhidden, *Tensors(None, weight, None, target, z_y=z_y, g_zy=g_zy, g_lo=g_lo).pack(call)
+        )
+        made["hidden"] = dhidden
+        needs.discard("hidden")
+    if needs:
+        skip = call.tolerance is not None
+        tensors = Tensors(
+            hidden, weight, bias, target, z_y=z_y, lse_other=lse_other, h_o=h_o if call.entropy else None, g_zy=g_zy,
+            g_lo=g_lo, g_ho=g_ho, masses=masses if skip else None, order=order if call.sort_vocab else None,
+        )  # fmt: skip
+        asked = call._replace(needs=("hidden" in needs, "weight" in needs, "bias" in needs))
+        dhidden, dweight, dbias, report = torch.ops.rgpb.pull_back(*tensors.pack(asked))
+        found = {"hidden": dhidden, "weight": dweight, "bias": dbias}
+        made.update({name: found[name] for name in needs})
+        if skip and not is_traced(ctx.report):  # there it can't be filled in later
+            ctx.report.copy_(report)
+    return made
+
+
+operator("score", _score, _score_fake, _score_setup, _score_backward)
+
+
+def score(tensors: Tensors, call: Call) -> Scored:
+    """The statistics of each position, differentiable in hidden, weight and bias."""
+    return Scored(*torch.ops.rgpb.score(*tensors.pack(call)))
+
+
+def mass_tiles(weight: Tensor) -> int:
+    """T."""
+    return -(-weight.shape[0] // plan.MASS_TILE)
+
+
+# Rows from which the order of the vocabulary is estimated.
+SAMPLE_ROWS = 128
+
+
+def order_by_mass(p: Problem, kept: Kept) -> Tensor:
+    """The vocabulary by falling softmax mass, estimated from rows at even distances. int64 [V]"""
+    rows = min(SAMPLE_ROWS, p.call.chunks.sample_rows, kept.count)
+    some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
+    positions = some if kept.index is None else kept.index[some]
+    products = Products(p._replace(call=p.call._replace(impl="torch")), rows)
+    chunk = products.chunk(positions)
+    z = TorchRows().logits(chunk)
+    apply_(z, chunk.epilogue)
+    mass = z.sub_(z.logsumexp(1, keepdim=True)).exp_().sum(0)
+    return mass.argsort(descending=True, stable=True)
+
+
+def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> None:
+    """O → dX = g_lo · O + (g_zy + g_lo) · w_y in place, a few rows at a time. [P, H]
+
+    The second term is 0 for a loss of p alone, so nothing of the rounding of O is blown up by a difference.
+    """
+    call = Call.parse(text)
+    t = Tensors.unpack(inputs, call)
+    p = Problem.of(t._replace(hidden=accumulated), call)
+    assert t.z_y is not None
+    assert t.g_zy is not None
+    assert t.g_lo is not None
+    kept = p.target != call.ignore_index
+    with p.running():
+        rest = (t.g_zy + t.g_lo) * p.epilogue().jacobian(t.z_y)
+        rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, t.g_lo, 0)[:, None]
+        target = torch.where(kept, p.target, 0)
+        step = max(1, min(1 << 24, call.workspace) // (4 * 8 * p.weight.shape[1]))
+        for rows in spans(len(target), step):
+            dx = accumulated[rows].to(p.acc_dtype).mul_(g_lo[rows])
+            accumulated[rows] = dx.addcmul_(p.weight[target[rows]].to(p.acc_dtype), rest[rows])
+
+
+torch.library.custom_op(
+    "rgpb::finish_hidden_", _finish_hidden_, mutates_args=("accumulated",),
+    schema="(Tensor(a!) accumulated, Tensor[] inputs, str call) -> ()",
+)  # fmt: skip
+
+
+# -- loss -------------------------------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """What `loss` returns; what isn't needed is empty.
+
+    Attributes:
+        loss: 0-d.
+        z_y, lse_other, h_o: [P].
+        dhidden, dweight, dbias: [P, H], [V, H], [V].
+    """
+
+    loss: Tensor
+    z_y: Tensor
+    lse_other: Tensor
+    h_o: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def _loss(tensors: Tensors, call: Call) -> Loss:
+    """The loss and its gradients in one sweep, 3 units of work instead of 4.
+
+    A chunk with more rows than the workspace holds is swept twice: for its statistics, then for its gradients.
+    """
+    p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
+    with p.running():
+        kept = p.kept()
+        check_rows(p, kept)
+        entropy = objective.spec.entropy
+        most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
+        scores = empty_statistics(p, entropy)
+        dhidden = torch.zeros_like(p.hidden) if call.needs[0] else None
+        products = Products(p, most)
+        head = HeadSum(p, products, *call.needs[1:], one_chunk=kept.count <= most)
+
+        def pull_back(block: Rows, e: Tensor, r: Tensor | None) -> None:
+            if dhidden is not None:
+                products.hidden_rows(dhidden, block, e, r)
+            head.add(e, r, block)
+
+        for rows, coefficients in objective.chunks(kept, most):
+            if isinstance(coefficients, TokenTerms):
+                found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
+                objective.total.add_(value.double().sum())
+                fill(scores, found, rows)
+                pull_back(rows, e, None)
+                continue
+            blocks = split_rows(rows, most)
+            for block in blocks:
+                chunk = products.chunk(block)
+                if len(blocks) == 1:
+                    found, _, weighed = products.set.weigh(chunk, entropy)
+                else:
+                    found, _ = products.set.score(chunk, entropy)
+                fill(scores, found, block)
+            upstream = coefficients(scores.at(rows))
+            for block, part in zip(blocks, spans(len(upstream.g_zy), most)):
+                if len(blocks) > 1:
+                    chunk = products.chunk(block)
+                    found, _, weighed = products.set.weigh(chunk, entropy)
+                pull_back(block, *products.set.pull_back(chunk, weighed, scores.at(block), upstream.at(part)))
+        dweight, dbias = head.finished()
+    h_o = scores.z_y.new_empty(0) if scores.h_o is None else scores.h_o
+    gradients = [p.hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
+    return Loss(objective.total.to(scores.z_y.dtype), scores.z_y, scores.lse_other, h_o, *gradients)
+
+
+def _loss_fake(t: Tensors, call: Call) -> Loss:
+    hidden, weight, target = t.hidden, t.weight, t.target
+    assert hidden is not None
+    assert weight is not None
+    assert target is not None
+    statistic = hidden.new_empty(target.shape, dtype=acc_dtype(weight.dtype))
+    nothing = [hidden.new_empty(0) for _ in range(3)]
+    need_hidden, need_weight, need_bias = call.needs
+    return Loss(
+        hidden.new_empty((), dtype=statistic.dtype),
+        statistic,
+        torch.empty_like(statistic),
+        torch.empty_like(statistic) if resolve(call.objective).entropy else statistic.new_empty(0),
+        torch.empty_like(hidden) if need_hidden else nothing[0],
+        torch.empty_like(weight) if need_weight else nothing[1],
+        weight.new_empty(weight.shape[0]) if need_bias else nothing[2],
+    )
+
+
+def _loss_setup(ctx: Any, t: Tensors, output: Sequence[Tensor]) -> int:
+    ctx.gradients = list(output[4:])  # given away in the backward: one copy of dweight is all there is
+    ctx.save_for_backward(*t)
+    return 1
+
+
+def _loss_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    g = upstream[0]
+    if g is None:
+        return {}
+    if not ctx.gradients:  # a second backward through the same graph
+        ctx.gradients = list(torch.ops.rgpb.loss(*Tensors(*ctx.saved_tensors).pack(ctx.call))[4:])
+    made: dict[str, Tensor | None] = {}
+    for name in ("hidden", "weight", "bias"):
+        gradient = ctx.gradients.pop(0)
+        made[name] = _scale_(gradient, g) if name in ctx.needs else None
+    return made
+
+
+def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
+    """Times the upstream scalar: in place, on a CPU not at all for the usual 1; out of place in a traced graph."""
+    if is_traced(gradient):
+        return gradient * g.to(gradient.dtype)
+    if gradient.device.type == "cpu" and g.item() == 1:
+        return gradient
+    return gradient.mul_(g)
+
+
+operator("loss", _loss, _loss_fake, _loss_setup, _loss_backward)
+
+
+def loss(tensors: Tensors, call: Call) -> Loss:
+    """The loss of a single pass, differentiable in hidden, weight and bias."""
+    return Loss(*torch.ops.rgpb.loss(*tensors.pack(call)))
+
+
+# -- pull back --------------------------------------------------------------------------------------------------------
+
+
+def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
+    """Gradients of hidden, weight and bias from recomputed logits, empty where not needed; and with a tolerance the
+    report: the bound of each position and the share of tiles that were skipped."""
+    p = Problem.of(t, call)
+    assert t.z_y is not None
+    assert t.lse_other is not None
+    assert t.g_zy is not None
+    assert t.g_lo is not None
+    statistics, upstream = Statistics(t.z_y, t.lse_other, t.h_o), Upstream(t.g_zy, t.g_lo, t.g_ho)
+    need_hidden, need_weight, need_bias = call.needs
+    dhidden, report = p.hidden.new_empty(0), p.hidden.new_empty(0, dtype=torch.float32)
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+    with p.running():
+        kept = p.kept()
+        if need_hidden:
+            dhidden = hidden_gradient(p, kept, statistics, upstream)
+        if need_weight or need_bias:
+            if t.order is not None:
+                p = p.ordered(t.order)
+            rows_of = None
+            if call.tolerance is not None and t.masses is not None:
+                report = p.hidden.new_empty(len(p.target) + 1, dtype=torch.float32)
+                rows_of = skipping.choose(p, t.masses, statistics, upstream, call.tolerance, report)
+            dweight, dbias = head_gradient(p, kept, statistics, upstream, rows_of)
+    nothing = p.weight.new_empty
+    return [dhidden, nothing(0) if dweight is None else dweight, nothing(0) if dbias is None else dbias, report]
+
+
+def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
+    hidden, weight, bias, target = t.hidden, t.weight, t.bias, t.target
+    assert hidden is not None
+    assert weight is not None
+    assert target is not None
+    need_hidden, need_weight, need_bias = call.needs
+    return [
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
+        hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
+    ]
+
+
+operator("pull_back", _pull_back, _pull_back_fake)
+
+
+def head_gradient(
+    p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream, rows_of: Callable[[int], Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dW [V, H] and db [V]: logits again for a slice of V; each slice of dW is complete when it is left.
+
+    Args:
+        rows_of: positions that count for a tile of MASS_TILE columns; default: all that are kept, for every slice.
+    """
+    vocab = p.weight.shape[0]
+    _, need_weight, need_bias = p.call.needs
+    if not kept.count:
+        return torch.zeros_like(p.weight) if need_weight else None, p.weight.new_zeros(vocab) if need_bias else None
+    columns, most = p.call.chunks.slice_for(kept.count)
+    most = min(most, kept.count)
+    tile = vocab if rows_of is None else plan.MASS_TILE
+    columns = min(columns, tile)
+    sums = HeadSlices(p, need_weight, need_bias, columns, most)
+    for part in (
+        slice(t.start + s.start, t.start + s.stop) for t in spans(vocab, tile) for s in spans(t.stop - t.start, columns)
+    ):
+        weight = p.weight_rows(part).to(p.call.dtype)
+        chosen = None if rows_of is None else rows_of(part.start // tile)
+        count = kept.count if chosen is None else len(chosen)
+        dw, db = sums.room(part, count)
+        for span in even_spans(count, most):
+            rows = kept.rows((span.start, span.stop)) if chosen is None else chosen[span]
+            x = p.hidden[rows].to(p.call.dtype)
+            chunk = sums.chunk(x, p.target[rows], part, weight)
+            e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
+            if dw is not None:
+                matmul.mm(e.t(), times(x, r).to(e.dtype), dw, accumulate=span.start > 0)
+            if db is not None:
+                matmul.mm(e.t(), ones_or(r, e), db, accumulate=span.start > 0)
+        sums.keep(part, count, dw, db)
+        del weight, dw  # the next slice is not held beside this one
+    return sums.finished()
+
+
+def hidden_gradient(p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream) -> Tensor:
+    """dX [P, H] with the logits formed again: where H_o has a gradient, O alone doesn't give it."""
+    dhidden = torch.zeros_like(p.hidden)
+    rows = min(p.call.chunks.rows, kept.count)
+    products = Products(p, rows)
+    for chunk in kept.chunks(rows):
+        e, r = products.set.gradients(products.chunk(chunk), statistics.at(chunk), upstream.at(chunk))
+        products.hidden_rows(dhidden, chunk, e, r)
+    return dhidden

@@ -1,0 +1,438 @@
+"""The only door: arguments → checked tensors and the `Call`; every ValueError about them is raised here.
+
+What only a sweep can see (a target outside the vocabulary, hidden states that aren't finite) is refused by the sweep,
+in `engine/sweeps.py`, so that it costs no synchronisation of its own.
+
+Dimensions: B responses, T padded length, N packed length, P positions (B · T or N), V vocabulary, H hidden size,
+G groups, K responses of a group.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.call import Call, encodable
+from rgpb.engine.operator import is_traced
+from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, Plan, Sizes, chunks, of_impl, plan, sizes
+from rgpb.head import LMHead, as_head
+from rgpb.kernels import IMPLEMENTATIONS, resolve_impl
+from rgpb.kernels.devices import architecture
+from rgpb.layout import Layout, TokenScores, tokens_of_each
+from rgpb.objectives import Objective, is_registered
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+ENGINES = ("auto", "chunked", "tiled")
+REDUCTIONS = ("mean", "sum", "none")
+
+Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
+
+
+# -- how --------------------------------------------------------------------------------------------------------------
+
+
+class How(NamedTuple):
+    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each."""
+
+    impl: str = "auto"
+    path: str = "auto"
+    grad_tolerance: float | str | None = None
+    sort_vocab: bool = False
+    workspace: int = DEFAULT_WORKSPACE
+
+
+def check_how(
+    device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
+    sort_vocab: bool, workspace: int,
+) -> How:  # fmt: skip
+    """`How` on a device, with the old `engine` translated.
+
+    Raises:
+        ValueError: a value that doesn't exist, or an engine that contradicts `impl`.
+    """
+    for name, given, known in (("impl", impl, IMPLEMENTATIONS), ("path", path, PATHS)):
+        if given not in known:
+            raise ValueError(f"{name}: expected one of {known}, got {given!r}")
+    if engine is not None:
+        impl = _without_engine(device, impl, engine)
+    if not isinstance(workspace, int) or workspace <= 0:
+        raise ValueError(f"workspace: expected a positive whole number of bytes, got {workspace}")
+    return How(impl, path, grad_tolerance, sort_vocab, workspace)
+
+
+def _without_engine(device: torch.device, impl: str, engine: str) -> str:
+    """The `impl` that `engine` and `impl` meant together."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+    meant = impl
+    if engine == "tiled":
+        if impl not in ("auto", "triton", "tiled"):
+            raise ValueError(
+                f"engine: expected 'chunked' with impl={impl!r}, since the tile kernels are Triton's, got 'tiled'"
+            )
+        meant = "tiled"
+    elif engine == "chunked":
+        if impl == "tiled":
+            raise ValueError("engine: expected 'tiled' with impl='tiled', got 'chunked'")
+        meant = resolve_impl("auto", device)[0] if impl == "auto" else impl
+    warnings.warn(f"engine={engine!r} is deprecated: give impl={meant!r}", DeprecationWarning, stacklevel=4)
+    return meant
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The operands' type of the products: autocast's where it is on, else that of the hidden states."""
+    device = hidden.device.type
+    if hidden.dtype == torch.float64:  # autocast leaves it alone
+        return hidden.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def check_tolerance(grad_tolerance: object, sort_vocab: bool, entropy_grad: bool, dtype: torch.dtype) -> float | None:
+    """The tolerance as a number; "auto" is one rounding unit of `dtype`, eps / 2.
+
+    Raises:
+        ValueError: not a number ≥ 0 or "auto"; with a gradient of the entropy; `sort_vocab` without it.
+    """
+    if not isinstance(sort_vocab, bool):
+        raise ValueError(f"sort_vocab: expected True or False, got {sort_vocab!r}")
+    if grad_tolerance is None:
+        if sort_vocab:
+            raise ValueError("sort_vocab: expected False without grad_tolerance, since nothing is skipped; got True")
+        return None
+    if entropy_grad:
+        raise ValueError(
+            "grad_tolerance: expected None where the entropy has a gradient, which the masses don't bound; "
+            f"got {grad_tolerance!r}"
+        )
+    if isinstance(grad_tolerance, str) and grad_tolerance == "auto":
+        return torch.finfo(dtype).eps / 2
+    number = isinstance(grad_tolerance, Real) and not isinstance(grad_tolerance, bool)
+    if not number or not 0 <= float(grad_tolerance) < 1:  # type: ignore[arg-type]
+        raise ValueError(f"grad_tolerance: expected None, 'auto' or a number in [0, 1), got {grad_tolerance!r}")
+    return float(grad_tolerance)  # type: ignore[arg-type]
+
+
+def plan_call(
+    hidden: Tensor,
+    head: LMHead,
+    how: How,
+    *,
+    spec: Objective | None = None,
+    options: dict[str, Any] | None = None,
+    reduction: str = "mean",
+    entropy_grad: bool = False,
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
+) -> tuple[Plan, Sizes]:
+    """What will run for these tensors, and the sizes that decided it.
+
+    Args:
+        spec, options, reduction: the objective, its options and how its values are reduced; None for scores alone.
+        unit_tokens: see `engine.plan.Request`.
+
+    Raises:
+        ValueError: an `impl` or a `path` that can't serve the request, or a `workspace` too small for one row.
+    """
+    vocab, width = head.weight.shape
+    grad, bias = torch.is_grad_enabled(), head.bias
+    dtype = compute_dtype(hidden)
+    impls = resolve_impl(how.impl, hidden.device)
+    registered = spec is not None and is_registered(spec) and encodable(options or {})
+    strided = width > 1 and head.weight.stride(1) != 1
+    shape = sizes(
+        vocab, width, head.weight.dtype, dtype, hidden.device.type, impls[0], architecture(hidden.device), strided
+    )
+    made = plan(
+        hidden.numel() // width,
+        shape,
+        impls,
+        hidden_grad=grad and hidden.requires_grad,
+        weight_grad=grad and (head.weight.requires_grad or (bias is not None and bias.requires_grad)),
+        couples=spec.couples if spec is not None and registered else "batch",
+        scalar=reduction != "none",
+        half=torch.float16 in (hidden.dtype, head.weight.dtype, dtype),
+        entropy_grad=entropy_grad,
+        skipping=how.grad_tolerance is not None,
+        sort_vocab=how.sort_vocab,
+        unit_tokens=unit_tokens,
+        path=how.path,
+        workspace=how.workspace,
+    )
+    shape = of_impl(shape.gathered() if how.sort_vocab else shape, made.impl)
+    return made, shape
+
+
+def make_call(
+    hidden: Tensor,
+    head: LMHead,
+    how: How,
+    ignore_index: int,
+    *,
+    spec: Objective | None = None,
+    options: dict[str, Any] | None = None,
+    reduction: str = "mean",
+    entropy: bool = False,
+    entropy_grad: bool = False,
+    group_size: int | None = None,
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
+) -> Call:
+    """The `Call` of checked arguments. Args and errors as `plan_call`; `group_size` is K, or None."""
+    tolerance = check_tolerance(how.grad_tolerance, how.sort_vocab, entropy_grad, head.weight.dtype)
+    options = {} if options is None else options
+    made, shape = plan_call(
+        hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
+        unit_tokens=unit_tokens,
+    )  # fmt: skip
+    single, skip = made.path == "single", tolerance is not None and made.path == "two_pass"
+    grad, bias = torch.is_grad_enabled(), head.bias
+    operands = {2: NAMES[compute_dtype(hidden)], 4: "float32", 8: "float64"}[shape.gemm]
+    return Call(
+        impl=made.impl,
+        path=made.path,
+        chunks=chunks(shape, how.workspace, made.path),
+        workspace=how.workspace,
+        operands=operands,
+        ignore_index=ignore_index,
+        softcap=head.softcap,
+        scale=head.scale,
+        entropy=entropy,
+        accumulate=not single and grad and hidden.requires_grad and not entropy_grad,
+        tolerance=tolerance if skip else None,
+        sort_vocab=how.sort_vocab and skip,
+        objective=spec.name if single and spec is not None else "",
+        options=tuple(sorted(options.items())) if single else (),
+        mean=reduction == "mean",
+        group_size=group_size or 0,
+        needs=(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad),
+    )
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHead:
+    """What can be refused of the tensors from shapes, dtypes and devices alone."""
+    head = as_head(head)
+    weight, bias = head.weight, head.bias
+    for name, given in (("hidden", hidden), ("head.weight", weight), ("target", target)):
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden: expected dtype float64, float32, bfloat16 or float16, got {hidden.dtype}")
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"head.weight: expected shape [V, H] with V, H ≥ 1, got {list(weight.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected shape [..., H={weight.shape[1]}] to match head.weight, got {list(hidden.shape)}"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {list(hidden.shape[:-1])} (hidden's without H), got {list(target.shape)}"
+        )
+    if target.dtype != torch.int64:
+        raise ValueError(f"target: expected dtype int64, got {target.dtype}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(
+            f"head.bias: expected shape [V={weight.shape[0]}] and dtype {weight.dtype}, "
+            f"got {list(bias.shape)} {bias.dtype}"
+        )
+    if weight.dtype != hidden.dtype and (
+        not torch.is_autocast_enabled(hidden.device.type) or torch.float64 in (weight.dtype, hidden.dtype)
+    ):
+        raise ValueError(
+            f"head.weight: expected the dtype of hidden, {hidden.dtype} (they may differ under autocast), "
+            f"got {weight.dtype}"
+        )
+    for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
+    if head.softcap is not None and not 1e-30 < head.softcap < 1e30:
+        raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {head.softcap}")
+    if not isinstance(head.scale, float | int) or not abs(head.scale) < 1e30:
+        raise ValueError(f"head.scale: expected a finite number, got {head.scale}")
+    return head
+
+
+def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None:
+    """What gives the tokens of each pair or group, reading them from the device when it is first asked; None where the
+    objective couples something else, or tensors have no values yet."""
+    count = layout.tokens
+    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(count):
+        return None
+    members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
+    return cache(lambda: members.sum(0).tolist())
+
+
+def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
+    """The grouping of a padded [B, T] or packed [N] target."""
+    mask = target != ignore_index
+    if cu_seqlens is None:
+        if target.ndim != 2:
+            raise ValueError(f"target: expected shape [B, T], or [N] with cu_seqlens, got {list(target.shape)}")
+        return Layout(target.shape[0], None, mask.sum(1), mask.reshape(-1))
+    if target.ndim != 1:
+        raise ValueError(f"target: expected packed shape [N] together with cu_seqlens, got {list(target.shape)}")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens: expected int32 or int64 of shape [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != target.device:
+        raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
+    lengths = cu_seqlens.long().diff()
+    if not torch.compiler.is_compiling():
+        ends = [int(cu_seqlens[0]), int(lengths.min()), int(cu_seqlens[-1])]
+        if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
+            raise ValueError(
+                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
+                f"got {cu_seqlens.tolist()[:8]} … {ends[2]}"
+            )
+    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths), mask)
+
+
+def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
+    """The label as float64 ±1 [B]."""
+    if label is None:
+        if spec.label:
+            raise ValueError(f"label: expected [B={responses}] bool or ±1 for {spec.name}, got None")
+        return None
+    if not isinstance(label, Tensor):
+        raise ValueError(f"label: expected a tensor, got {type(label).__name__}")
+    if not spec.label and is_registered(spec):
+        raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
+    if label.shape != (responses,):
+        raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
+    if label.is_complex():
+        raise ValueError(f"label: expected bool or values of ±1, got {label.dtype}")
+    if label.device != hidden.device:
+        raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
+    if label.dtype == torch.bool:
+        return label.double() * 2 - 1
+    if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
+        raise ValueError(f"label: expected bool or values of ±1, got {label[label.abs() != 1][:4].tolist()}")
+    return label.double()
+
+
+def check_groups(
+    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor
+) -> tuple[int | None, Tensor | None]:
+    """(K, rewards as float64 [B] with 0 for responses without tokens)."""
+    if spec.unit != "group" and is_registered(spec):
+        for name, given in (("group_size", group_size), ("rewards", rewards)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None, since {spec.name} compares no groups, got {given!r}")
+        return None, None
+    if spec.rewards and rewards is None:
+        raise ValueError(f"rewards: expected [G, K] numbers for {spec.name}, got None")
+    if rewards is not None:
+        if not isinstance(rewards, Tensor) or rewards.is_complex():
+            got = rewards.dtype if isinstance(rewards, Tensor) else type(rewards).__name__
+            raise ValueError(f"rewards: expected a tensor of real numbers, got {got}")
+        if not spec.rewards and is_registered(spec):
+            raise ValueError(
+                f"rewards: expected None, since {spec.name} has no use for them, got {list(rewards.shape)}"
+            )
+        if rewards.ndim != 2 or rewards.numel() != layout.responses or group_size not in (None, rewards.shape[1]):
+            of = f" in groups of {group_size}" if group_size else ""
+            raise ValueError(
+                f"rewards: expected shape [G, K] for {layout.responses} responses{of}, got {list(rewards.shape)}"
+            )
+        if rewards.device != hidden.device:
+            raise ValueError(f"rewards: expected device {hidden.device} as hidden, got {rewards.device}")
+        group_size = rewards.shape[1]
+    if group_size is None:
+        if spec.unit == "group":
+            raise ValueError(f"group_size: expected the responses per group, 2 or more, for {spec.name}, got None")
+        return None, None
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"group_size: expected a whole number, 2 or more, got {group_size!r}")
+    if layout.responses % group_size:
+        raise ValueError(f"target: expected groups of {group_size} responses, got {layout.responses} responses")
+    if rewards is None:
+        return group_size, None
+    reward = torch.where(layout.tokens > 0, rewards.reshape(-1).double(), 0.0)
+    if not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
+        at = int((~reward.isfinite()).nonzero()[0])
+        raise ValueError(f"rewards: expected finite numbers, got {reward[at].item()} for response {at}")
+    return group_size, reward
+
+
+def reference_scores(
+    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
+    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores],
+) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
+    """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B].
+
+    score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way.
+    """
+    if ref is None:
+        if spec.ref is not None:
+            raise ValueError(f"ref: expected the reference's scores for {spec.name}, got None")
+        return None, None
+    if spec.ref is None and is_registered(spec):
+        raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
+    if isinstance(ref, Tensor):
+        if ref.shape == (layout.responses,) and ref.shape != target.shape:
+            if spec.ref == "tokens":
+                raise ValueError(
+                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
+                    f"got one sum per response, {list(ref.shape)}"
+                )
+            _check_ref("ref", ref, ref.shape, hidden)
+            there = layout.tokens > 0
+            _check_logp("ref", ref, there)
+            return None, torch.where(there, ref.detach().double(), 0.0)
+        _check_ref("ref", ref, target.shape, hidden)
+        _check_logp("ref", ref, target != ignore_index)
+        logp = ref.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
+        # log(1 − p) from log p, each branch where it is exact
+        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
+        scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
+    elif isinstance(ref, TokenScores):
+        scores = ref
+        for name in ("logp", "log_odds"):
+            _check_ref(f"ref.{name}", getattr(ref, name), target.shape, hidden)
+        scored = (scores.logp != 0) | (scores.log_odds != 0) | (scores.lse != 0)
+        _check_logp("ref.logp", torch.where(scored, scores.logp, torch.nan), target != ignore_index)
+    elif isinstance(ref, tuple) and len(ref) == 2:
+        with torch.no_grad():
+            scores = score(*ref, target)
+    else:
+        raise ValueError(
+            "ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), "
+            f"got {type(ref).__name__}"
+        )
+    flat = TokenScores(
+        *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
+    )
+    return flat, layout.sum(flat.logp)
+
+
+def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
+    """Log-probabilities wherever the mask says; NaN stands for a position that was never scored."""
+    wrong = mask & ~(given <= 1e-3)
+    if not torch.compiler.is_compiling() and bool(wrong.any()):
+        at = int(wrong.reshape(-1).nonzero()[0])
+        value = given.reshape(-1)[at].item()
+        raise ValueError(
+            f"{name}: expected a log-probability, at most 0, wherever target isn't ignored, "
+            f"got {value:.4g} at flat position {at}"
+        )
+
+
+def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
+    if given.shape != shape or not given.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating-point tensor of shape {list(shape)}, got {given.dtype} {list(given.shape)}"
+        )
+    if given.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {given.device}")
