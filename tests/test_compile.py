@@ -7,7 +7,12 @@ import torch
 from torch.library import opcheck
 
 from rgpb import LMHead, TokenScores, fused_loss, linear_logprob
+from rgpb.engine.call import Call, Tensors
+from rgpb.engine.sweeps import Scored
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
+from rgpb.logprob import call_tensors
+from rgpb.objectives import resolve
+from rgpb.validation import How, make_call
 
 B, T, H, V = 4, 6, 8, 13
 
@@ -76,29 +81,44 @@ def test_compiles_with_inductor(given, step):
 
 def test_operators_pass_opcheck(given):
     hidden, weight, bias, target, ref = given
-    flat, y = hidden.detach().view(-1, H).requires_grad_(), target.view(-1)
-    how = (5.0, 0.5, -100, 1 << 20, torch.float32, "torch", "chunked")
-    opcheck(torch.ops.rgpb.score, (flat, weight, bias, y, *how, True, True, None, False))
-    label, lengths = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), torch.full((B,), T)
-    for name, extra in (
-        ("bnf", (label, ref.logp.view(-1), ref.log_odds.view(-1), None, None, 0)),
-        ("dpo", (None, None, None, ref.logp.sum(1).double(), None, 0)),
-        ("swepo", (None, None, None, ref.logp.sum(1).double(), torch.arange(B).double(), 2)),
-        ("1.0*mle + 0.5*dpo", (None, None, None, ref.logp.sum(1).double(), None, 0)),
+    head = LMHead(weight, bias, 5.0, 0.5)
+    rows, how = B * T, How(impl="torch", workspace=1 << 20)
+    tensors = call_tensors(hidden, head, target)
+    tensors = tensors._replace(hidden=tensors.hidden.detach().requires_grad_())  # a leaf
+    opcheck(torch.ops.rgpb.score, tensors.pack(make_call(hidden, head, how, -100, entropy=True, entropy_grad=True)))
+    label, sums = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), ref.logp.sum(1).double()
+    for name, extra, size in (
+        ("bnf", {"label": label, "ref_logp": ref.logp.view(-1), "ref_log_odds": ref.log_odds.view(-1)}, None),
+        ("dpo", {"ref_sums": sums}, None),
+        ("swepo", {"ref_sums": sums, "rewards": torch.arange(B).double()}, 2),
+        ("1.0*mle + 0.5*dpo", {"ref_sums": sums}, None),
     ):
-        arguments = (flat, weight, bias, y, lengths, *extra, name, "", True, *how, True, True, True)
-        opcheck(torch.ops.rgpb.single_pass, arguments)
-    plain = (flat.detach(), weight.detach(), bias.detach(), y, *how)
-    z_y, lse_other, h_o, *_ = torch.ops.rgpb.score(*plain, True, False, None, False)
-    g = torch.randn(3, B * T)
-    nothing = (torch.empty(0), torch.empty(0, dtype=torch.int64), None, torch.empty(0))
-    opcheck(torch.ops.rgpb.pull_back, (*plain, z_y, lse_other, h_o, *g, True, True, True, *nothing))
+        spec = resolve(name)
+        call = make_call(hidden, head, how, -100, spec=spec, entropy=spec.entropy, group_size=size)
+        assert call.path == "single"
+        opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.full((B,), T), **extra).pack(call))
+    plain = Tensors(*(None if x is None else x.detach() for x in tensors))
+    call = make_call(hidden, head, how, -100, entropy=True, entropy_grad=True)._replace(needs=(True, True, True))
+    found = Scored(*torch.ops.rgpb.score(*plain.pack(call)))
+    g_zy, g_lo, g_ho = torch.randn(3, rows)
+    known = plain._replace(z_y=found.z_y, lse_other=found.lse_other, g_zy=g_zy, g_lo=g_lo)
+    opcheck(torch.ops.rgpb.pull_back, known._replace(h_o=found.h_o, g_ho=g_ho).pack(call))
+    opcheck(torch.ops.rgpb.finish_hidden_, (torch.randn(rows, H), *known._replace(hidden=None).pack(call)))
+    skip = make_call(hidden, head, how._replace(grad_tolerance=0.1, sort_vocab=True), -100)._replace(accumulate=False)
     static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
-    opcheck(torch.ops.rgpb.score, (*plain, False, False, 0.1, True), test_utils=static)
-    masses, order, report = torch.ops.rgpb.score(*plain, False, False, 0.1, True)[4:]
-    skipping = (*plain, z_y, lse_other, None, *g[:2], None, False, True, True, masses, order, 0.1, report)
-    opcheck(torch.ops.rgpb.pull_back, skipping)
-    opcheck(torch.ops.rgpb.finish_hidden_, (torch.randn(B * T, H), weight.detach(), y, z_y, *g[:2], *how[:4]))
+    opcheck(torch.ops.rgpb.score, plain.pack(skip), test_utils=static)
+    found = Scored(*torch.ops.rgpb.score(*plain.pack(skip)))
+    skip = skip._replace(needs=(False, True, True))
+    opcheck(torch.ops.rgpb.pull_back, known._replace(masses=found.masses, order=found.order).pack(skip))
+
+
+def test_a_call_says_of_itself_what_it_is(given):
+    hidden, weight, bias, _, _ = given
+    how = How(impl="torch", grad_tolerance="auto")
+    for spec, options in ((resolve("dpo"), {"beta": 0.25}), (None, {})):
+        call = make_call(hidden, LMHead(weight, bias, 30.0, 1e-3), how, -100, spec=spec, options=options)
+        assert Call.parse(call.encode()) == call
+        assert "'softcap': 30.0" in call.encode()
 
 
 @pytest.mark.parametrize("selective", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import Implementation, close, dense
 
@@ -35,6 +36,14 @@ IMPLEMENTATIONS = {
         (*WIDE, torch.bfloat16), (torch.bfloat16,),
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def impl(request):
+    """A kernel set, for `kernel_suite.py`."""
+    if request.param == "cpp" and cpp_rows.missing():
+        pytest.skip(cpp_rows.missing())
+    return request.param
 
 
 @pytest.fixture(params=["torch", *(f"cpp {name}" for name in ("avx512", "avx2", "baseline"))])
@@ -100,7 +109,7 @@ def test_the_same_bits_on_any_number_of_threads():
 def test_statistics_alone_change_nothing():
     z = torch.randn(3, 150)
     before = z.clone()
-    cpp_rows.statistics_(z, torch.tensor([0, 1, 2]), Epilogue(None, None, 1.0), True, keep=False)
+    cpp_rows.statistics(z, torch.tensor([0, 1, 2]), Epilogue(None, None, 1.0), True)
     assert torch.equal(z, before)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import EPILOGUES, Implementation, close, dense, epilogue_of, upstream_of
 
@@ -21,6 +22,12 @@ def rows():
         triton_rows.statistics, triton_rows.gradients_, triton_rows.token_loss_, None,
         (torch.float64, torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16),
     )  # fmt: skip
+
+
+@pytest.fixture(params=["triton", "tiled"])
+def impl(request):
+    """A kernel set, for `kernel_suite.py`."""
+    return request.param
 
 
 def tiles(entropy, rows, vocab, like, top):
