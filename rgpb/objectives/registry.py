@@ -185,7 +185,7 @@ def _declared(key: str, function: Callable[..., Tensor]) -> dict[str, tuple[Opti
     taken = sorted({p.name for p in parameters} & RESERVED)
     if taken:
         raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
-    made = {}
+    made: dict[str, tuple[Option, ...]] = {}
     for parameter in parameters:
         option = _option(key, parameter, _globals(function))
         for allowed in option.ranges if option.default is not parameter.empty else ():
