@@ -150,7 +150,7 @@ def signature(
 
 def argument(parameter: inspect.Parameter, option: Option | None) -> str:
     """`name: type = default`."""
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = "*" * (parameter.kind is parameter.VAR_POSITIONAL) + "**" * (parameter.kind is parameter.VAR_KEYWORD)
     kind = annotation(parameter)
     if option is not None:
         values = next((allowed.values for allowed in option.ranges if isinstance(allowed, OneOf)), None)

@@ -163,9 +163,10 @@ def orpo(responses: Responses, *, lam: Annotated[float, NonNegative()] = 0.1) ->
 
 @objective(couples="pair", ref="sums")
 def rdpo(responses: Responses, *, beta: Annotated[float, Positive()] = 0.1, alpha: float = 0.01) -> Tensor:
-    """−log σ(β (Δ_w − Δ_l) + α (n_l − n_w)): DPO that discounts length. [B/2]
+    """−log σ(β (Δ_w − Δ_l) + α (n_l − n_w)): DPO with a margin by length. [B/2]
 
-    Park et al. 2024, Eq. 9.
+    Park et al. 2024. Under preferences σ(r_w − r_l) it is smallest at βΔ = r + α n + const: of two responses with the
+    same reward, α > 0 favours the longer one, and α < 0 the shorter one.
     """
     chosen, rejected = pairs(beta * responses.log_ratios() - alpha * responses.layout.tokens.double())
     return -F.logsigmoid(chosen - rejected)
@@ -191,10 +192,9 @@ def exo(
 ) -> Tensor:
     """σ(m) (log σ(m) − log(1 − ε)) + σ(−m) (log σ(−m) − log ε), m = β (Δ_w − Δ_l). [B/2]
 
-    Ji et al. 2024, Eq. 16: the reverse KL divergence to (1 − ε, ε), so ε in (0, 1). MC-PO's Table 5 drops ε.
+    Ji et al. 2024, Eq. 16: the reverse KL divergence of (σ(m), σ(−m)) from (1 − ε, ε), smallest at σ(m) = 1 − ε; so
+    the chosen is preferred for ε below ½. MC-PO's Table 5 drops ε.
     """
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon: expected a number between 0 and 1, got {epsilon}")
     chosen, rejected = pairs(responses.log_ratios())
     margin = beta * (chosen - rejected)
     up, down = (F.logsigmoid(m).clamp(min=-745) for m in (margin, -margin))  # e⁻⁷⁴⁵ is 0, and 0 · ∞ no number
