@@ -312,27 +312,27 @@ RANGES = {
 }
 
 
-@pytest.mark.parametrize(("spec", "option"), RANGED, ids=[f"{spec.name}.{option.name}" for spec, option in RANGED])
-def test_values_out_of_range_are_refused(spec, option):
-    """Everywhere but in sums a β or τ of 0 leaves nothing to learn from; `exmate`'s β is a weight, and may be 0."""
-    if isinstance(option.default, str):
-        assert check_options(spec, {option.name: option.default}) == {option.name: option.default}
-        assert [check_options(spec, {option.name: value}) for value in option.ranges[0].values]
-        with pytest.raises(ValueError, match=f"options of {spec.name}: expected {option.name} to be 'm?.*, got 'x'"):
-            check_options(spec, {option.name: "x"})
-        return
-    holds = RANGES.get(option.name, lambda x: x >= 0) if spec.name != "exmate" else lambda x: x >= 0
-    for value in NUMBERS:
-        if option.type is int and value != int(value):
+def test_values_out_of_range_are_refused():
+    """Without β or τ there is nothing left to learn from; `exmate`'s β is a weight, and may be 0."""
+    assert len(RANGED) > 40
+    for spec, option in RANGED:
+        name = f"options of {spec.name}: expected {option.name} to be "
+        if isinstance(option.default, str):
+            for value in option.ranges[0].values:
+                assert check_options(spec, {option.name: value}) == {option.name: value}
+            with pytest.raises(ValueError, match=name + "'.*, got 'x'"):
+                check_options(spec, {option.name: "x"})
             continue
-        if holds(value):
-            (checked,) = check_options(spec, {option.name: value}).values()
-            assert (type(checked), checked) == (option.type, value)
-        else:
-            with pytest.raises(
-                ValueError, match=rf"options of {spec.name}: expected {option.name} to be a .*, got -?\d"
-            ):
-                check_options(spec, {option.name: value})
+        holds = RANGES.get(option.name if spec.name != "exmate" else "", lambda x: x >= 0)
+        for value in NUMBERS:
+            if option.type is int and value != int(value):
+                continue
+            if holds(value):
+                (checked,) = check_options(spec, {option.name: value}).values()
+                assert (type(checked), checked) == (option.type, value)
+            else:
+                with pytest.raises(ValueError, match=rf"{name}a .*, got -?\d"):
+                    check_options(spec, {option.name: value})
 
 
 def test_every_number_of_the_package_has_a_range():
@@ -346,9 +346,8 @@ def test_every_number_of_the_package_has_a_range():
     assert free == {"rdpo.alpha"}
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "message"),
-    [
+def test_options_that_are_refused():
+    for name, given, message in (
         ("mc_po", {"m": "2"}, "options of mc_po: expected m to be a whole number, got '2'"),
         ("mc_po", {"m": True}, "options of mc_po: expected m to be a whole number, got True"),
         ("mc_po", {"m": 1.5}, "options of mc_po: expected m to be a whole number, got 1.5"),
@@ -369,11 +368,9 @@ def test_every_number_of_the_package_has_a_range():
         ("mle + dpo", {"dpo.beta": 0}, r"options of 1.0\*mle \+ 1.0\*dpo: expected dpo.beta to be a number above 0"),
         ("exmate + dpo", {"beta": 0}, "expected beta to be a number above 0, got 0.0"),  # exmate alone would take it
         ("mle + dpo", {"dpo.betta": 1}, "got .'dpo.betta'.; did you mean 'dpo.beta'[?]"),
-    ],
-)  # fmt: skip
-def test_options_that_are_refused(name, given, message):
-    with pytest.raises(ValueError, match=message):
-        check_options(resolve(name), given)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_options(resolve(name), given)
 
 
 def test_options_in_words():
@@ -481,11 +478,9 @@ def test_metrics_leave_out_a_group_whose_first_response_is_absent():
     torch.testing.assert_close(made, whole)
 
 
-def test_a_draw_of_ones_own():
-    """With rewards, through `fused_loss` and a model; and one of the wrong shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from rgpb import hf
+@pytest.fixture
+def extremes_of_this_test():
+    """The name of a group objective that draws the best and the worst by reward."""
 
     def best_and_worst(seen, options):
         rewards = seen.groups(seen.rewards)
@@ -499,27 +494,38 @@ def test_a_draw_of_ones_own():
         worst, best = (rewards.nan_to_num(fill).sort(1).indices[:, i] for fill, i in ((9.0, 0), (-9.0, -1)))
         return -F.logsigmoid(scores.gather(1, best[:, None]) - scores.gather(1, worst[:, None]))[:, 0]
 
-    try:
-        hidden, weight, target, ref = batch(6)
-        rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
-        made = fused_loss(hidden, weight, target, objective="extremes_of_this_test", ref=ref, rewards=rewards)
-        order = torch.tensor([1, 5, 0, 4])
-        pairs = dpo_loss(hidden[order], weight, target[order], ref=TokenScores(*(x[order] for x in ref[:3])))
-        torch.testing.assert_close(made, pairs)
-        sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).double()
-        ids = torch.randint(31, (6, 5))
-        padded = {"position_ids": torch.arange(5)[None], "input_ids": ids, "labels": ids}
-        made = hf.loss(model, padded, "extremes_of_this_test", ref=torch.zeros(6), rewards=rewards)
-        chosen = {"input_ids": ids[order], "labels": ids[order]}
-        torch.testing.assert_close(made, hf.loss(model, chosen, "dpo", ref=torch.zeros(4)))
-        OBJECTIVES["extremes_of_this_test"] = OBJECTIVES["extremes_of_this_test"]._replace(
-            draw=lambda seen, options: True
-        )
-        with pytest.raises(ValueError, match=r"draw: expected bool \[6\] of extremes_of_this_test, got bool"):
-            fused_loss(hidden, weight, target, objective="extremes_of_this_test", ref=ref, rewards=rewards)
-    finally:
-        del OBJECTIVES["extremes_of_this_test"]
+    yield "extremes_of_this_test"
+    del OBJECTIVES["extremes_of_this_test"]
+
+
+def test_a_draw_of_ones_own(extremes_of_this_test):
+    """With rewards; and one of the wrong shape."""
+    hidden, weight, target, ref = batch(6)
+    rewards = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]])
+    made = fused_loss(hidden, weight, target, objective=extremes_of_this_test, ref=ref, rewards=rewards)
+    order = torch.tensor([1, 5, 0, 4])
+    pairs = dpo_loss(hidden[order], weight, target[order], ref=TokenScores(*(x[order] for x in ref[:3])))
+    torch.testing.assert_close(made, pairs)
+    wrong = OBJECTIVES[extremes_of_this_test]._replace(draw=lambda seen, options: True)
+    OBJECTIVES[extremes_of_this_test] = wrong
+    with pytest.raises(ValueError, match=r"draw: expected bool \[6\] of extremes_of_this_test, got bool"):
+        fused_loss(hidden, weight, target, objective=extremes_of_this_test, ref=ref, rewards=rewards)
+
+
+@pytest.mark.full
+def test_a_draw_of_ones_own_through_a_model(extremes_of_this_test):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rgpb import hf
+
+    rewards, order = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.7]]), torch.tensor([1, 5, 0, 4])
+    sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).double()
+    ids = torch.randint(31, (6, 5))
+    padded = {"position_ids": torch.arange(5)[None], "input_ids": ids, "labels": ids}
+    made = hf.loss(model, padded, extremes_of_this_test, ref=torch.zeros(6), rewards=rewards)
+    chosen = {"input_ids": ids[order], "labels": ids[order]}
+    torch.testing.assert_close(made, hf.loss(model, chosen, "dpo", ref=torch.zeros(4)))
 
 
 def test_a_function_of_ones_own_can_be_registered_anew():
