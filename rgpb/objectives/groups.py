@@ -77,7 +77,7 @@ def swepo(
     if mode == "one_vs_all":
         first = torch.zeros_like(positive).scatter(1, best(responses)[:, None], True)
         positive = positive & first
-    weights = (alpha * d.abs() ** p).clamp(-LARGEST, LARGEST)
+    weights = (alpha * (d.abs() ** p).clamp(max=1e300)).clamp(max=LARGEST)  # an α of 0 meets no ∞
     return _contrast(scores + weights, positive, present)
 
 

@@ -98,22 +98,7 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
         ValueError: no terms, an unknown name, a weight that isn't a finite number or is negative, pairs or labels
             beside groups, or something beside an objective that draws responses (mc_po).
     """
-    if not weights:
-        raise ValueError("objective: expected at least one name and its weight, got none")
-    parts: list[tuple[Objective, float]] = []
-    for name, weight in weights.items():
-        if name not in OBJECTIVES:
-            raise ValueError(
-                f"objective: expected names of {sorted(OBJECTIVES)}, got {name!r}{suggest(name, OBJECTIVES)}"
-            )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e300:
-            raise ValueError(f"objective: expected a finite number as weight of {name}, got {weight!r}")
-        if weight < 0 and is_built_in(OBJECTIVES[name]):
-            raise ValueError(
-                f"objective: expected a weight of 0 or more for {name}, since a negative one rewards the bad examples "
-                f"and penalises the good ones, got {weight!r}"
-            )
-        parts.append((OBJECTIVES[name], float(weight)))
+    parts = _parts(weights)
     key = " + ".join(f"{weight!r}*{spec.name}" for spec, weight in parts)
     if key in SUMS:
         return SUMS[key]
@@ -158,6 +143,27 @@ def weighted_sum(weights: Mapping[str, float]) -> Objective:
     )  # fmt: skip
     SUMS[key] = made
     return made
+
+
+def _parts(weights: Mapping[str, float]) -> list[tuple[Objective, float]]:
+    """The terms and their weights."""
+    if not weights:
+        raise ValueError("objective: expected at least one name and its weight, got none")
+    parts: list[tuple[Objective, float]] = []
+    for name, weight in weights.items():
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"objective: expected names of {sorted(OBJECTIVES)}, got {name!r}{suggest(name, OBJECTIVES)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e300:
+            raise ValueError(f"objective: expected a finite number as weight of {name}, got {weight!r}")
+        if weight < 0 and is_built_in(OBJECTIVES[name]):
+            raise ValueError(
+                f"objective: expected a weight of 0 or more for {name}, since a negative one rewards the bad examples "
+                f"and penalises the good ones, got {weight!r}"
+            )
+        parts.append((OBJECTIVES[name], float(weight)))
+    return parts
 
 
 def _in_units(spec: Objective, unit: str, labelled: bool, responses: Responses, options: dict[str, Any]) -> Tensor:
