@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from rgpb.layout import Responses, pairs
-from rgpb.objectives import Objective
-from rgpb.objectives.registry import best, reward_scale
+from rgpb.objectives import Objective, best, reward_scale
 
 
 def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]:

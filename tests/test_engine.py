@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
-from rgpb.engine.products import even_spans
 from rgpb.engine.plan import plan, single_chunk, sizes
+from rgpb.engine.products import even_spans
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
-from rgpb.kernels import cpp_rows
-from rgpb.kernels import resolve_impl
+from rgpb.kernels import cpp_rows, resolve_impl
 from rgpb.validation import How, make_layout, plan_call, tokens_of_units
 
 # N tokens as [B, T], V, H, each with its reason
@@ -760,4 +759,6 @@ def test_on_a_gpu_the_plan_compares_times():
     request = {"couples": "batch", "skipping": True, "workspace": 50000}
     with pytest.raises(ValueError, match="workspace: expected at least"):
         plan(8192, small_head, ("tiled",), **request)
-    assert plan(8192, small_head, ("triton", "tiled"), **request).impl == "triton"  # what fits, whatever the other lacks
+    assert (
+        plan(8192, small_head, ("triton", "tiled"), **request).impl == "triton"
+    )  # what fits, whatever the other lacks

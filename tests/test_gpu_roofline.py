@@ -18,8 +18,7 @@ from benchmarks.gpu import lineup, roofline
 from benchmarks.gpu.journal import Journal, Settings, work
 from rgpb.bench.cases import LOG_PROB, Result
 from rgpb.engine import plan
-from rgpb.kernels import cpp_rows, torch_rows
-from rgpb.kernels import why_not
+from rgpb.kernels import cpp_rows, torch_rows, why_not
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"

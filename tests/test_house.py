@@ -52,7 +52,9 @@ def imports(name, path, known):
 
 def floor(module):
     """The number of a module's floor: that of the longest name that it starts with."""
-    fitting = [(len(name), n) for n, names in enumerate(FLOORS) for name in names if f"{module}.".startswith(f"{name}.")]
+    fitting = [
+        (len(name), n) for n, names in enumerate(FLOORS) for name in names if f"{module}.".startswith(f"{name}.")
+    ]
     return max(fitting)[1]
 
 

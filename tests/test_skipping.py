@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rgpb import LMHead, fused_loss, linear_logprob, objective, reference
-from rgpb.engine import plan, skipping
+from rgpb.engine import plan
 from rgpb.fused import dpo_loss, mle_loss
 from rgpb.objectives import OBJECTIVES
 

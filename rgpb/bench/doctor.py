@@ -23,9 +23,8 @@ from rgpb.bench import cases
 from rgpb.bench.cases import DTYPES, LOG_PROB, TOLERANCE, Batch, Result, Shape
 from rgpb.bench.measure import copy_rate, cpu_model, memory_of_machine, product_rate, version_of
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.kernels import cpp_rows
+from rgpb.kernels import IMPLEMENTATIONS, cpp_rows, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
-from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.validation import ENGINES
 
 # Four responses of 65 tokens, two of them masked. V is off every tile and a little beyond one of 1024; H is no power of

@@ -19,8 +19,8 @@ from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
 from rgpb.engine.plan import RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
-from rgpb.validation import ENGINES
 from rgpb.objectives import Objective, resolve
+from rgpb.validation import ENGINES
 
 
 class GPU(NamedTuple):

@@ -1,21 +1,24 @@
-"""What the engine has to know of an objective, and the table of all of them; weighted sums of them.
+"""What the engine has to know of an objective, the table of all of them, and the check of their options.
 
-Dimensions: B responses, U units (responses, pairs or groups), G groups, K responses of a group.
+Dimensions: B responses, U units (responses, pairs or groups).
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
-import math
 import numbers
-import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import sys
+import types
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from rgpb.layout import Responses, pairs
+from rgpb.objectives.ranges import OneOf, Range
 
 COUPLES = ("token", "pair", "group", "batch")
 UNITS = ("response", "pair", "group")
@@ -37,8 +40,27 @@ RESERVED = {
     "engine",
     "grad_tolerance",
     "sort_vocab",
+    "path",
     "workspace",
 }
+
+
+class Option(NamedTuple):
+    """A keyword option of an objective.
+
+    Attributes:
+        name: as it is given.
+        default: its value where it isn't given; `inspect.Parameter.empty` where it has to be.
+        type: its annotation without ranges; without one, a number's, string's or bool's own, else `Any`.
+        classes: those that `type` names; None where it says something else, so that any value is taken.
+        ranges: what was declared with the annotation; all of them have to hold.
+    """
+
+    name: str
+    default: Any
+    type: Any
+    classes: tuple[type, ...] | None
+    ranges: tuple[Range, ...] = ()
 
 
 class Objective(NamedTuple):
@@ -57,8 +79,7 @@ class Objective(NamedTuple):
         entropy: whether `other_entropy` has to be computed.
         entropy_grad: whether the value depends on it differentiably.
         terms: for couples="token", where a kernel has the loss of one token itself: (tokens of each response, labels or
-            None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B]; None
-            where the kernel can't serve the options.
+            None, options) → its name in `rgpb.kernels.triton_rows.TOKEN_LOSSES` and each response's factor, [B].
         draw: for an objective that looks at some of a group's responses only: (responses, options) → which, bool [B],
             from scores without gradient. The others are then left out before anything is differentiated. With an option
             `m`: the first and M others.
@@ -67,6 +88,8 @@ class Objective(NamedTuple):
             them.
         options: the function's keyword options and their defaults; None for a function that isn't registered, whose
             options aren't checked.
+        declared: what is known of each option; of a sum's option without `term.`, one entry for each term that has it.
+        parts: of a weighted sum, its terms and their weights.
     """
 
     name: str
@@ -78,14 +101,15 @@ class Objective(NamedTuple):
     rewards: bool = False
     entropy: bool = False
     entropy_grad: bool = False
-    terms: Callable[..., tuple[str, Tensor] | None] | None = None
+    terms: Callable[..., tuple[str, Tensor]] | None = None
     draw: Callable[..., Tensor] | None = None
     running: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     options: dict[str, Any] | None = None
+    declared: dict[str, tuple[Option, ...]] | None = None
+    parts: tuple[tuple[Objective, float], ...] = ()
 
 
-TERM = re.compile(r"(?P<signs>[+-]{0,2})(?:(?P<factor>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\*)?(?P<name>[^\W\d]\w*)")
 OBJECTIVES: dict[str, Objective] = {}
 SUMS: dict[str, Objective] = {}  # those in use, by name
 
@@ -100,7 +124,7 @@ def objective(
     rewards: bool = False,
     entropy: bool = False,
     entropy_grad: bool = False,
-    terms: Callable[..., tuple[str, Tensor] | None] | None = None,
+    terms: Callable[..., tuple[str, Tensor]] | None = None,
     draw: Callable[..., Tensor] | None = None,
     running: tuple[str, ...] = (),
     mismatched: tuple[str, ...] = (),
@@ -138,51 +162,84 @@ def objective(
         if key is None:
             raise ValueError(f"name: expected one for a function without, {type(function).__name__}; got None")
         known = OBJECTIVES.get(key)
-        if known is not None and known.function.__module__.startswith("rgpb.") and known.function is not function:
+        if known is not None and is_built_in(known) and known.function is not function:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         if name is not None and not key.isidentifier():
             raise ValueError(f"name: expected an identifier, got {key!r}")
-        parameters = list(inspect.signature(function).parameters.values())[1:]
-        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
-            raise ValueError(f"options: expected each by its name, got *args or **keywords of {key}")
-        options = {p.name: p.default for p in parameters}
-        taken = sorted(set(options) & RESERVED)
-        if taken:
-            raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
+        declared = _declared(key, function)
         SUMS.clear()
         OBJECTIVES[key] = Objective(
             key, function, couples, kind, ref, label, rewards, entropy or entropy_grad, entropy_grad, terms, draw,
-            running, mismatched, options,
+            running, mismatched, {name: known[0].default for name, known in declared.items()}, declared,
         )  # fmt: skip
         return function
 
     return register
 
 
-def resolve(objective: str | Callable[..., Tensor] | Mapping[str, float]) -> Objective:
-    """The objective that is meant.
+def _declared(key: str, function: Callable[..., Tensor]) -> dict[str, tuple[Option, ...]]:
+    """The options of a function of `Responses`, read from its signature."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
+        raise ValueError(f"options: expected each by its name, got *args or **keywords of {key}")
+    taken = sorted({p.name for p in parameters} & RESERVED)
+    if taken:
+        raise ValueError(f"options: expected names that `fused_loss` doesn't have, got {taken}")
+    made: dict[str, tuple[Option, ...]] = {}
+    for parameter in parameters:
+        option = _option(key, parameter, _globals(function))
+        for allowed in option.ranges if option.default is not parameter.empty else ():
+            if not allowed.holds(option.default):
+                wanted = _range_text(option, allowed)
+                raise ValueError(
+                    f"options of {key}: expected a default of {option.name} in its range, {wanted}, "
+                    f"got {option.default!r}"
+                )
+        made[option.name] = (option,)
+    return made
 
-    Args:
-        objective: a registered name or function; a weighted sum, as a mapping name → weight or a string such as
-            "mle + 0.5*dpo"; or any other function of `Responses`, which may couple the whole batch.
 
-    Raises:
-        ValueError: an unknown name, weights that aren't finite numbers, or terms that don't go together.
-    """
-    if isinstance(objective, Mapping):
-        return weighted_sum(objective)
-    if isinstance(objective, str):
-        if objective in OBJECTIVES:
-            return OBJECTIVES[objective]
-        if any(sign in objective for sign in "+-*"):
-            return SUMS.get(objective) or weighted_sum(parse_sum(objective))
-        raise ValueError(f"objective: expected a function or one of {sorted(OBJECTIVES)}, got {objective!r}")
-    if not callable(objective):
-        raise ValueError(f"objective: expected a name or a function of Responses, got {type(objective).__name__}")
-    for known in OBJECTIVES.values():
-        if known.function is objective:
-            return known
-    return Objective(getattr(objective, "__name__", "objective"), objective)
+def _option(key: str, parameter: inspect.Parameter, names: dict[str, Any]) -> Option:
+    annotation, default = parameter.annotation, parameter.default
+    if isinstance(annotation, str):  # as `from __future__ import annotations` leaves them
+        try:
+            annotation = eval(annotation, names)
+        except (NameError, TypeError) as error:  # such as a name imported for type checkers alone
+            if "Annotated" in annotation:  # a range must not get lost
+                raise ValueError(
+                    f"options of {key}: expected an annotation of {parameter.name} whose names stand in its module, "
+                    f"got {annotation!r}: {error}"
+                ) from None
+            annotation = parameter.empty
+    ranges: tuple[Range, ...] = ()
+    if get_origin(annotation) is Annotated:
+        annotation, *extras = get_args(annotation)
+        ranges = tuple(extra for extra in extras if isinstance(extra, Range))
+    plain = type(default) if type(default) in (bool, int, float, str) else Any
+    kind = plain if annotation is parameter.empty or (annotation, plain) == (int, float) else annotation
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return Option(parameter.name, default, kind, tuple(members) if all(map(_is_class, members)) else None, ranges)
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether `isinstance` can tell its values: not `Any`, `list[int]` or most protocols."""
+    try:
+        return (isinstance(kind, type) and not isinstance(None, kind)) or kind is types.NoneType
+    except TypeError:
+        return False
+
+
+def _globals(function: Any) -> dict[str, Any]:
+    """The names that a function's annotations can use."""
+    while isinstance(function, partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return getattr(function if hasattr(function, "__globals__") else type(function).__call__, "__globals__", {})
+
+
+def is_built_in(spec: Objective) -> bool:
+    """Whether it is one of the package's own."""
+    return getattr(spec.function, "__module__", "").startswith("rgpb.")
 
 
 def is_registered(spec: Objective) -> bool:
@@ -191,30 +248,108 @@ def is_registered(spec: Objective) -> bool:
 
 
 def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with numbers of the type of their defaults.
+    """The options, with numbers of the type that is declared.
 
     Raises:
-        ValueError: an option that the objective doesn't have, or a value of another type, or not finite.
+        ValueError: an option that the objective doesn't have, or a value of another type, not finite, or out of range.
     """
     if spec.options is None:
         return dict(options)
     unknown = [name for name in options if name not in spec.options]
     if unknown:
-        raise ValueError(f"options of {spec.name}: expected a subset of {sorted(spec.options)}, got {unknown}")
-    checked = {}
+        raise ValueError(
+            f"options of {spec.name}: expected a subset of {sorted(spec.options)}, got {unknown}"
+            f"{suggest(unknown[0], spec.options)}"
+        )
+    checked: dict[str, Any] = {}
     for name, value in options.items():
-        kind = type(spec.options[name])
-        if kind in (int, float):
-            number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            number = number and -math.inf < value < math.inf
-            if not number or kind(value) != value:
-                wanted = "a whole number" if kind is int else "a finite number"
-                raise ValueError(f"options of {spec.name}: expected {name} to be {wanted}, got {value!r}")
-            value = kind(value)
-        elif kind in (bool, str) and not isinstance(value, kind):
-            raise ValueError(f"options of {spec.name}: expected {name} to be a {kind.__name__}, got {value!r}")
-        checked[name] = value
+        for option in (spec.declared or {})[name]:
+            checked[name] = _checked(spec.name, name, option, checked.get(name, value))
     return checked
+
+
+def _checked(owner: str, name: str, option: Option, value: Any) -> Any:
+    """The value as its option has it; `name` is what it was given as."""
+    if option.classes is not None and value is not option.default:
+        fitting = [kind for kind in option.classes if _fits(value, kind)]
+        if not fitting:
+            wanted = [_words(kind) for kind in option.classes]
+            wanted = [", ".join(wanted[:-1]), wanted[-1]] if wanted[1:] else wanted
+            got = repr(value) if isinstance(value, numbers.Number | str | None) else type(value).__name__
+            raise ValueError(f"options of {owner}: expected {name} to be {' or '.join(wanted)}, got {got}")
+        value = fitting[0](value) if fitting[0] in (int, float) else value
+    for allowed in option.ranges:
+        if not allowed.holds(value):
+            raise ValueError(
+                f"options of {owner}: expected {name} to be {_range_text(option, allowed)}, got {value!r}"
+                f"{suggest(value, allowed.values) if isinstance(allowed, OneOf) else ''}"
+            )
+    return value
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max and kind(value) == value
+
+
+def _words(kind: type) -> str:
+    known = {float: "a finite number", int: "a whole number", types.NoneType: "None"}
+    return known.get(kind, f"a {kind.__name__}")
+
+
+def _range_text(option: Option, allowed: Range) -> str:
+    if isinstance(allowed, OneOf):
+        return allowed.text
+    return f"{'a whole number' if option.type is int else 'a number'} {allowed.text}"
+
+
+class OptionText(NamedTuple):
+    """An option in words, for help and documentation.
+
+    Attributes:
+        name: as it is given; of a sum `term.option`, and `option` for all terms that have it.
+        type: such as "float" or "RunningMean | float | None".
+        default: as it would be typed; "" where the option has to be given.
+        range: such as "a number above 0", or the values there are; "" where any will do.
+    """
+
+    name: str
+    type: str
+    default: str
+    range: str
+
+
+def describe_options(spec: Objective) -> list[OptionText]:
+    """The options of an objective or sum, in the order of its signature; none of a function that isn't registered."""
+    described = []
+    for name, declared in (spec.declared or {}).items():
+        first = declared[0]
+        ranges = dict.fromkeys(_range_text(option, allowed) for option in declared for allowed in option.ranges)
+        default = "" if first.default is inspect.Parameter.empty else repr(first.default)
+        described.append(OptionText(name, type_text(first.type), default, " and ".join(ranges)))
+    return described
+
+
+def type_text(kind: Any) -> str:
+    """A type as one writes it: `float`, `RunningMean | float | None`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(map(type_text, get_args(kind)))
+    if kind is types.NoneType:
+        return "None"
+    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+
+
+def suggest(name: Any, known: Iterable[str]) -> str:
+    """What goes after an unknown name: "; did you mean 'dpo'?", or "" where nothing is near it.
+
+    >>> suggest("DPO", ["dpo", "ipo"]), suggest("x", ["dpo"])
+    ("; did you mean 'dpo'?", '')
+    """
+    by_case = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), by_case, n=1)
+    return f"; did you mean {by_case[near[0]]!r}?" if near else ""
 
 
 def drawn(spec: Objective, responses: Responses, options: dict[str, Any]) -> Tensor:
@@ -263,126 +398,3 @@ def unit_values(spec: Objective, responses: Responses, options: dict[str, Any]) 
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"objective: expected {spec.name} to return {' or '.join(map(str, of))} values, got {shape}")
     return torch.where(of[tuple(values.shape)] > 0, values, 0.0)
-
-
-# -- weighted sums ----------------------------------------------------------------------------------------------------
-
-
-def parse_sum(text: str) -> dict[str, float]:
-    """ "mle + 0.5*dpo" → {"mle": 1.0, "dpo": 0.5}.
-
-    Raises:
-        ValueError: a term that isn't a name or number*name, or a name that comes twice.
-    """
-    terms: dict[str, float] = {}
-    rest = text.replace(" ", "")
-    while rest:
-        term = TERM.match(rest)
-        if term is None or term["name"] not in OBJECTIVES or (terms and not term["signs"]):
-            raise ValueError(
-                f"objective: expected terms such as mle or 0.5*dpo, of {sorted(OBJECTIVES)}, got {rest!r} in {text!r}"
-            )
-        if term["name"] in terms:
-            raise ValueError(f"objective: expected each name once, got {term['name']!r} twice in {text!r}")
-        terms[term["name"]] = float(term["factor"] or 1.0) * (-1.0) ** term["signs"].count("-")
-        rest = rest[term.end() :]
-    return terms
-
-
-def weighted_sum(weights: Mapping[str, float]) -> Objective:
-    """Σ weight · objective as one objective, at the cost of one sweep over the vocabulary.
-
-    All terms see the same responses. Beside pairs (groups) an objective of single responses that can't tell good from
-    bad (mle) is that of the chosen (of the best by reward; without rewards of the first), and one with labels takes the
-    chosen for +1 and the rejected for −1, and the mean of both. Beside labels only the responses with +1 count for it.
-
-    An option is written `name.option`; without `name.` it goes to every term that has it.
-
-    Raises:
-        ValueError: no terms, an unknown name, a weight that isn't a finite number, pairs or labels beside groups, or
-            something beside an objective that draws responses (mc_po).
-    """
-    if not weights:
-        raise ValueError("objective: expected at least one name and its weight, got none")
-    parts: list[tuple[Objective, float]] = []
-    for name, weight in weights.items():
-        if name not in OBJECTIVES:
-            raise ValueError(f"objective: expected names of {sorted(OBJECTIVES)}, got {name!r}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e300:
-            raise ValueError(f"objective: expected a finite number as weight of {name}, got {weight!r}")
-        parts.append((OBJECTIVES[name], float(weight)))
-    key = " + ".join(f"{weight!r}*{spec.name}" for spec, weight in parts)
-    if key in SUMS:
-        return SUMS[key]
-    specs = [spec for spec, _ in parts]
-    unit = max((spec.unit for spec in specs), key=UNITS.index)
-    labelled = [spec.name for spec in specs if spec.label]
-    if {"pair", "group"} <= {spec.unit for spec in specs}:
-        raise ValueError(f"objective: expected pairs or groups in one sum, got both in {key!r}")
-    drawing = [spec.name for spec in specs if spec.draw is not None]
-    if drawing and len(specs) > 1:
-        raise ValueError(f"objective: expected {drawing[0]} by itself, since it draws what to look at; got {key!r}")
-    if unit == "group" and labelled:
-        raise ValueError(f"objective: expected no labels beside groups, got {labelled} in {key!r}")
-    options: dict[str, Any] = {}
-    for spec in reversed(specs):
-        options.update({f"{spec.name}.{name}": default for name, default in (spec.options or {}).items()})
-        options.update(spec.options or {})
-    couples = max((spec.couples for spec in specs), key=COUPLES.index)
-    if couples == "token" and unit == "group":
-        couples = "group"  # the best response is known of whole groups only
-
-    def function(responses: Responses, **given: Any) -> Tensor:
-        total: Tensor | float = 0.0
-        for spec, weight in parts:
-            own = {o: given[k] for o in spec.options or () for k in (o, f"{spec.name}.{o}") if k in given}
-            total = total + weight * _in_units(spec, unit, bool(labelled), responses, own)
-        return total  # type: ignore[return-value]
-
-    made = Objective(
-        key, function, couples, unit,
-        ref=max((spec.ref for spec in specs), key=REFS.index),
-        label=unit == "response" and bool(labelled),
-        rewards=any(spec.rewards for spec in specs),
-        entropy=any(spec.entropy for spec in specs),
-        entropy_grad=any(spec.entropy_grad for spec in specs),
-        running=tuple(f"{spec.name}.{name}" for spec in specs for name in spec.running),
-        mismatched=tuple(f"{spec.name}.{name}" for spec in specs for name in spec.mismatched),
-        options=options,
-    )  # fmt: skip
-    SUMS[key] = made
-    return made
-
-
-def _in_units(spec: Objective, unit: str, labelled: bool, responses: Responses, options: dict[str, Any]) -> Tensor:
-    """Values of one term of a sum, per unit of the sum. [U]"""
-    if spec.unit == unit == "response" and labelled and not spec.label and responses.label is not None:
-        return torch.where(responses.label > 0, unit_values(spec, responses, options), 0.0)
-    if spec.unit == unit:
-        return unit_values(spec, responses, options)
-    if unit == "group":
-        return responses.groups(unit_values(spec, responses, options)).gather(1, best(responses)[:, None])[:, 0]
-    if spec.label:
-        half = torch.ones(len(responses.layout.tokens) // 2, dtype=torch.float64, device=responses.layout.tokens.device)
-        responses = responses._replace(label=torch.cat([half, -half]))
-        chosen, rejected = pairs(unit_values(spec, responses, options))
-        return (chosen + rejected) / 2
-    return pairs(unit_values(spec, responses, options))[0]
-
-
-def best(responses: Responses) -> Tensor:
-    """Place in its group of the response with the highest reward, the first of several; 0 without rewards. int64 [G]"""
-    present = responses.groups(responses.present)
-    if responses.rewards is None:
-        return torch.zeros_like(present[:, 0], dtype=torch.int64)
-    rewards = responses.groups(responses.rewards).masked_fill(~present, -torch.inf)
-    return (rewards == rewards.amax(1, keepdim=True)).int().argmax(1)
-
-
-def reward_scale(spec: Objective, options: dict[str, Any]) -> Any:
-    """β of the implicit reward β (S − R): the objective's own, or that of a sum's first term with one; else 1."""
-    for name in parse_sum(spec.name) if spec.name in SUMS else ():
-        term = OBJECTIVES[name]
-        if term.ref is not None and "beta" in (term.options or {}):
-            return options.get(f"{name}.beta", options.get("beta", (term.options or {})["beta"]))
-    return {**(spec.options or {}), **options}.get("beta", 1.0)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
-from rgpb.engine import skipping
 from rgpb.engine import plan as planning
+from rgpb.engine import skipping
 from rgpb.fused import bnf_loss, dpo_loss
 from rgpb.kernels import matmul
 from tests.test_engine import (
@@ -103,9 +103,7 @@ def test_gradients_of_every_score(head, impl):
 
     def scores(h, w, *b):
         head = LMHead(w, b[0] if b else None, lm_head.softcap, lm_head.scale)
-        return tuple(
-            linear_logprob(h, head, target, entropy=True, impl=impl, workspace=small(shape))
-        )
+        return tuple(linear_logprob(h, head, target, entropy=True, impl=impl, workspace=small(shape)))
 
     assert torch.autograd.gradcheck(scores, leaves(hidden, lm_head), fast_mode=True)
 
@@ -212,9 +210,7 @@ def test_bitwise_the_same_again(impl):
     ref = ref_scores(ref_logits, target)
     runs = []
     for _ in range(2):
-        loss = bnf_loss(
-            hidden, head, target, torch.tensor([1, -1]), ref=ref, impl=impl, workspace=1 << 16
-        )
+        loss = bnf_loss(hidden, head, target, torch.tensor([1, -1]), ref=ref, impl=impl, workspace=1 << 16)
         runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
     for a, b in zip(*runs):
         assert torch.equal(a, b)

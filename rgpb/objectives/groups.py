@@ -8,27 +8,28 @@ Dimensions: B responses, G groups, K responses of a group.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rgpb.layout import Responses
-from rgpb.objectives.pair import smoothed
-from rgpb.objectives.registry import best, objective
+from rgpb.objectives.pairs import smoothed
+from rgpb.objectives.ranges import AtLeast, Between, NonNegative, OneOf, Positive
+from rgpb.objectives.registry import objective
 
 # Scores of those that take no part: e^ABSENT is 0, and no gradient through it is NaN.
 ABSENT = -1e30
 LARGEST = 1e12  # of a weight α |d|^p, so that none is infinite
 # Rewards this close to their mean, relative to the largest, are at the mean: float32 rounding isn't a preference.
 EQUAL = 2**-23
-SAMPLERS = ("mc", "max", "min", "random")
-MODES = ("above_mean", "one_vs_all")
 
 
 @objective(couples="group", ref="sums", rewards=True)
-def infonca(responses: Responses, *, beta: float = 0.1, tau: float = 1.0) -> Tensor:
+def infonca(
+    responses: Responses, *, beta: Annotated[float, Positive()] = 0.1, tau: Annotated[float, Positive()] = 1.0
+) -> Tensor:
     """−Σ_k softmax(r / τ)_k · log softmax(βΔ)_k. [G]
 
     Chen et al. 2024 (InfoNCA); SWEPO (arXiv 2412.04628), Eq. 23.
@@ -39,7 +40,9 @@ def infonca(responses: Responses, *, beta: float = 0.1, tau: float = 1.0) -> Ten
 
 
 @objective(couples="group", ref="sums", rewards=True)
-def nca(responses: Responses, *, beta: float = 0.1, tau: float = 1.0) -> Tensor:
+def nca(
+    responses: Responses, *, beta: Annotated[float, Positive()] = 0.1, tau: Annotated[float, Positive()] = 1.0
+) -> Tensor:
     """−Σ_k softmax(r / τ)_k · log σ(βΔ_k) − (1 / K) Σ_k log σ(−βΔ_k), K those that take part. [G]
 
     Chen et al. 2024 (NCA).
@@ -53,7 +56,12 @@ def nca(responses: Responses, *, beta: float = 0.1, tau: float = 1.0) -> Tensor:
 
 @objective(couples="group", ref="sums", rewards=True)
 def swepo(
-    responses: Responses, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2, mode: str = "above_mean"
+    responses: Responses,
+    *,
+    beta: Annotated[float, Positive()] = 0.1,
+    alpha: Annotated[float, NonNegative()] = 1.0,
+    p: Annotated[int, NonNegative()] = 2,
+    mode: Annotated[str, OneOf("above_mean", "one_vs_all")] = "above_mean",
 ) -> Tensor:
     """−log Σ_{Y+} e^s / Σ e^s, s = βΔ + α |d|^p, d = r − mean r, Y+ = {d > 0}. [G]
 
@@ -62,10 +70,6 @@ def swepo(
 
     SWEPO (arXiv 2412.04628), Eq. 9–11 and 15.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
-    if p < 0:
-        raise ValueError(f"p: expected 0 or more, got {p}")
     scores, rewards, present = _scores(responses, beta)
     d = torch.where(present, rewards - rewards.sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1), 0.0)
     d = torch.where(d.abs() > EQUAL * rewards.abs().amax(1, keepdim=True), d, 0.0)
@@ -73,12 +77,12 @@ def swepo(
     if mode == "one_vs_all":
         first = torch.zeros_like(positive).scatter(1, best(responses)[:, None], True)
         positive = positive & first
-    weights = (alpha * d.abs() ** p).clamp(-LARGEST, LARGEST)
+    weights = (alpha * (d.abs() ** p).clamp(max=1e300)).clamp(max=LARGEST)  # an α of 0 meets no ∞
     return _contrast(scores + weights, positive, present)
 
 
 @objective(couples="group", ref="sums")
-def rnce(responses: Responses, *, beta: float = 0.1) -> Tensor:
+def rnce(responses: Responses, *, beta: Annotated[float, Positive()] = 0.1) -> Tensor:
     """−βΔ_0 + log Σ_i e^{βΔ_i}: the group's first response against all of it. [G]
 
     MC-PO (arXiv 2502.04567), Eq. 7. With two responses it is DPO. A group whose first response, or all of whose others,
@@ -98,12 +102,8 @@ def draw_negatives(responses: Responses, options: dict[str, Any]) -> Tensor:
     """
     beta, sampler = options.get("beta", 0.1), options.get("sampler", "mc")
     m, generator = options.get("m", 1), options.get("generator")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {SAMPLERS}, got {sampler!r}")
     size = responses.group_size or 0
-    if not isinstance(generator, torch.Generator | None):
-        raise ValueError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
-    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m < size:
+    if not m < size:
         raise ValueError(f"m: expected a whole number from 1 to {size - 1}, the candidates of a group, got {m!r}")
     scores, _, present = _scores(responses, beta)
     keys = scores.detach()
@@ -128,9 +128,9 @@ def draw_negatives(responses: Responses, options: dict[str, Any]) -> Tensor:
 def mc_po(
     responses: Responses,
     *,
-    beta: float = 0.1,
-    sampler: str = "mc",
-    m: int = 1,
+    beta: Annotated[float, Positive()] = 0.1,
+    sampler: Annotated[str, OneOf("mc", "max", "min", "random")] = "mc",
+    m: Annotated[int, AtLeast(1)] = 1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`rnce` of the group's first response against M of the others, drawn by the kernel of Algorithm 1. [G]
@@ -151,15 +151,17 @@ def mc_po(
 
 @objective(couples="group", ref="sums", rewards=True)
 def multi_dpo(
-    responses: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0, pairing: str = "best"
+    responses: Responses,
+    *,
+    beta: Annotated[float, Positive()] = 0.1,
+    label_smoothing: Annotated[float, Between(0, 0.5, "[)")] = 0.0,
+    pairing: Annotated[str, OneOf("best", "all")] = "best",
 ) -> Tensor:
     """The mean of DPO over pairs of the group: the best with each lower one, or all with r_i > r_j. [G]
 
     SWEPO (arXiv 2412.04628), Appendix E: DPO×(K−1) for `pairing="best"`, DPO×C(K,2) for "all". A group without such a
     pair gives exactly 0.
     """
-    if pairing not in ("best", "all"):
-        raise ValueError(f"pairing: expected 'best' or 'all', got {pairing!r}")
     scores, rewards, present = _scores(responses, beta)
     above = (rewards[:, :, None] > rewards[:, None, :]) & present[:, :, None] & present[:, None, :]
     if pairing == "best":
@@ -167,6 +169,15 @@ def multi_dpo(
         above = above & first[:, :, None]
     margin = torch.where(above, scores[:, :, None] - scores[:, None, :], 0.0)
     return torch.where(above, smoothed(margin, label_smoothing), 0.0).sum((1, 2)) / above.sum((1, 2)).clamp(min=1)
+
+
+def best(responses: Responses) -> Tensor:
+    """Place in its group of the response with the highest reward, the first of several; 0 without rewards. int64 [G]"""
+    present = responses.groups(responses.present)
+    if responses.rewards is None:
+        return torch.zeros_like(present[:, 0], dtype=torch.int64)
+    rewards = responses.groups(responses.rewards).masked_fill(~present, -torch.inf)
+    return (rewards == rewards.amax(1, keepdim=True)).int().argmax(1)
 
 
 def _scores(responses: Responses, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,8 +189,6 @@ def _scores(responses: Responses, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax(rewards: Tensor, present: Tensor, tau: float) -> Tensor:
-    if not tau > 0:
-        raise ValueError(f"tau: expected a positive number, got {tau}")
     counts = present | ~present.any(1, keepdim=True)  # a group of none still gets numbers, which nobody reads
     top = rewards.masked_fill(~counts, -torch.inf).amax(1, keepdim=True)
     return ((rewards - top) / tau).masked_fill(~counts, -torch.inf).softmax(1)

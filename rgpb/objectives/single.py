@@ -1,19 +1,71 @@
-"""Objectives of single responses that are compared with the average of a batch.
+"""Objectives of single responses.
 
-S = Σ log π_θ, R = Σ log π_ref, Δ = S − R of a response; σ the sigmoid.
+`<name>_terms` says the same loss to a kernel that computes it token by token in the launch that sweeps the logits.
+
+p = π_θ of a token, λ its log-odds, n the number of tokens of a response, S = Σ log π_θ, R = Σ log π_ref, Δ = S − R,
+S̄ = S / n; σ the sigmoid.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rgpb.layout import Responses
+from rgpb.objectives.ranges import NonNegative, Positive
 from rgpb.objectives.registry import objective
+
+
+def per_token(tokens: Tensor, length_normalize: bool) -> Tensor:
+    """Each response's factor of a sum over its tokens: 1 / n, or 1. int64 [B] → float64 [B]"""
+    n = tokens.clamp(min=1).double()
+    return 1 / n if length_normalize else torch.ones_like(n)
+
+
+def mle_terms(tokens: Tensor, label: Tensor | None, *, length_normalize: bool = True) -> tuple[str, Tensor]:
+    return "nll", per_token(tokens, length_normalize)
+
+
+def bnf_terms(tokens: Tensor, label: Tensor | None) -> tuple[str, Tensor]:
+    assert label is not None  # checked at the door
+    return "bnf", label * per_token(tokens, length_normalize=True)
+
+
+@objective(couples="token", terms=mle_terms)
+def mle(responses: Responses, *, length_normalize: bool = True) -> Tensor:
+    """Maximum likelihood: −S̄, or −S. [B]
+
+    Tuan & Wang 2024 (arXiv 2408.16751), Eq. 2–3; supervised fine-tuning.
+    """
+    return -responses.logps(length_normalize)
+
+
+@objective(couples="token", ref="tokens", label=True, entropy=True, terms=bnf_terms)
+def bnf(responses: Responses) -> Tensor:
+    """Bidirectional negative feedback: −(label / n) Σ_t Σ_k f_k log p_k with the dynamic target distribution f. [B]
+
+    BNF (ICLR 2025), Eq. 4 and 6: f_y = min(p / p_ref, 1), f_k = (1 − f_y) p_k / (1 − p) elsewhere, detached. In
+    closed form
+
+        Σ_k f_k log p_k = f_y log p + (1 − f_y)(log(1 − p) − H_o),   its gradient on the logits c · (onehot − p),
+        c = (f_y − p) / (1 − p) = min(1, exp(λ − λ_ref)),
+
+    so f never has to exist: the coefficient c is the ratio of odds, capped at 1.
+    """
+    scores, ref = responses.policy, responses.ref
+    if ref is None or scores.other_entropy is None or responses.label is None:
+        raise ValueError("bnf: expected reference scores, labels and other_entropy; got None for one of them")
+    log_odds = scores.log_odds.detach()
+    c = torch.where(log_odds >= ref.log_odds, 1.0, torch.exp(log_odds - ref.log_odds))
+    f_others = -torch.expm1((scores.logp.detach() - ref.logp).clamp(max=0))
+    others = torch.where(f_others > 0, f_others * (F.logsigmoid(-log_odds) - scores.other_entropy.detach()), 0.0)
+    own = torch.where(f_others < 1, (1 - f_others) * scores.logp.detach(), 0.0)
+    descent = torch.where(c > 0, c * scores.logp, 0.0)
+    return -responses.label * responses.mean(descent + (own + others - descent).detach())
 
 
 class RunningMean(nn.Module):
@@ -56,7 +108,9 @@ class RunningMean(nn.Module):
 
 
 @objective(couples="batch", ref="sums", label=True, running=("delta",))
-def bco(responses: Responses, *, beta: float = 0.1, delta: RunningMean | float | None = None) -> Tensor:
+def bco(
+    responses: Responses, *, beta: Annotated[float, Positive()] = 0.1, delta: RunningMean | float | None = None
+) -> Tensor:
     """−log σ(label · (βΔ − δ)), δ the mean of βΔ, detached. [B]
 
     δ: None takes the mean over the batch's responses that have tokens; a `RunningMean` takes the batch in and gives the
@@ -65,16 +119,16 @@ def bco(responses: Responses, *, beta: float = 0.1, delta: RunningMean | float |
     Jung et al. 2024 (BCO); MC-PO (arXiv 2502.04567), Table 5.
     """
     reward = beta * responses.log_ratios()
-    return -F.logsigmoid(_labels(responses) * (reward - _baseline("delta", delta, reward, responses)))
+    return -F.logsigmoid(_labels(responses) * (reward - _baseline(delta, reward, responses)))
 
 
 @objective(couples="batch", ref="sums", label=True, mismatched=("z0",))
 def kto(
     responses: Responses,
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Annotated[float, Positive()] = 0.1,
+    desirable_weight: Annotated[float, NonNegative()] = 1.0,
+    undesirable_weight: Annotated[float, NonNegative()] = 1.0,
     z0: Tensor | RunningMean | float | None = None,
 ) -> Tensor:
     """w · (1 − σ(label · β (Δ − z₀))), w by the label; z₀ ≥ 0 estimates KL(π_θ ‖ π_ref), detached. [B]
@@ -91,8 +145,8 @@ def kto(
             raise ValueError(f"z0: expected finite numbers, at least one, got others among {z0.numel()}")
         baseline = z0.detach().double().mean().clamp(min=0)
     else:
-        baseline = _baseline("z0", z0, ratio, responses)
-        baseline = baseline if isinstance(z0, float | int) else baseline.clamp(min=0)
+        baseline = _baseline(z0, ratio, responses)
+        baseline = baseline if isinstance(z0, float | int) else baseline.clamp(min=0)  # a number is taken as it is
     weight = desirable_weight * (label > 0).double() + undesirable_weight * (label < 0).double()
     return weight * torch.sigmoid(-label * beta * (ratio - baseline))
 
@@ -103,13 +157,9 @@ def _labels(responses: Responses) -> Tensor:
     return responses.label
 
 
-def _baseline(name: str, given: RunningMean | float | None, values: Tensor, responses: Responses) -> Tensor:
+def _baseline(given: RunningMean | float | None, values: Tensor, responses: Responses) -> Tensor:
     """What single responses are compared with, 0-d and without gradient."""
-    if isinstance(given, float | int) and not isinstance(given, bool) and math.isfinite(given):
+    if isinstance(given, float | int):
         return values.new_tensor(float(given))
     known = values.detach()[responses.present]
-    if isinstance(given, RunningMean):
-        return given(known)
-    if given is not None:
-        raise ValueError(f"{name}: expected a finite number, a RunningMean or None, got {given!r}")
-    return known.sum() / max(known.numel(), 1)
+    return known.sum() / max(known.numel(), 1) if given is None else given(known)
