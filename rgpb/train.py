@@ -42,7 +42,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rgpb import hf, online, report
-from rgpb.bench.plan import argument, parse_bytes
+from rgpb.arguments import argument, parse_bytes
 from rgpb.data import (
     GROUPS,
     PAIRINGS,
