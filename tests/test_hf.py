@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rgpb.hf as hf
-from rgpb import LMHead, TokenScores, fused_loss
+from rgpb import LMHead, Responses, TokenScores, fused_loss
 
 V, H, IGNORE = 37, 16, -100  # V is a multiple of no tile
 
@@ -221,7 +221,7 @@ def test_loss_is_fused_loss_on_the_same_batch() -> None:
     assert all(p.grad is None for p in reference.parameters())
     assert all(p.grad is not None for p in model.parameters())
 
-    def mean_surprise(responses: hf.Responses) -> Tensor:
+    def mean_surprise(responses: Responses) -> Tensor:
         return -responses.logps(length_normalize=True)
 
     chosen = hf.loss(model, batch, mean_surprise)
@@ -445,7 +445,7 @@ def test_a_forgotten_soft_cap_or_scale_is_caught(
     name: str, forgotten: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name, **options)
-    monkeypatch.setattr(hf, forgotten, ())
+    monkeypatch.setattr("rgpb.head." + forgotten, ())
     with pytest.raises(ValueError, match=rf"family {name}\) does more .* differ by up to [\d.e-]+"):
         hf.token_scores(model, padded(model))
     assert not model.get_output_embeddings()._forward_pre_hooks
