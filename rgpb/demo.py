@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rgpb import fused_loss, reference, report
+from rgpb import fused_loss, reference
 from rgpb.bench.cases import Result
 from rgpb.bench.measure import peak_memory
-from rgpb.data import IGNORE, Collator, read_preferences, tokenise
-from rgpb.train import TrainConfig, train
+from rgpb.hf import IGNORE
+from rgpb.train import TrainConfig, report, train
+from rgpb.train.rows import read_preferences
+from rgpb.train.tokens import Collator, tokenise
 
 METHODS = {"bnf": "BNF", "dpo": "DPO", "nll_pll": "NLL+PLL"}
 NOISY, PAIRS, TEST = 6400, 1920, 300  # sums to learn from with mistakes, to compare answers of, and held out

@@ -15,12 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import rgpb.train as module
-from rgpb import cli, hf, report
-from rgpb.data import Collator, read_prompts, reference_of, train_tokenizer
-from rgpb.online import Rollouts, load_reward
-from rgpb.train import TrainConfig, train
-from rgpb.trainer import PreferenceTrainer, group_arguments, model_inputs
+from rgpb import cli, hf
+from rgpb.objectives import resolve
+from rgpb.train import TrainConfig, report, train
+from rgpb.train import config as settings_module
+from rgpb.train.evaluate import group_arguments, model_inputs
+from rgpb.train.models import make_model
+from rgpb.train.online import Rollouts
+from rgpb.train.rewards import load_reward
+from rgpb.train.rows import read_prompts
+from rgpb.train.tokens import Collator, reference_of, train_tokenizer
+from rgpb.train.trainer import PreferenceTrainer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PROMPTS = ["1:", "two words:", "", "3:", "a longer one than all others:", "4:"]
@@ -34,7 +39,7 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in model, smaller, and no pictures."""
-    monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+    monkeypatch.setitem(settings_module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
     monkeypatch.setattr(report, "plot", lambda runs, path: None)
 
 
@@ -94,12 +99,11 @@ def untrained(seed: int = 0, **more: Any) -> PreTrainedModel:
 def rollouts(path: Path, prompts: list[Any] = PROMPTS, **changes: Any) -> Rollouts:
     tokenizer = train_tokenizer(["abc"], 258)
     tokenizer.chat_template = TEMPLATE
-    settings: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6}
-    settings |= {"per_round": 6, "candidates": 4, "max_length": 40, "max_prompt_length": None, "max_new_tokens": 5}
-    settings |= {"temperature": 1.0, "pad": tokenizer.pad_token_id, "batch_size": 4, "workspace": 2**26}
-    settings |= {"bf16": False, "seed": 0, "progress": False, "ties": True, **changes}
-    read = read_prompts(write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    return Rollouts(read, tokenizer, **settings)
+    given: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6, "ties": True}
+    given |= {name: changes.pop(name) for name in given if name in changes}
+    settings = {"refresh": 3, "max_length": 40, "max_new_tokens": 5, "batch_size": 4, **changes}
+    asked = write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
+    return Rollouts(read_prompts(asked), tokenizer, config(asked, path, **settings), **given)
 
 
 class TestReward:
@@ -249,7 +253,7 @@ class TestGroups:
         made: Any = rollouts(tmp_path, reward=reward, ref=untrained(seed=1)).groups(model, [0, 1, 3], "some")
         assert [len({r.reward for r in unit}) for unit in made] == [1, 2, 2]
         assert [sum(len(r.tokens) > r.prompt for r in unit) for unit in made] == [0, 4, 4]
-        spec = module.resolve(loss)
+        spec = resolve(loss)
         options = {"m": 3} if loss == "mc_po" else {}
 
         def values(units: list[int]) -> Tensor:
@@ -389,7 +393,7 @@ class TestRun:
         assert (result["before"]["loss"], result["after"]["loss"]) == (0, 0)
         assert records(tmp_path / "run")[1]["reward/tied"] == 1
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-        start = module._model(settings, "tiny-llama", tokenizer).state_dict()
+        start = make_model(settings, "tiny-llama", tokenizer).state_dict()
         trained = weights(tmp_path / "run")
         assert all(torch.equal(value, start[name]) for name, value in trained.items())
 

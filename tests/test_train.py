@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-import rgpb.train as module
-from rgpb import cli, hf, report
+from rgpb import cli, hf
 from rgpb import demo as demo_module
-from rgpb.data import Collator, read_preferences, reference_of, tokenise
 from rgpb.demo import arithmetic_pairs
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
-from rgpb.train import TrainConfig, train
-from rgpb.trainer import PreferenceTrainer, Stage
+from rgpb.train import TrainConfig, command, models, report, teacher, train
+from rgpb.train import config as settings_module
+from rgpb.train.rows import read_preferences
+from rgpb.train.tokens import Collator, RefScores, reference_of, tokenise, train_tokenizer
+from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -33,7 +34,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch, request):
     """The built-in model, smaller: only the wiring is tested here. Pictures are drawn where they are tested."""
-    monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+    monkeypatch.setitem(settings_module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
     if request.cls not in (TestReport, TestDemo):
         monkeypatch.setattr(report, "plot", lambda runs, path: None)
 
@@ -207,7 +208,7 @@ class TestObjectives:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
-        scores = module.score_references(model, pairs, pad=0, batch_size=5)
+        scores = teacher.score_references(model, pairs, pad=0, batch_size=5)
         assert scores.logp.max() < 0
         pairs = pairs.with_ref(load_reference(tmp_path / "run"))
         batch = Collator(0)([pairs[i] for i in range(24)])
@@ -221,7 +222,7 @@ class TestObjectives:
 
 
 def load_reference(folder):
-    return module.RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
+    return RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
 
 
 class TestStep:
@@ -254,7 +255,7 @@ class TestStep:
                 PreferenceTrainer, "__init__", lambda self, **k: (start(self, **k), self.add_callback(Catch()))[0]
             )
             with monkey.context():
-                stage.fit(model, tokenizer, 0, used, used, 1.0, 1, None)
+                stage.fit(model, tokenizer, used, used, epochs=1.0, steps=1)
             monkey.undo()
             return caught, next(r["loss"] for r in records(tmp_path / name) if r["split"] == "train")
 
@@ -331,8 +332,8 @@ class TestReference:
     def test_scores_are_computed_once(self, data, tmp_path, monkeypatch):
         settings = config(data, tmp_path / "run", eval_data=data)
         calls = []
-        compute = module.score_references
-        monkeypatch.setattr(module, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
+        compute = teacher.score_references
+        monkeypatch.setattr(teacher, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
         train(settings)
         assert len(calls) == 1  # training and evaluation data are the same tokens
         (cache,) = (tmp_path / "run").glob("ref-*.safetensors")
@@ -354,7 +355,7 @@ class TestReference:
         model, ref = (
             AutoModelForCausalLM.from_pretrained(tmp_path / "one" / name) for name in ("model", "checkpoint-8")
         )
-        assert module.weights_fingerprint(model) == module.weights_fingerprint(ref)
+        assert teacher.weights_fingerprint(model) == teacher.weights_fingerprint(ref)
         assert result["before"]["rewards/chosen"] < -0.1  # the untrained policy is below the trained reference
         scores = load_reference(tmp_path / "two")
         assert scores.logp.dtype == torch.float32
@@ -382,7 +383,7 @@ class TestInterrupted:
         command = ["train", "--data", data, "--output", str(folder), *flags]
         command += ["--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--cpu", "--quiet"]
         program = (
-            "import sys, torch, rgpb.train as t; from rgpb.cli import main; torch.set_num_threads(1);"
+            "import sys, torch, rgpb.train.config as t; from rgpb.cli import main; torch.set_num_threads(1);"
             "torch.use_deterministic_algorithms(True);"
             f"t.BUILT_IN['tiny-llama'] = ('LlamaConfig', {SMALL}); sys.exit(main(sys.argv[1:]))"
         )
@@ -401,7 +402,7 @@ class TestInterrupted:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"split": "train", "st')
         computed = []
-        monkeypatch.setattr(module, "score_references", lambda *a, **k: computed.append(1))
+        monkeypatch.setattr(teacher, "score_references", lambda *a, **k: computed.append(1))
         result = train(config(data, folder, **self.SETTINGS))
         assert result["resumed"] in steps
         assert not computed
@@ -612,10 +613,10 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.config.max_position_embeddings = 5
         with pytest.raises(ValueError, match="max_length: expected at most 5, the positions of m; got"):
-            module._check_tokens(model, "m", [pairs])
+            models.check_tokens(model, "m", [pairs])
         pairs.tokens[0] = 999
         with pytest.raises(ValueError, match="model: expected a vocabulary for token 999, got 258 in m"):
-            module._check_tokens(model, "m", [pairs])
+            models.check_tokens(model, "m", [pairs])
 
     def test_the_command_says_what_is_wrong(self, tmp_path, capsys):
         path = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
@@ -632,13 +633,13 @@ class TestRefusals:
             train(config(data, tmp_path / "run"))
 
     def test_options_of_the_command(self):
-        given = module.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
+        given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
-        checked = module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
+        checked = settings_module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
         assert checked == {"tau": 1.0, "length_normalize": False}
 
     def test_importing_the_package_leaves_transformers_alone(self):
-        program = "import sys, rgpb, rgpb.cli, rgpb.data; sys.exit('transformers' in sys.modules)"
+        program = "import sys, rgpb, rgpb.cli; sys.exit('transformers' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -785,13 +786,13 @@ class TestTies:
     def test_what_takes_part(self, tmp_path, monkeypatch, loss, there):
         rows = [{"prompt": f"{i}+", "completions": ["2.", "two.", "3."], "rewards": [1, 1, 0]} for i in range(4)]
         seen = []
-        whole = module.Stage.fit
+        whole = Stage.fit
 
-        def fit(self, model, tokenizer, pad, train_set, *more, **named):
+        def fit(self, model, tokenizer, train_set, *more, **named):
             seen.append((train_set.units >= 0).sum(1).tolist())
-            return whole(self, model, tokenizer, pad, train_set, *more, **named)
+            return whole(self, model, tokenizer, train_set, *more, **named)
 
-        monkeypatch.setattr(module.Stage, "fit", fit)
+        monkeypatch.setattr(Stage, "fit", fit)
         train(config(write(tmp_path / "t.jsonl", rows), tmp_path / "run", loss=loss, steps=1))
         assert seen == [[there] * 4]
 
@@ -822,7 +823,7 @@ class TestMismatched:
     """kto's z₀: the prompts of a batch with the completions of others."""
 
     def test_every_completion_follows_another_prompt(self, data):
-        tokenizer = module.train_tokenizer(["0"], 258)
+        tokenizer = train_tokenizer(["0"], 258)
         pairs = tokenise(read_preferences(data), tokenizer)
         other = pairs.mismatched(max_length=100)
         assert torch.equal(other.prompts, pairs.prompts)
@@ -847,7 +848,7 @@ class TestMismatched:
         tokenizer = AutoTokenizer.from_pretrained(run / "model")
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
-        scored = [module.RefScores(**load_file(path)) for path in run.glob("ref-*.safetensors")]
+        scored = [RefScores(**load_file(path)) for path in run.glob("ref-*.safetensors")]
         starts = pairs.completion_starts()
         # the two files have the same starts where completions are equally long: told apart by what they fit
         other, losses = pairs.mismatched(1024), []

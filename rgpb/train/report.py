@@ -6,10 +6,11 @@ Evaluation lines ("split": "eval") are averages over the whole evaluation set, t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rgpb.train.files import save_whole_file, write_text
 
 METRICS = {
     "loss": "loss",
@@ -82,7 +83,7 @@ def write(folder: str | Path) -> None:
     for title, key in (("Training data", "counts"), ("Evaluation data", "eval_counts")):
         if key in result:
             text += ["", f"{title}: {counted(result[key])}."]
-    _write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
+    write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot({settings.get("loss", folder.name): records}, folder / "report.png")
 
 
@@ -111,7 +112,7 @@ def compare(
     text = ["# Runs side by side", "", *_markdown(comparison(records, extra))]
     text += ["", "In brackets: the change from before training."]
     text += ["", note] if note else []
-    _write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
+    write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot(records, out / "report.png")
 
 
@@ -215,9 +216,7 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
             axes.text(0.5, 0.5, "not measured by this objective", ha="center", transform=axes.transAxes, fontsize=9)
         elif len(runs) > 1:
             axes.legend(fontsize=8)
-    place = path.with_name(path.name + ".tmp")
-    figure.savefig(place, dpi=100, format="png")
-    os.replace(place, path)
+    save_whole_file(path, lambda place: figure.savefig(place, dpi=100, format="png"))
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
@@ -227,9 +226,3 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_text(path: Path, text: str) -> None:
-    place = path.with_name(path.name + ".tmp")
-    place.write_text(text, encoding="utf-8")
-    os.replace(place, path)
