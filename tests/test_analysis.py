@@ -137,7 +137,7 @@ class TestGradientDifference:
     @pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
     @pytest.mark.parametrize("rows", [1, 3, 100])
     def test_is_that_of_the_logits(self, order, rows, monkeypatch):
-        monkeypatch.setattr(analysis, "SLICE", 7)  # doesn't divide V
+        monkeypatch.setattr("rgpb.analysis.numbers.SLICE", 7)  # doesn't divide V
         hidden, target = batch()
         head = random_head()
         found = analysis.gradient_difference(hidden, head, target, order=order, workspace=rows * 4 * V * 8)
@@ -582,7 +582,8 @@ class TestPercentileShares:
 class TestVocabularyShift:
     @pytest.mark.parametrize(("slice_", "rows"), [(7, 1), (7, 4), (100, 3), (100, 1000)])
     def test_is_that_of_the_logits(self, slice_, rows, monkeypatch):
-        monkeypatch.setattr(analysis, "SLICE", slice_)
+        monkeypatch.setattr("rgpb.analysis.changes.SLICE", slice_)
+        monkeypatch.setattr("rgpb.analysis.numbers.SLICE", slice_)
         hidden, target = batch()
         wider = torch.randn(4, 8, H + 2).double()  # another model may be wider
         a, b = random_head(), random_head(7, H + 2)
