@@ -1,4 +1,4 @@
-"""`rgpb train`: one flag for each field of `TrainConfig`."""
+"""`rgpb train`: one flag for each field of `TrainConfig`, and what came out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from rgpb.objectives import OBJECTIVES
 from rgpb.train.config import TrainConfig
 from rgpb.train.report import read_metrics, show, table
 from rgpb.train.run import train
@@ -15,10 +16,25 @@ from rgpb.train.run import train
 
 def add_parser(subparsers: Any) -> None:
     """`rgpb train`: one flag per field of `TrainConfig`."""
-    parser = subparsers.add_parser("train", help="train a model on preference data")
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model on preference data",
+        epilog=described_losses(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for entry in fields(TrainConfig):
         add_flag(parser, entry)
     parser.set_defaults(run=run)
+
+
+def described_losses() -> str:
+    """Every objective's options and their defaults, for the end of the help."""
+    lines = ["options of the objectives, as --loss-option KEY=VALUE (of one term of a sum: TERM.KEY=VALUE):"]
+    for name, spec in sorted(OBJECTIVES.items()):
+        lines.append(f"  {name}" if spec.options else f"  {name}: none")
+        for key, default in (spec.options or {}).items():
+            lines.append(f"    {key}: default {default!r}")
+    return "\n".join(lines)
 
 
 def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rgpb.arguments import argument, parse_bytes
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.objectives import OBJECTIVES, Objective, resolve
+from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
 from rgpb.train.rows import PAIRINGS
 
 EVAL_SAMPLE = 200  # units of the training data evaluated on where there is no evaluation data
@@ -160,7 +160,7 @@ def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
     """The objective's options with their types, numbers given for numbers.
 
     Raises:
-        ValueError: an option it doesn't have, or a value of another type.
+        ValueError: an option it doesn't have, or a value of another type or out of range.
     """
     known = spec.options or {}
     checked = {}
@@ -180,4 +180,7 @@ def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
             if key.rpartition(".")[2] == "generator":
                 raise ValueError(f"loss_option: expected none of {key}, which --seed stands for, got {value!r}")
             raise ValueError(f"loss_option: expected {key} to be a {wanted} for {spec.name}, got {value!r}")
-    return checked
+    try:
+        return registry.check_options(spec, checked)
+    except ValueError as error:
+        raise ValueError(str(error).replace("options of", "loss_option:", 1)) from None
