@@ -202,7 +202,9 @@ def demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, 
     runs = {name: output / loss for loss, name in METHODS.items()}
     records = {name: report.read_metrics(folder) for name, folder in runs.items()}
     extra = {
-        f"held-out sums answered {how}": {name: f"{a[name]:.1%} ({100 * (a[name] - b):+.1f} points)" for name in runs}
+        f"held-out sums answered {how} (change in points)": {
+            name: f"{a[name]:.1%} ({100 * (a[name] - b):+.1f})" for name in runs
+        }
         for how, a, b in (("rightly", right, before[0]), ("with the dropped or false carry", wrong, before[1]))
     }
     summary, step = summarise(records, right, before[0]), one_step(seed)

@@ -43,6 +43,11 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "plot", lambda runs, path: None)
 
 
+def full(*values: Any) -> Any:
+    """A case of `make test-full` alone."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 def ascii_share(prompts: list[Any], completions: list[str]) -> list[float]:
     """The part of the characters that are ASCII: half of those of an untrained model of bytes."""
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
@@ -322,7 +327,7 @@ class TestGroups:
 
 
 class TestRun:
-    @pytest.mark.parametrize("loss", ["mc_po", "swepo"])
+    @pytest.mark.parametrize("loss", ["mc_po", full("swepo")])
     def test_the_reward_rises(self, data: str, tmp_path: Path, loss: str) -> None:
         settings = {"steps": 32, "batch_size": 6, "candidates": 8, "lr": 3e-2, "schedule": "constant"}
         result = train(config(data, tmp_path / "run", loss=loss, **settings), reward=ascii_share)
@@ -386,7 +391,7 @@ class TestRun:
         assert [json.loads(line)["prompt"] for line in rows] == ["9:", "8:"]
         assert result["eval_counts"]["units"] == 2
 
-    @pytest.mark.parametrize("loss", ["mc_po", "swepo", "multi_dpo", "infonca"])
+    @pytest.mark.parametrize("loss", ["mc_po", full("swepo"), full("multi_dpo"), full("infonca")])
     def test_nothing_is_learnt_from_what_is_judged_all_alike(self, data: str, tmp_path: Path, loss: str) -> None:
         settings = config(data, tmp_path / "run", loss=loss, save_steps=1, keep_checkpoints=9)
         result = train(settings, reward=alike)
@@ -400,11 +405,11 @@ class TestRun:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"candidates": 2, "batch_size": 1, "grad_accum": 3, "max_new_tokens": 1},
+            full({"candidates": 2, "batch_size": 1, "grad_accum": 3, "max_new_tokens": 1}),
             {"candidates": 6, "batch_size": 1, "loss_option": {"m": 5}, "packing": True},
-            {"candidates": 5, "batch_size": 3, "loss": "infonca", "packing": True, "max_new_tokens": None},
-            {"candidates": 3, "loss": "swepo", "gradient_checkpointing": True, "max_prompt_length": 1},
-            {"candidates": 4, "loss": "rnce", "bf16": True, "refresh": 99},
+            full({"candidates": 5, "batch_size": 3, "loss": "infonca", "packing": True, "max_new_tokens": None}),
+            full({"candidates": 3, "loss": "swepo", "gradient_checkpointing": True, "max_prompt_length": 1}),
+            full({"candidates": 4, "loss": "rnce", "bf16": True, "refresh": 99}),
         ],
     )
     def test_odd_sizes(self, data: str, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -476,7 +481,10 @@ class TestInterrupted:
         return train(settings, reward=ascii_share)
 
     # before a checkpoint, within a round, where a round has just been sampled
-    @pytest.mark.parametrize(("loss", "step"), [("mc_po", 1), ("mc_po", 3), ("swepo", 5), ("mc_po", 6), ("swepo", 7)])
+    @pytest.mark.parametrize(
+        ("loss", "step"),
+        [("mc_po", 3), *(full(*case) for case in (("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7)))],
+    )
     def test_in_a_step(
         self,
         data: str,
@@ -486,19 +494,13 @@ class TestInterrupted:
         loss: str,
         step: int,
     ) -> None:
+        """A round whose rewards were counted before the checkpoint isn't counted again after it."""
         result = self.cut(data, tmp_path / "cut", monkeypatch, step, loss)
         assert result["resumed"] == step // 2 * 2
         self.same(tmp_path / "cut", whole(loss))
+        assert records(tmp_path / "cut") == records(whole(loss))
 
-    @pytest.mark.parametrize("step", [3, 6])
-    def test_metrics(
-        self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Path], step: int
-    ) -> None:
-        """A round whose rewards were counted before the checkpoint isn't counted again after it."""
-        self.cut(data, tmp_path / "cut", monkeypatch, step)
-        assert records(tmp_path / "cut") == records(whole("mc_po"))
-
-    @pytest.mark.parametrize("call", [1, 3, 4])
+    @pytest.mark.parametrize("call", [3, full(1), full(4)])
     def test_while_judging(self, data: str, tmp_path: Path, whole: Callable[[str], Path], call: int) -> None:
         """A judge that fails: before anything is there, in the first round, in the second."""
         calls = [0]

@@ -96,7 +96,7 @@ def _drawn(
     model: PreTrainedModel, batch: Mapping[str, Any], spec: Objective, ref: Any, group_size: int | None,
     rewards: Tensor | None, options: dict[str, Any],
 ) -> tuple[Mapping[str, Any], Tensor | TokenScores | None, int, Tensor | None]:  # fmt: skip
-    """Batch, reference scores, group size and rewards of what `spec.draw` chooses; `options` lose their generator."""
+    """Batch, reference scores, group size and rewards of what `spec.draw` takes; `options` lose their generator."""
     with evaluating(model):
         hidden, head, target, cu_seqlens = _forward(model, batch)
         how = {"impl": options.get("impl", "auto"), "workspace": options.get("workspace", DEFAULT_WORKSPACE)}
@@ -114,19 +114,19 @@ def _drawn(
     options.pop("generator", None)
     if "m" in (spec.options or {}):
         options["m"] = most - 1
-    chosen = rows_of(batch, rows, len(keep), cu_seqlens)
+    taken = rows_of(batch, rows, len(keep), cu_seqlens)
     dropped = ~keep[rows]
     if bool(dropped.any()):
         at = dropped[:, None]
         if cu_seqlens is not None:
-            at = repeat(dropped, cu_seqlens.long().diff()[rows], chosen["labels"].shape[1])[None]
-        chosen["labels"] = chosen["labels"].masked_fill(at, IGNORE)
+            at = repeat(dropped, cu_seqlens.long().diff()[rows], taken["labels"].shape[1])[None]
+        taken["labels"] = taken["labels"].masked_fill(at, IGNORE)
     kept_rewards = None if rewards is None else rewards.reshape(-1)[rows].view(-1, most)
     if ref_scores is None:
-        return chosen, None if ref_sums is None else ref_sums[rows], most, kept_rewards
+        return taken, None if ref_sums is None else ref_sums[rows], most, kept_rewards
     flat = {n: getattr(ref_scores, n).view(target.shape) for n in ("logp", "log_odds", "lse")}
     picked = rows_of(flat, rows, len(keep), cu_seqlens)
-    return chosen, TokenScores(**picked), most, kept_rewards
+    return taken, TokenScores(**picked), most, kept_rewards
 
 
 def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:

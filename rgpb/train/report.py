@@ -165,12 +165,14 @@ def number(value: float | None, sign: bool = False) -> str:
 
 def show(rows: list[list[str]], title: str) -> None:
     """Print a table, header first, to the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title)
-    for i, name in enumerate(rows[0]):
-        shown.add_column(name, justify="right" if i else "left", overflow="fold")
+    shown = Table(title=title, box=box.HORIZONTALS, show_lines=True, padding=(0, 1, 0, 0))
+    shown.add_column(rows[0][0], overflow="fold")
+    for name in rows[0][1:]:  # a number is never broken in two
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows[1:]:
         shown.add_row(*row)
     Console().print(shown)
