@@ -684,10 +684,16 @@ class TestReport:
         assert f"| peak memory of the process |  | {max(x['peak_bytes'] for x in lines) / 2**20:.0f} MiB |  |" in text
         assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_side_by_side(self, data, tmp_path, capsys):
-        for loss in ("bnf", "simpo"):
-            train(config(data, tmp_path / loss, loss=loss, steps=1))
+    def test_side_by_side(self, tmp_path, capsys):
+        """Two runs as their metrics say; the second has no reference."""
+        beside = {"seconds": 2.0, "peak_bytes": 2**20, "device": "cpu"}
         runs = {loss: tmp_path / loss for loss in ("bnf", "simpo")}
+        for i, folder in enumerate(runs.values()):
+            values = {"loss": 2.0 + i, "agility": 0.25 - i, "perplexity": 7.5 + i}
+            values |= {} if i else {"rewards/accuracies": 0.5}
+            lines = [{"split": "eval", "step": step, **{k: v + step for k, v in values.items()}} for step in (0, 3)]
+            folder.mkdir()
+            write(folder / "metrics.jsonl", [{**line, **beside} for line in lines])
         report.compare(runs, tmp_path / "both", extra={"extra": {"bnf": "1"}}, note="A note.")
         text = (tmp_path / "both" / "report.md").read_text()
         assert (tmp_path / "both" / "report.png").read_bytes().startswith(b"\x89PNG")
