@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "train": ("rgpb.train", "train a model on preference data"),
+    "train": ("rgpb.train.command", "train a model on preference data"),
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
     "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
     "doctor": ("rgpb.bench.doctor", "which kernels can run here, why not the others, and whether they are right"),

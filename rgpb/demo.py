@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rgpb import fused_loss, reference, report
+from rgpb import fused_loss, reference
 from rgpb.bench.cases import Result
 from rgpb.bench.measure import peak_memory
-from rgpb.data import IGNORE, Collator, read_preferences, tokenise
-from rgpb.train import TrainConfig, train
+from rgpb.hf import IGNORE
+from rgpb.train import TrainConfig, report, train
+from rgpb.train.rows import read_preferences
+from rgpb.train.tokens import Collator, tokenise
 
 METHODS = {"bnf": "BNF", "dpo": "DPO", "nll_pll": "NLL+PLL"}
 NOISY, PAIRS, TEST = 6400, 1920, 300  # sums to learn from with mistakes, to compare answers of, and held out
@@ -200,7 +202,9 @@ def demo(output: str | Path, seed: int = 0, progress: bool = True) -> dict[str, 
     runs = {name: output / loss for loss, name in METHODS.items()}
     records = {name: report.read_metrics(folder) for name, folder in runs.items()}
     extra = {
-        f"held-out sums answered {how}": {name: f"{a[name]:.1%} ({100 * (a[name] - b):+.1f} points)" for name in runs}
+        f"held-out sums answered {how} (change in points)": {
+            name: f"{a[name]:.1%} ({100 * (a[name] - b):+.1f})" for name in runs
+        }
         for how, a, b in (("rightly", right, before[0]), ("with the dropped or false carry", wrong, before[1]))
     }
     summary, step = summarise(records, right, before[0]), one_step(seed)

@@ -5,9 +5,20 @@ Dimensions: V vocabulary, H hidden size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# As configs call them: Gemma, RecurrentGemma, xLSTM; Cohere, Falcon-H1, Muse; Granite and MiniCPM-3, Inkling.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_TIED_SCALE = ("umt5", "switch_transformers", "udop")  # d_model^-½ where the embeddings are tied
 
 
 class LMHead(NamedTuple):
@@ -28,13 +39,11 @@ class LMHead(NamedTuple):
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LMHead:
-        """A transformers model's head, as `rgpb.hf.read_head` reads it. The weight is the parameter itself.
+        """A transformers model's head, as `read_head` reads it. The weight is the parameter itself.
 
         Raises:
             ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device.
         """
-        from rgpb.hf import read_head  # here, so that `import rgpb` doesn't import transformers
-
         return read_head(model)
 
 
@@ -43,3 +52,75 @@ def as_head(head: Tensor | LMHead) -> LMHead:
     if isinstance(head, LMHead | Tensor):
         return head if isinstance(head, LMHead) else LMHead(head)
     raise ValueError(f"head: expected a weight [V, H] or an LMHead, got {type(head).__name__}")
+
+
+def read_head(model: nn.Module) -> LMHead:
+    """Weight, bias, soft-cap and scale of a transformers model's head; the same as `LMHead.from_model`.
+
+    The weight is the model's parameter itself, so gradients reach it, tied or not. Soft-cap and scale come
+    from the config, by the names that the families in transformers use. A family with a name of its own for
+    them, or with a head that does something else besides, passes here and fails in `check_head`.
+
+    Args:
+        model: a transformers model with a plain linear LM head, or a PEFT model around one.
+
+    Raises:
+        ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device.
+    """
+    model = unwrap(model)
+    linear, name = model.get_output_embeddings(), described(model)
+    # A subclass of Linear or of Parameter means an adapted, quantised or sharded head: its weight is not W.
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        found, weight = f"{type(linear).__module__}.{described(linear)}", getattr(linear, "weight", None)
+        held = "" if weight is None else f" with a weight of type {type(weight).__name__}"
+        raise ValueError(f"model: expected a plain nn.Linear as head of {name}, got {found}{held}")
+    weight, bias = linear.weight, linear.bias
+    if weight.dtype not in _FLOATS or weight.dim() != 2 or weight.is_meta:
+        found = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+        raise ValueError(f"model: expected a float weight [V, H] on a device as head of {name}, got {found}")
+    final = getattr(model, "final_logits_bias", None)  # BART and its relatives: a buffer [1, V]
+    if final is not None:
+        final = final.to(weight).view(-1)
+        bias = final if bias is None else bias + final
+    config = model.config.get_text_config()
+    caps = (getattr(config, attribute, None) for attribute in _SOFTCAPS)
+    return LMHead(weight, bias, next((cap for cap in caps if cap is not None), None), _scale(config))
+
+
+def _scale(config: Any) -> float:
+    """What multiplies x or W x. Before or after makes no difference: where it is x, the head has no bias."""
+    family = config.model_type
+    if getattr(config, "scale_decoder_outputs", family in _TIED_SCALE and config.tie_word_embeddings):
+        return config.d_model**-0.5
+    scale = 1.0
+    for name in _MULTIPLIERS + _DIVISORS:
+        factor = getattr(config, name, None)
+        if factor is not None and family != "mpt":  # whose `logit_scale` is in the config and nowhere else
+            scale *= 1 / factor if name in _DIVISORS and family != "hyperclovax" else factor
+    return scale
+
+
+def unwrap(model: nn.Module, argument: str = "model") -> PreTrainedModel:
+    """The transformers model itself. PEFT's adapters live inside its modules, save for prompt learning.
+
+    Raises:
+        ValueError: no transformers model, one in a wrapper that isn't PEFT's, or PEFT's prompt learning.
+    """
+    wrapper: Any = model
+    inner: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"{argument}: expected adapters inside the model, got PEFT's prompt learning")
+    # by name, so that `import rgpb` doesn't import transformers
+    bases = {f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(inner).__mro__}
+    if "transformers.PreTrainedModel" not in bases:
+        raise ValueError(
+            f"{argument}: expected a bare transformers PreTrainedModel, got {described(inner)} "
+            "(compile the training step or the backbone, not the model; take it out of DDP or FSDP)"
+        )
+    return inner
+
+
+def described(thing: object) -> str:
+    """Class and, where it has one, family, for messages."""
+    family = getattr(getattr(thing, "config", None), "model_type", None)
+    return type(thing).__name__ if family is None else f"{type(thing).__name__} (family {family})"

@@ -15,12 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-import rgpb.train as module
-from rgpb import cli, hf, report
-from rgpb.data import Collator, read_prompts, reference_of, train_tokenizer
-from rgpb.online import Rollouts, load_reward
-from rgpb.train import TrainConfig, train
-from rgpb.trainer import PreferenceTrainer, group_arguments, model_inputs
+from rgpb import cli, hf
+from rgpb.objectives import resolve
+from rgpb.train import TrainConfig, report, train
+from rgpb.train import config as settings_module
+from rgpb.train.evaluate import group_arguments, model_inputs
+from rgpb.train.models import make_model
+from rgpb.train.online import Rollouts
+from rgpb.train.rewards import load_reward
+from rgpb.train.rows import read_prompts
+from rgpb.train.tokens import Collator, reference_of, train_tokenizer
+from rgpb.train.trainer import PreferenceTrainer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PROMPTS = ["1:", "two words:", "", "3:", "a longer one than all others:", "4:"]
@@ -34,8 +39,13 @@ TEMPLATE = (
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in model, smaller, and no pictures."""
-    monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+    monkeypatch.setitem(settings_module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
     monkeypatch.setattr(report, "plot", lambda runs, path: None)
+
+
+def full(*values: Any) -> Any:
+    """A case of `make test-full` alone."""
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def ascii_share(prompts: list[Any], completions: list[str]) -> list[float]:
@@ -94,12 +104,11 @@ def untrained(seed: int = 0, **more: Any) -> PreTrainedModel:
 def rollouts(path: Path, prompts: list[Any] = PROMPTS, **changes: Any) -> Rollouts:
     tokenizer = train_tokenizer(["abc"], 258)
     tokenizer.chat_template = TEMPLATE
-    settings: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6}
-    settings |= {"per_round": 6, "candidates": 4, "max_length": 40, "max_prompt_length": None, "max_new_tokens": 5}
-    settings |= {"temperature": 1.0, "pad": tokenizer.pad_token_id, "batch_size": 4, "workspace": 2**26}
-    settings |= {"bf16": False, "seed": 0, "progress": False, "ties": True, **changes}
-    read = read_prompts(write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    return Rollouts(read, tokenizer, **settings)
+    given: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6, "ties": True}
+    given |= {name: changes.pop(name) for name in given if name in changes}
+    settings = {"refresh": 3, "max_length": 40, "max_new_tokens": 5, "batch_size": 4, **changes}
+    asked = write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
+    return Rollouts(read_prompts(asked), tokenizer, config(asked, path, **settings), **given)
 
 
 class TestReward:
@@ -249,7 +258,7 @@ class TestGroups:
         made: Any = rollouts(tmp_path, reward=reward, ref=untrained(seed=1)).groups(model, [0, 1, 3], "some")
         assert [len({r.reward for r in unit}) for unit in made] == [1, 2, 2]
         assert [sum(len(r.tokens) > r.prompt for r in unit) for unit in made] == [0, 4, 4]
-        spec = module.resolve(loss)
+        spec = resolve(loss)
         options = {"m": 3} if loss == "mc_po" else {}
 
         def values(units: list[int]) -> Tensor:
@@ -318,7 +327,7 @@ class TestGroups:
 
 
 class TestRun:
-    @pytest.mark.parametrize("loss", ["mc_po", "swepo"])
+    @pytest.mark.parametrize("loss", ["mc_po", full("swepo")])
     def test_the_reward_rises(self, data: str, tmp_path: Path, loss: str) -> None:
         settings = {"steps": 32, "batch_size": 6, "candidates": 8, "lr": 3e-2, "schedule": "constant"}
         result = train(config(data, tmp_path / "run", loss=loss, **settings), reward=ascii_share)
@@ -382,25 +391,25 @@ class TestRun:
         assert [json.loads(line)["prompt"] for line in rows] == ["9:", "8:"]
         assert result["eval_counts"]["units"] == 2
 
-    @pytest.mark.parametrize("loss", ["mc_po", "swepo", "multi_dpo", "infonca"])
+    @pytest.mark.parametrize("loss", ["mc_po", full("swepo"), full("multi_dpo"), full("infonca")])
     def test_nothing_is_learnt_from_what_is_judged_all_alike(self, data: str, tmp_path: Path, loss: str) -> None:
         settings = config(data, tmp_path / "run", loss=loss, save_steps=1, keep_checkpoints=9)
         result = train(settings, reward=alike)
         assert (result["before"]["loss"], result["after"]["loss"]) == (0, 0)
         assert records(tmp_path / "run")[1]["reward/tied"] == 1
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-        start = module._model(settings, "tiny-llama", tokenizer).state_dict()
+        start = make_model(settings, "tiny-llama", tokenizer).state_dict()
         trained = weights(tmp_path / "run")
         assert all(torch.equal(value, start[name]) for name, value in trained.items())
 
     @pytest.mark.parametrize(
         "changes",
         [
-            {"candidates": 2, "batch_size": 1, "grad_accum": 3, "max_new_tokens": 1},
+            full({"candidates": 2, "batch_size": 1, "grad_accum": 3, "max_new_tokens": 1}),
             {"candidates": 6, "batch_size": 1, "loss_option": {"m": 5}, "packing": True},
-            {"candidates": 5, "batch_size": 3, "loss": "infonca", "packing": True, "max_new_tokens": None},
-            {"candidates": 3, "loss": "swepo", "gradient_checkpointing": True, "max_prompt_length": 1},
-            {"candidates": 4, "loss": "rnce", "bf16": True, "refresh": 99},
+            full({"candidates": 5, "batch_size": 3, "loss": "infonca", "packing": True, "max_new_tokens": None}),
+            full({"candidates": 3, "loss": "swepo", "gradient_checkpointing": True, "max_prompt_length": 1}),
+            full({"candidates": 4, "loss": "rnce", "bf16": True, "refresh": 99}),
         ],
     )
     def test_odd_sizes(self, data: str, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -472,7 +481,10 @@ class TestInterrupted:
         return train(settings, reward=ascii_share)
 
     # before a checkpoint, within a round, where a round has just been sampled
-    @pytest.mark.parametrize(("loss", "step"), [("mc_po", 1), ("mc_po", 3), ("swepo", 5), ("mc_po", 6), ("swepo", 7)])
+    @pytest.mark.parametrize(
+        ("loss", "step"),
+        [("mc_po", 3), *(full(*case) for case in (("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7)))],
+    )
     def test_in_a_step(
         self,
         data: str,
@@ -482,19 +494,13 @@ class TestInterrupted:
         loss: str,
         step: int,
     ) -> None:
+        """A round whose rewards were counted before the checkpoint isn't counted again after it."""
         result = self.cut(data, tmp_path / "cut", monkeypatch, step, loss)
         assert result["resumed"] == step // 2 * 2
         self.same(tmp_path / "cut", whole(loss))
+        assert records(tmp_path / "cut") == records(whole(loss))
 
-    @pytest.mark.parametrize("step", [3, 6])
-    def test_metrics(
-        self, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[[str], Path], step: int
-    ) -> None:
-        """A round whose rewards were counted before the checkpoint isn't counted again after it."""
-        self.cut(data, tmp_path / "cut", monkeypatch, step)
-        assert records(tmp_path / "cut") == records(whole("mc_po"))
-
-    @pytest.mark.parametrize("call", [1, 3, 4])
+    @pytest.mark.parametrize("call", [3, full(1), full(4)])
     def test_while_judging(self, data: str, tmp_path: Path, whole: Callable[[str], Path], call: int) -> None:
         """A judge that fails: before anything is there, in the first round, in the second."""
         calls = [0]

@@ -15,17 +15,19 @@ from typing import ClassVar
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
-import rgpb.train as module
-from rgpb import cli, hf, report
+from rgpb import cli, hf
 from rgpb import demo as demo_module
-from rgpb.data import Collator, read_preferences, reference_of, tokenise
 from rgpb.demo import arithmetic_pairs
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
-from rgpb.train import TrainConfig, train
-from rgpb.trainer import PreferenceTrainer, Stage
+from rgpb.train import TrainConfig, command, models, report, teacher, train
+from rgpb.train import config as settings_module
+from rgpb.train.rows import read_preferences
+from rgpb.train.tokens import Collator, RefScores, reference_of, tokenise, train_tokenizer
+from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -33,9 +35,14 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch, request):
     """The built-in model, smaller: only the wiring is tested here. Pictures are drawn where they are tested."""
-    monkeypatch.setitem(module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
+    monkeypatch.setitem(settings_module.BUILT_IN, "tiny-llama", ("LlamaConfig", SMALL))
     if request.cls not in (TestReport, TestDemo):
         monkeypatch.setattr(report, "plot", lambda runs, path: None)
+
+
+def full(*values):
+    """A case of `make test-full` alone."""
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def write(path, rows):
@@ -95,7 +102,10 @@ GROUPED = sorted(name for name, spec in OBJECTIVES.items() if spec.unit == "grou
 
 
 class TestObjectives:
-    @pytest.mark.parametrize("loss", sorted(OBJECTIVES))
+    # a loss of single tokens, one that keeps a mean, one of pairs; those of groups are below
+    @pytest.mark.parametrize(
+        "loss", [loss if loss in ("bnf", "bco", "dpo") else full(loss) for loss in sorted(OBJECTIVES)]
+    )
     def test_every_objective_trains(self, data, tmp_path, loss):
         """Two batches of one small set, again and again: the loss of that set must fall."""
         result = train(config(data, tmp_path / "run", loss=loss, steps=16, batch_size=12, schedule="constant"))
@@ -123,7 +133,9 @@ class TestObjectives:
         assert result["counts"]["rows left out, all rewards equal"] == 1
         assert result["counts"]["units"] == 12
 
-    @pytest.mark.parametrize("loss", [*GROUPED, "mle + 0.5*swepo", "rnce + multi_dpo"])
+    @pytest.mark.parametrize(
+        "loss", [x if x == "swepo" else full(x) for x in (*GROUPED, "mle + 0.5*swepo", "rnce + multi_dpo")]
+    )
     def test_groups_train(self, groups, tmp_path, loss):
         """Groups of 4, 2 and 3: the loss of the whole set must fall."""
         result = train(config(groups, tmp_path / "run", loss=loss, steps=20, batch_size=8, schedule="constant"))
@@ -139,6 +151,7 @@ class TestObjectives:
             with pytest.raises(ValueError, match=r"u\.jsonl:1: expected pairs .* or rewarded .* compares responses"):
                 train(config(path, tmp_path / loss, loss=loss))
 
+    @pytest.mark.full
     def test_groups_after_fine_tuning(self, groups, tmp_path):
         """Fine-tuned on each group's best, which is evaluated on the groups."""
         train(config(groups, tmp_path / "run", loss="infonca", sft_epochs=1.0, sft_lr=1e-2, eval_steps=4))
@@ -168,12 +181,12 @@ class TestObjectives:
     @pytest.mark.parametrize(
         ("loss", "options", "rows", "packing"),
         [
-            ("swepo", {"beta": 0.5}, "groups", False),
+            full("swepo", {"beta": 0.5}, "groups", False),
             ("swepo", {"mode": "one_vs_all"}, "groups", True),
-            ("infonca", {"tau": 0.5}, "pairs", False),
-            ("mc_po", {"m": 3}, "groups", False),
-            ("rnce", {}, "groups", True),
-            ("mle + 0.5*multi_dpo", {"multi_dpo.beta": 0.4}, "groups", False),
+            full("infonca", {"tau": 0.5}, "pairs", False),
+            full("mc_po", {"m": 3}, "groups", False),
+            full("rnce", {}, "groups", True),
+            full("mle + 0.5*multi_dpo", {"multi_dpo.beta": 0.4}, "groups", False),
             ("mle + 0.5*dpo", {"dpo.beta": 0.2}, "pairs", False),
         ],
     )
@@ -207,7 +220,7 @@ class TestObjectives:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
-        scores = module.score_references(model, pairs, pad=0, batch_size=5)
+        scores = teacher.score_references(model, pairs, pad=0, batch_size=5)
         assert scores.logp.max() < 0
         pairs = pairs.with_ref(load_reference(tmp_path / "run"))
         batch = Collator(0)([pairs[i] for i in range(24)])
@@ -221,7 +234,7 @@ class TestObjectives:
 
 
 def load_reference(folder):
-    return module.RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
+    return RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
 
 
 class TestStep:
@@ -254,13 +267,13 @@ class TestStep:
                 PreferenceTrainer, "__init__", lambda self, **k: (start(self, **k), self.add_callback(Catch()))[0]
             )
             with monkey.context():
-                stage.fit(model, tokenizer, 0, used, used, 1.0, 1, None)
+                stage.fit(model, tokenizer, used, used, epochs=1.0, steps=1)
             monkey.undo()
             return caught, next(r["loss"] for r in records(tmp_path / name) if r["split"] == "train")
 
         return of
 
-    @pytest.mark.parametrize("loss", ["bnf", "dpo"])
+    @pytest.mark.parametrize("loss", [full("bnf"), "dpo"])
     def test_accumulation_is_one_big_batch(self, gradient, loss):
         """7 pairs as 3 + 3 + 1: a mean of the batches' means would be off."""
         whole, accumulated = gradient(loss, 7), gradient(loss, 3, grad_accum=3)
@@ -268,14 +281,14 @@ class TestStep:
         for name in whole[0]:
             torch.testing.assert_close(accumulated[0][name], whole[0][name], rtol=1e-3, atol=1e-6)
 
-    @pytest.mark.parametrize("loss", ["bnf", "simpo"])
+    @pytest.mark.parametrize("loss", ["bnf", full("simpo")])
     def test_packing_changes_nothing(self, gradient, loss):
         padded, packed = gradient(loss, 7), gradient(loss, 7, packing=True)
         assert packed[1] == pytest.approx(padded[1], rel=1e-5, abs=1e-6)
         for name in padded[0]:
             torch.testing.assert_close(packed[0][name], padded[0][name], rtol=1e-3, atol=1e-6)
 
-    @pytest.mark.parametrize("loss", ["swepo", "mc_po", "mle + 0.5*infonca"])
+    @pytest.mark.parametrize("loss", [full("swepo"), "mc_po", full("mle + 0.5*infonca")])
     def test_packing_groups_changes_nothing(self, groups, tmp_path, loss):
         """Unequal groups, a batch that isn't full, several steps."""
         for packing in (False, True):
@@ -289,7 +302,7 @@ class TestStep:
             for name in one.keys() - {"split", "device", "rewards/accuracies"}:  # ties before the first step
                 assert other[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
 
-    @pytest.mark.parametrize("loss", ["swepo", "mc_po"])
+    @pytest.mark.parametrize("loss", ["swepo", full("mc_po")])
     def test_accumulated_groups_are_one_big_batch(self, groups, tmp_path, loss):
         """16 groups as 7 + 7 + 2; drawn without a choice, since a draw depends on the batch."""
         options = {"m": 3} if loss == "mc_po" else {}
@@ -303,18 +316,20 @@ class TestStep:
     def test_metrics_of_a_step_are_those_of_one_big_batch(self, groups, tmp_path):
         """Responses that only fill a group up count in no average."""
         found = []
-        for size, accum in ((16, 1), (1, 16)):
+        for size, accum in ((16, 1), (4, 4)):
             settings = {"steps": 1, "log_steps": 1, "batch_size": size, "grad_accum": accum}
             train(config(groups, tmp_path / str(size), loss="swepo", **settings))
             found.append(next(r for r in records(tmp_path / str(size)) if r["split"] == "train"))
         for name in ("loss", "logps/chosen", "logps/rejected", "perplexity"):
             assert found[1][name] == pytest.approx(found[0][name], rel=1e-5), name
 
+    @pytest.mark.full
     def test_gradient_checkpointing_changes_nothing(self, gradient):
         kept, recomputed = gradient("bnf", 7), gradient("bnf", 7, gradient_checkpointing=True)
         for name in kept[0]:
             torch.testing.assert_close(recomputed[0][name], kept[0][name], rtol=1e-4, atol=1e-7)
 
+    @pytest.mark.full
     def test_bf16_is_used(self, data, tmp_path):
         """Autocast reaches a backbone that is called without Trainer's wrapped forward; weights stay float32."""
         exact, rounded = (
@@ -331,8 +346,8 @@ class TestReference:
     def test_scores_are_computed_once(self, data, tmp_path, monkeypatch):
         settings = config(data, tmp_path / "run", eval_data=data)
         calls = []
-        compute = module.score_references
-        monkeypatch.setattr(module, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
+        compute = teacher.score_references
+        monkeypatch.setattr(teacher, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
         train(settings)
         assert len(calls) == 1  # training and evaluation data are the same tokens
         (cache,) = (tmp_path / "run").glob("ref-*.safetensors")
@@ -354,7 +369,7 @@ class TestReference:
         model, ref = (
             AutoModelForCausalLM.from_pretrained(tmp_path / "one" / name) for name in ("model", "checkpoint-8")
         )
-        assert module.weights_fingerprint(model) == module.weights_fingerprint(ref)
+        assert teacher.weights_fingerprint(model) == teacher.weights_fingerprint(ref)
         assert result["before"]["rewards/chosen"] < -0.1  # the untrained policy is below the trained reference
         scores = load_reference(tmp_path / "two")
         assert scores.logp.dtype == torch.float32
@@ -374,6 +389,7 @@ class TestReference:
 class TestInterrupted:
     SETTINGS: ClassVar = {"loss": "bnf", "steps": 30, "grad_accum": 2, "save_steps": 4, "log_steps": 3, "eval_steps": 5}
 
+    @pytest.mark.full
     def test_killed_run_ends_as_if_it_had_not_been(self, data, tmp_path, monkeypatch):
         """Log, evaluation and checkpoint steps interleave, so that averages reach over the interruption."""
         train(config(data, tmp_path / "whole", **self.SETTINGS))
@@ -382,7 +398,7 @@ class TestInterrupted:
         command = ["train", "--data", data, "--output", str(folder), *flags]
         command += ["--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--cpu", "--quiet"]
         program = (
-            "import sys, torch, rgpb.train as t; from rgpb.cli import main; torch.set_num_threads(1);"
+            "import sys, torch, rgpb.train.config as t; from rgpb.cli import main; torch.set_num_threads(1);"
             "torch.use_deterministic_algorithms(True);"
             f"t.BUILT_IN['tiny-llama'] = ('LlamaConfig', {SMALL}); sys.exit(main(sys.argv[1:]))"
         )
@@ -401,7 +417,7 @@ class TestInterrupted:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('{"split": "train", "st')
         computed = []
-        monkeypatch.setattr(module, "score_references", lambda *a, **k: computed.append(1))
+        monkeypatch.setattr(teacher, "score_references", lambda *a, **k: computed.append(1))
         result = train(config(data, folder, **self.SETTINGS))
         assert result["resumed"] in steps
         assert not computed
@@ -411,7 +427,7 @@ class TestInterrupted:
 
     @pytest.mark.parametrize(
         ("loss", "rows"),
-        [("bco", "pairs"), ("mc_po", "groups"), ("mle + 0.5*rnce", "groups"), ("mle + bco", "labels")],
+        [("bco", "pairs"), full("mc_po", "groups"), full("mle + 0.5*rnce", "groups"), full("mle + bco", "labels")],
     )
     def test_averages_and_draws_go_on(self, data, groups, tmp_path, monkeypatch, loss, rows):
         """A step that fails after a checkpoint; then the run goes on in a process whose random state is another."""
@@ -528,6 +544,7 @@ class TestRunningMean:
         assert own != pytest.approx(other, rel=1e-5)
         assert records(tmp_path / "run")[-1]["loss"] == pytest.approx(own, rel=1e-6)
 
+    @pytest.mark.full
     def test_a_number_in_its_place(self, data, tmp_path, monkeypatch):
         assert self.run(data, tmp_path / "run", monkeypatch, loss_option={"delta": 0.5}) == []
         assert self.progress(tmp_path / "run", 4) == {}
@@ -535,13 +552,14 @@ class TestRunningMean:
             sum(math.log1p(math.exp(x)) for x in (0.5, -0.5)) / 2, rel=1e-4
         )
 
+    @pytest.mark.full
     def test_of_a_term_of_a_sum(self, data, tmp_path, monkeypatch):
         seen = self.run(data, tmp_path / "run", monkeypatch, loss="0.5*dpo + bco")
         assert self.progress(tmp_path / "run", 4) == {"bco.delta": [pytest.approx(torch.cat(seen).mean().item()), 24]}
 
 
 class TestDraws:
-    @pytest.mark.parametrize("loss", ["mc_po", "rnce"])
+    @pytest.mark.parametrize("loss", ["mc_po", full("rnce")])
     def test_evaluation_draws_the_same_each_time(self, groups, tmp_path, loss):
         """Learning too slowly to change a weight."""
         settings = {"loss": loss, "lr": 1e-30, "eval_steps": 1, "loss_option": {"beta": 5.0}}
@@ -612,10 +630,10 @@ class TestRefusals:
         model = AutoModelForCausalLM.from_pretrained(folder)
         model.config.max_position_embeddings = 5
         with pytest.raises(ValueError, match="max_length: expected at most 5, the positions of m; got"):
-            module._check_tokens(model, "m", [pairs])
+            models.check_tokens(model, "m", [pairs])
         pairs.tokens[0] = 999
         with pytest.raises(ValueError, match="model: expected a vocabulary for token 999, got 258 in m"):
-            module._check_tokens(model, "m", [pairs])
+            models.check_tokens(model, "m", [pairs])
 
     def test_the_command_says_what_is_wrong(self, tmp_path, capsys):
         path = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
@@ -632,13 +650,21 @@ class TestRefusals:
             train(config(data, tmp_path / "run"))
 
     def test_options_of_the_command(self):
-        given = module.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
+        given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
-        checked = module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
+        checked = settings_module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
         assert checked == {"tau": 1.0, "length_normalize": False}
 
+    def test_help_names_the_options_of_every_loss(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--help"])
+        text = capsys.readouterr().out.partition("options of the objectives")[2]
+        for name, spec in OBJECTIVES.items():
+            after = text.partition(f"\n  {name}")[2]
+            assert all(f"    {key}: " in after for key in spec.options)
+
     def test_importing_the_package_leaves_transformers_alone(self):
-        program = "import sys, rgpb, rgpb.cli, rgpb.data; sys.exit('transformers' in sys.modules)"
+        program = "import sys, rgpb, rgpb.cli; sys.exit('transformers' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -658,10 +684,16 @@ class TestReport:
         assert f"| peak memory of the process |  | {max(x['peak_bytes'] for x in lines) / 2**20:.0f} MiB |  |" in text
         assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_side_by_side(self, data, tmp_path, capsys):
-        for loss in ("bnf", "simpo"):
-            train(config(data, tmp_path / loss, loss=loss))
+    def test_side_by_side(self, tmp_path, capsys):
+        """Two runs as their metrics say; the second has no reference."""
+        beside = {"seconds": 2.0, "peak_bytes": 2**20, "device": "cpu"}
         runs = {loss: tmp_path / loss for loss in ("bnf", "simpo")}
+        for i, folder in enumerate(runs.values()):
+            values = {"loss": 2.0 + i, "agility": 0.25 - i, "perplexity": 7.5 + i}
+            values |= {} if i else {"rewards/accuracies": 0.5}
+            lines = [{"split": "eval", "step": step, **{k: v + step for k, v in values.items()}} for step in (0, 3)]
+            folder.mkdir()
+            write(folder / "metrics.jsonl", [{**line, **beside} for line in lines])
         report.compare(runs, tmp_path / "both", extra={"extra": {"bnf": "1"}}, note="A note.")
         text = (tmp_path / "both" / "report.md").read_text()
         assert (tmp_path / "both" / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -672,6 +704,32 @@ class TestReport:
         assert "A note." in text
         report.show(report.table(report.read_metrics(tmp_path / "bnf")), "title")
         assert f"{last[0]['perplexity']:.4g}" in capsys.readouterr().out
+
+    def test_runs_share_a_panel_where_they_share_a_scale(self, tmp_path):
+        """A loss has a panel of its own, and so each run's; margins depend on β, so they are one run's alone."""
+        measured = {"loss": 1.0, "rewards/margins": 0.5, "logps/chosen": -2.0, "logps/rejected": -3.0}
+        lines = [{"split": split, "step": i, **measured} for i in range(2) for split in ("train", "eval")]
+        one, two = report.panels({"a": lines}), report.panels({"a": lines, "b": lines})
+        assert [[curve.run for curve in panel.curves] for panel in one] == [["a"], ["a"], ["a", "a"]]
+        assert [[curve.run for curve in panel.curves] for panel in two] == [["a"], ["b"], ["a", "a", "b", "b"]]
+        assert [panel.curves[0].metric for panel in one] == ["loss", "rewards/margins", "logps/chosen"]
+        assert [(curve.dashed, curve.shift) for curve in one[2].curves] == [(False, True), (True, True)]
+        assert all(panel.unit for panel in two)
+
+    def test_the_picture_says_what_its_lines_are(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(Figure, "savefig", lambda self, place, **_: drawn.append(self) or place.write_bytes(b""))
+        steps = ((0, "eval", 3.0), (1, "train", 2.5), (2, "eval", 1.0))
+        lines = [{"split": split, "step": step, "loss": x, "logps/chosen": -x} for step, split, x in steps]
+        report.plot({"mine": lines}, tmp_path / "picture.png")
+        (figure,) = drawn
+        keys = {text.get_text() for text in figure.legends[0].get_texts()}
+        assert keys == {"mine", "thick: evaluation set", "thin: training batches, mean since the previous point"}
+        loss, shift = figure.axes
+        assert [list(line.get_ydata()) for line in loss.lines] == [[2.5], [3.0, 1.0]]
+        assert loss.lines[0].get_linewidth() < loss.lines[1].get_linewidth()
+        assert [list(line.get_ydata()) for line in shift.lines] == [[0.0, 2.0]]  # since the start, evaluations alone
+        assert all(axes.get_xlabel() == "optimizer step" and axes.get_ylabel() for axes in figure.axes)
 
     def test_no_run(self, tmp_path):
         with pytest.raises(ValueError, match=r"folder: expected one of a run, with metrics.jsonl"):
@@ -702,6 +760,7 @@ class TestDemo:
         with pytest.raises(ValueError, match="n: expected 1 to 7000, got 0"):
             arithmetic_pairs(0, seed=0)
 
+    @pytest.mark.full
     def test_exact_answers_are_greedy_generation(self, tmp_path):
         rows = arithmetic_pairs(12, seed=0)
         half = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:5]]
@@ -731,8 +790,8 @@ class TestDemo:
         for name in ("BNF", "DPO", "NLL+PLL"):
             right, wrong = result["right"][name], result["wrong"][name]
             assert f"{name} {right:.0%}" in result["summary"]
-            assert f"{right:.1%} ({100 * (right - result['before'][0]):+.1f} points)" in text
-            assert f"{wrong:.1%} ({100 * (wrong - result['before'][1]):+.1f} points)" in text
+            assert f"{right:.1%} ({100 * (right - result['before'][0]):+.1f})" in text
+            assert f"{wrong:.1%} ({100 * (wrong - result['before'][1]):+.1f})" in text
         assert result["summary"] in text
         assert result["summary"] in out
         assert result["step"] in text
@@ -759,7 +818,7 @@ class TestDemo:
         with pytest.raises(RuntimeError, match="the fused BNF step and the one with full logits disagree"):
             demo_module.one_step()
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_whole(self, tmp_path):
         """The case that BNF's authors describe: pairs that differ in a digit or two."""
         assert cli.main(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
@@ -768,6 +827,7 @@ class TestDemo:
         assert right["BNF"] > max(right["DPO"], right["NLL+PLL"], result["before"][0])
 
 
+@pytest.mark.full
 def test_an_option_of_a_sum_without_its_term_stands(data, tmp_path):
     """`delta` alone is bco's δ, so no running mean is kept instead."""
     losses = {}
@@ -781,17 +841,17 @@ def test_an_option_of_a_sum_without_its_term_stands(data, tmp_path):
 class TestTies:
     """An answer as good as the best is no negative of losses that read no rewards."""
 
-    @pytest.mark.parametrize(("loss", "there"), [("mc_po", 2), ("rnce", 2), ("mle + rnce", 2), ("swepo", 3)])
+    @pytest.mark.parametrize(("loss", "there"), [("mc_po", 2), full("rnce", 2), full("mle + rnce", 2), ("swepo", 3)])
     def test_what_takes_part(self, tmp_path, monkeypatch, loss, there):
         rows = [{"prompt": f"{i}+", "completions": ["2.", "two.", "3."], "rewards": [1, 1, 0]} for i in range(4)]
         seen = []
-        whole = module.Stage.fit
+        whole = Stage.fit
 
-        def fit(self, model, tokenizer, pad, train_set, *more, **named):
+        def fit(self, model, tokenizer, train_set, *more, **named):
             seen.append((train_set.units >= 0).sum(1).tolist())
-            return whole(self, model, tokenizer, pad, train_set, *more, **named)
+            return whole(self, model, tokenizer, train_set, *more, **named)
 
-        monkeypatch.setattr(module.Stage, "fit", fit)
+        monkeypatch.setattr(Stage, "fit", fit)
         train(config(write(tmp_path / "t.jsonl", rows), tmp_path / "run", loss=loss, steps=1))
         assert seen == [[there] * 4]
 
@@ -822,7 +882,7 @@ class TestMismatched:
     """kto's z₀: the prompts of a batch with the completions of others."""
 
     def test_every_completion_follows_another_prompt(self, data):
-        tokenizer = module.train_tokenizer(["0"], 258)
+        tokenizer = train_tokenizer(["0"], 258)
         pairs = tokenise(read_preferences(data), tokenizer)
         other = pairs.mismatched(max_length=100)
         assert torch.equal(other.prompts, pairs.prompts)
@@ -839,7 +899,7 @@ class TestMismatched:
             train(config(path, tmp_path / "run", loss="kto"))
         train(config(path, tmp_path / "run", loss="kto", steps=1, loss_option={"z0": 0.5}))
 
-    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize("packing", [False, full(True)])
     def test_the_step_and_the_evaluation_use_them(self, data, tmp_path, packing, monkeypatch):
         """The logged loss, before any step and in evaluation, is that of `fused_loss` with z₀ from the other batch."""
         run = tmp_path / "run"
@@ -847,7 +907,7 @@ class TestMismatched:
         tokenizer = AutoTokenizer.from_pretrained(run / "model")
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
-        scored = [module.RefScores(**load_file(path)) for path in run.glob("ref-*.safetensors")]
+        scored = [RefScores(**load_file(path)) for path in run.glob("ref-*.safetensors")]
         starts = pairs.completion_starts()
         # the two files have the same starts where completions are equally long: told apart by what they fit
         other, losses = pairs.mismatched(1024), []

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from rgpb.arguments import argument, parse_bytes, positive
 from rgpb.bench import cases
 from rgpb.bench.cases import DTYPES, LOG_PROB, NAIVE, PATHS, TOLERANCE, Batch, Contestant, Floor, Shape, make_batch
 from rgpb.bench.measure import interleaved, peak_memory, provenance, quantiles
-from rgpb.bench.plan import argument, parse_bytes, positive
 from rgpb.bench.report import Report, Row, markdown, plot, read, show, write
 from rgpb.kernels import IMPLEMENTATIONS
 

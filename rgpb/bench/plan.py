@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rgpb.arguments import argument, parse_bytes, positive
 from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
 from rgpb.engine.plan import RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
@@ -96,43 +96,6 @@ HEADS = {
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BYTES = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from a text such as 512MiB, 1.5GiB or 1000000.
-
-    Raises:
-        ValueError: anything else, or less than one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * BYTES.get(match[2].lower(), 0)) if match else 0
-    if size < 1:
-        raise ValueError(f"expected bytes, as 512MiB, 4GiB or 1000000, got {text!r}")
-    return size
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise ValueError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` for argparse, which then shows the message of its `ValueError`."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
 
 
 def add_parser(subparsers: Any) -> None:

@@ -6,10 +6,11 @@ Evaluation lines ("split": "eval") are averages over the whole evaluation set, t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rgpb.train.files import save_whole_file, write_text
 
 METRICS = {
     "loss": "loss",
@@ -22,6 +23,20 @@ METRICS = {
     "logps/chosen": "log-likelihood of preferred responses",
     "logps/rejected": "log-likelihood of dispreferred responses",
 }
+
+# How lines look: of evaluations and of training batches
+EVALUATED: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
+TRAINED: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.45}
+
+# What panels show beside the losses: title, unit, metrics
+SHARED = (
+    ("reward margin of preferred over dispreferred", "β · difference of log-ratios, nats", ("rewards/margins",)),
+    ("perplexity of preferred responses", "perplexity, e^(nats per token)", ("perplexity",)),
+    ("agility", "p(preferred) − p(dispreferred) per token", ("agility",)),
+    ("log-likelihood of responses", "change since the start, nats", ("logps/chosen", "logps/rejected")),
+    ("pairs ranked rightly by likelihood", "share of pairs", ("logps/accuracies",)),
+    ("reward of sampled completions", "mean reward", ("reward/sampled",)),
+)
 
 
 class Line(NamedTuple):
@@ -82,7 +97,7 @@ def write(folder: str | Path) -> None:
     for title, key in (("Training data", "counts"), ("Evaluation data", "eval_counts")):
         if key in result:
             text += ["", f"{title}: {counted(result[key])}."]
-    _write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
+    write_text(folder / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot({settings.get("loss", folder.name): records}, folder / "report.png")
 
 
@@ -111,7 +126,7 @@ def compare(
     text = ["# Runs side by side", "", *_markdown(comparison(records, extra))]
     text += ["", "In brackets: the change from before training."]
     text += ["", note] if note else []
-    _write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
+    write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
     plot(records, out / "report.png")
 
 
@@ -150,12 +165,14 @@ def number(value: float | None, sign: bool = False) -> str:
 
 def show(rows: list[list[str]], title: str) -> None:
     """Print a table, header first, to the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title)
-    for i, name in enumerate(rows[0]):
-        shown.add_column(name, justify="right" if i else "left", overflow="fold")
+    shown = Table(title=title, box=box.HORIZONTALS, show_lines=True, padding=(0, 1, 0, 0))
+    shown.add_column(rows[0][0], overflow="fold")
+    for name in rows[0][1:]:  # a number is never broken in two
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows[1:]:
         shown.add_row(*row)
     Console().print(shown)
@@ -174,50 +191,93 @@ def table(records: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+class Curve(NamedTuple):
+    """One metric of one run in a panel."""
+
+    run: str
+    metric: str
+    dashed: bool = False
+    shift: bool = False  # drawn as the change since its first evaluation
+
+
+class Panel(NamedTuple):
+    """Curves that share an axis, and so a scale."""
+
+    title: str
+    unit: str
+    curves: list[Curve]
+
+
+def panels(runs: Mapping[str, list[dict[str, Any]]]) -> list[Panel]:
+    """What `plot` draws: metrics that were measured. Runs share a panel only where they share a scale.
+
+    Each run's loss has a panel of its own. Reward margins are drawn of a single run alone, since each has its own β.
+    """
+    titles = {run: f"loss of {run}" if len(runs) > 1 else "loss" for run in runs}
+    out = [Panel(title, "loss per response, pair or group", [Curve(run, "loss")]) for run, title in titles.items()]
+    measured = {run: {name for record in records for name in record} for run, records in runs.items()}
+    for title, unit, names in SHARED:
+        curves = [
+            Curve(run, name, dashed=name == "logps/rejected", shift=len(names) > 1)
+            for run in runs
+            for name in names
+            if name in measured[run]
+        ]
+        if curves and not (len(runs) > 1 and names == ("rewards/margins",)):
+            out.append(Panel(title, unit, curves))
+    return out
+
+
 def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """A grid of curves over the steps, one colour per run: training thin, evaluation with dots."""
+    """A grid of curves over the steps, one colour per run: training batches thin, evaluations thick with dots."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    panels: list[tuple[str, list[str]]] = [
-        ("loss", ["loss"]),
-        ("reward margin" + ", each with its own β" * (len(runs) > 1), ["rewards/margins"]),
-        ("perplexity of preferred", ["perplexity"]),
-        ("agility", ["agility"]),
-        ("log-likelihood since the start\n(dashed: dispreferred)", ["logps/chosen", "logps/rejected"]),
-        ("pairs ranked rightly, by likelihood", ["logps/accuracies"]),
-    ]
-    if any("reward/sampled" in record for records in runs.values() for record in records):
-        panels[-1] = ("reward of sampled completions", ["reward/sampled"])
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    colours = {run: f"C{i}" for i, run in enumerate(runs)}
+    drawn = panels(runs)
+    columns = 3 if len(drawn) <= 6 or len(drawn) == 9 else 4
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels):
-        seen: list[float] = []
-        for i, (run, records) in enumerate(runs.items()):
-            for name, style in zip(names, ("-", "--")):
-                shift = name.startswith("logps/") and not name.endswith("accuracies")
-                for split in ("train", "eval"):
-                    points = [(r["step"], r[name]) for r in records if r["split"] == split and r.get(name) is not None]
-                    if not points or (shift and split == "train"):
-                        continue
-                    steps, values = zip(*points)
-                    values = tuple(v - values[0] for v in values) if shift else values
-                    look = {"marker": "o", "markersize": 3} if split == "eval" else {"alpha": 0.35, "linewidth": 0.8}
-                    label = run if split == "eval" and style == "-" else None
-                    axes.plot(steps, values, style, color=f"C{i}", label=label, **look)
-                    seen += values
-        if title.startswith("perplexity") and seen and max(seen) > 20 * min(seen):
-            axes.set_yscale("log")
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.grid(alpha=0.3)
-        if not seen:
-            axes.text(0.5, 0.5, "not measured by this objective", ha="center", transform=axes.transAxes, fontsize=9)
-        elif len(runs) > 1:
-            axes.legend(fontsize=8)
-    place = path.with_name(path.name + ".tmp")
-    figure.savefig(place, dpi=100, format="png")
-    os.replace(place, path)
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every[len(drawn) :]:
+        axes.remove()
+    for axes, panel in zip(every, drawn):
+        _draw(axes, panel, runs, colours)
+    keys = [Line2D([], [], color=colour, linewidth=4, label=run) for run, colour in colours.items()]
+    keys += [
+        Line2D([], [], color="0.3", label="thick: evaluation set", **EVALUATED),
+        Line2D([], [], color="0.3", label="thin: training batches, mean since the previous point", **TRAINED),
+    ]
+    if any(curve.dashed for panel in drawn for curve in panel.curves):
+        keys += [
+            Line2D([], [], color="0.3", linewidth=1.8, linestyle="-", label="solid: preferred"),
+            Line2D([], [], color="0.3", linewidth=1.8, linestyle="--", label="dashed: dispreferred"),
+        ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 4), fontsize=9, frameon=False)
+    save_whole_file(path, lambda place: figure.savefig(place, dpi=100, format="png"))
+
+
+def _draw(axes: Any, panel: Panel, runs: Mapping[str, list[dict[str, Any]]], colours: Mapping[str, str]) -> None:
+    """One panel. Only what evaluations measure is drawn as a change: training batches are of other responses."""
+    seen: list[float] = []
+    for run, name, dashed, shift in panel.curves:
+        for split, look in (("train", TRAINED), ("eval", EVALUATED)):
+            points = [(r["step"], r[name]) for r in runs[run] if r["split"] == split and r.get(name) is not None]
+            if not points or (shift and split == "train"):
+                continue
+            steps, values = zip(*points)
+            values = tuple(value - values[0] for value in values) if shift else values
+            axes.plot(steps, values, linestyle="--" if dashed else "-", color=colours[run], **look)
+            seen += values
+    if panel.curves[0].metric == "perplexity" and seen and max(seen) > 20 * min(seen):
+        axes.set_yscale("log")
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
@@ -227,9 +287,3 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_text(path: Path, text: str) -> None:
-    place = path.with_name(path.name + ".tmp")
-    place.write_text(text, encoding="utf-8")
-    os.replace(place, path)

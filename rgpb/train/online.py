@@ -9,11 +9,8 @@ Dimensions: P prompts, K completions of a prompt.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
-import sys
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -27,39 +24,12 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from rgpb import hf
-from rgpb.data import PreferenceDataset, Preferences, Response, prompt_limit, prompt_text, prompt_tokens
-from rgpb.trainer import save_whole_file, score_references
-
-Reward = Callable[[list[Any], list[str]], Sequence[float]]
-
-
-def load_reward(name: str) -> Reward:
-    """The reward function of "path/to/file.py:function" or "package.module:function".
-
-    Raises:
-        ValueError: no such file, module or function.
-    """
-    place, _, attribute = name.rpartition(":")
-    if not place.endswith(".py") and Path(f"{place}.py").is_file():
-        raise ValueError(f"reward: expected a file with its ending, {place}.py:{attribute}, got {name!r}")
-    if not place or not attribute:
-        raise ValueError(f"reward: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
-    try:
-        if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise ValueError(f"reward: expected a file, got {place!r}, which does not exist")
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-            sys.modules.setdefault(Path(place).stem, module)  # where dataclasses look themselves up
-            spec.loader.exec_module(module)  # type: ignore[union-attr]
-        else:
-            module = importlib.import_module(place)
-    except (ImportError, SyntaxError, TypeError) as error:
-        raise ValueError(f"reward: expected a module that can be imported, got {place!r} ({error})") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward: expected a function {attribute!r} in {place}, got {type(function).__name__}")
-    return function
+from rgpb.train.config import TrainConfig
+from rgpb.train.files import write_text
+from rgpb.train.rewards import Reward
+from rgpb.train.rows import Preferences
+from rgpb.train.teacher import score_references
+from rgpb.train.tokens import PreferenceDataset, Response, pad_of, prompt_limit, prompt_text, prompt_tokens
 
 
 @contextmanager
@@ -83,16 +53,12 @@ class Rollouts(Dataset[tuple[Response, ...]]):
     Args:
         prompts: from `read_prompts`; taken in an order drawn from `seed`, again and again.
         tokenizer: of the model.
+        config: how many completions, of what length, at what temperature; units between two samplings.
         reward: (prompts, completions) → numbers, higher is better. Prompts are strings or chats, as in the data;
             completions are strings without special tokens.
         ref: the reference model, on the device to use, or None.
         folder: for `round-<number>.jsonl`: prompt, completions, rewards and the completions' token ids.
         units: how many there are in all.
-        per_round: units between two samplings.
-        candidates: K.
-        max_length, max_prompt_length, max_new_tokens: of prompt and completion; see `TrainConfig`.
-        temperature: of sampling.
-        pad, batch_size, workspace, bf16, seed, progress: as in training.
         ties: whether completions that are as good as the best stay in its group: the objective has to know rewards.
 
     Raises:
@@ -100,12 +66,11 @@ class Rollouts(Dataset[tuple[Response, ...]]):
     """
 
     def __init__(
-        self, prompts: Preferences, tokenizer: Any, *, reward: Reward, ref: PreTrainedModel | None, folder: Path,
-        units: int, per_round: int, candidates: int, max_length: int, max_prompt_length: int | None,
-        max_new_tokens: int | None, temperature: float, pad: int, batch_size: int, workspace: int, bf16: bool,
-        seed: int, progress: bool, ties: bool,
+        self, prompts: Preferences, tokenizer: Any, config: TrainConfig, *, reward: Reward, ref: PreTrainedModel | None,
+        folder: Path, units: int, ties: bool,
     ) -> None:  # fmt: skip
-        limit = prompt_limit(tokenizer, max_length, max_prompt_length)
+        max_length, max_new_tokens = config.max_length, config.max_new_tokens
+        limit = prompt_limit(tokenizer, max_length, config.max_prompt_length)
         room = max_length - limit
         if room < 1:
             raise ValueError(f"max_prompt_length: expected less than max_length={max_length}, got {limit}")
@@ -114,11 +79,10 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 f"max_new_tokens: expected 1 to {room}, what max_length={max_length} leaves beside {limit} of the "
                 f"prompt, got {max_new_tokens}"
             )
-        self.tokenizer, self.reward, self.ref, self.folder = tokenizer, reward, ref, folder
-        self.units, self.per_round, self.candidates = units, per_round, candidates
-        self.new_tokens, self.temperature, self.pad = max_new_tokens or room, temperature, pad
-        self.batch_size, self.workspace, self.bf16 = batch_size, workspace, bf16
-        self.seed, self.progress, self.limit, self.ties = seed, progress, limit, ties
+        self.tokenizer, self.config, self.reward, self.ref, self.folder = tokenizer, config, reward, ref, folder
+        self.units, self.per_round = units, config.refresh * config.batch_size * config.grad_accum
+        self.candidates, self.new_tokens, self.ties = config.candidates, max_new_tokens or room, ties
+        self.pad = pad_of(tokenizer)
         self.asked = [row.prompt for row in prompts.rows]
         self.prompt_ids = prompt_tokens([prompt_text(row, tokenizer) for row in prompts.rows], tokenizer, limit)
         self.counts = {"rows": len(prompts.rows), "units": units}
@@ -161,7 +125,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             rows = self.judged(model, which, name, self.candidates)
             self.folder.mkdir(exist_ok=True)
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            save_whole_file(file, lambda place: place.write_text(text, encoding="utf-8"))
+            write_text(file, text)
         values = [row["rewards"] for row in rows]
         if log:
             self.log("reward/sampled", math.fsum(map(math.fsum, values)) / (len(values) * self.candidates), len(values))
@@ -172,8 +136,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         made = self._dataset(rows, which)
         if self.ref is None:
             return made
+        config = self.config
         scores = score_references(
-            self.ref, made, pad=self.pad, batch_size=4 * self.batch_size, workspace=self.workspace, bf16=self.bf16
+            self.ref, made, pad=self.pad, batch_size=4 * config.batch_size, workspace=config.workspace, bf16=config.bf16
         )
         return made.with_ref(scores)
 
@@ -222,20 +187,20 @@ class Rollouts(Dataset[tuple[Response, ...]]):
     def sample(self, model: PreTrainedModel, prompts: list[list[int]], seed: int, count: int) -> list[list[int]]:
         """`count` completions of each prompt from the model's own distribution at the temperature: token ids, with the
         end token where it came, [P · count]."""
-        device = hf.read_head(model).weight.device
+        device, config = hf.read_head(model).weight.device, self.config
         end, made = self.tokenizer.eos_token_id, []
         cuda = [device] if device.type == "cuda" else []
-        bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not self.progress, leave=False)
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not config.progress, leave=False)
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16)
         with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
             torch.manual_seed(seed)
-            for first in range(0, len(prompts), self.batch_size):
-                part = prompts[first : first + self.batch_size]
+            for first in range(0, len(prompts), config.batch_size):
+                part = prompts[first : first + config.batch_size]
                 width = max(map(len, part))
                 ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in part], device=device)
                 mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
                 out = model.generate(  # type: ignore[operator]
-                    input_ids=ids, attention_mask=mask, do_sample=True, temperature=self.temperature, top_k=0,
+                    input_ids=ids, attention_mask=mask, do_sample=True, temperature=config.temperature, top_k=0,
                     top_p=1.0, num_return_sequences=count, max_new_tokens=self.new_tokens, pad_token_id=self.pad,
                     eos_token_id=end,
                 )  # fmt: skip
@@ -268,4 +233,4 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         return made if self.ties else made.without_tied_best()
 
     def _seed(self, name: str) -> int:
-        return zlib.crc32(f"{self.seed} {name}".encode())
+        return zlib.crc32(f"{self.config.seed} {name}".encode())

@@ -1,0 +1,109 @@
+"""Batches: targets aligned with hidden states, padded or packed; some of the responses of a batch.
+
+Dimensions: B responses, T positions of a padded batch, N of a packed one, R responses taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgpb.head import described
+from rgpb.layout import repeat
+
+IGNORE = -100
+
+
+def aligned_targets(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Shift a causal LM's labels: target[:, t] = labels[:, t + 1] is what the hidden state at t predicts.
+
+    The last position of every row, or of every response of a packed row, predicts nothing and gets
+    `ignore_index`. An encoder–decoder's labels are aligned already: its decoder's inputs were shifted.
+
+    Args:
+        labels: int64 [B, T], or [1, N] when packed.
+        cu_seqlens: int32 or int64 [B + 1], the packed responses' first positions and N, or None.
+        ignore_index: the label of positions that don't count.
+
+    Returns:
+        int64 in the shape of `labels`.
+    """
+    if labels.dim() != 2:
+        raise ValueError(f"labels: expected [B, T], or [1, N] when packed, got shape {tuple(labels.shape)}")
+    target = torch.full_like(labels, ignore_index)
+    target[:, :-1] = labels[:, 1:]
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, labels)
+        target[:, cu_seqlens[1:].long() - 1] = ignore_index  # an empty response repeats the end before it
+    return target
+
+
+def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A padded batch without its padding: the responses end to end in one row.
+
+    Args:
+        batch: with `input_ids` and `attention_mask`, both [B, T]. Padding may be on either side.
+
+    Returns:
+        Every [B, T] tensor of the batch as [1, N], except the mask, which is gone; `position_ids` [1, N] that
+        restart at each response; `cu_seqlens` int32 [B + 1]. What has another shape stays as it is.
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    fitting = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.shape == mask.shape
+    if ids is None or mask is None or not fitting or ids.dim() != 2:
+        raise ValueError(f"batch: expected input_ids and attention_mask, both [B, T], got {shapes_of(batch)}")
+    kept = mask.bool()
+    packed = {
+        name: value[kept][None] if isinstance(value, Tensor) and value.shape == ids.shape else value
+        for name, value in batch.items()
+        if name != "attention_mask"
+    }
+    packed["cu_seqlens"] = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+    packed["position_ids"] = restarting_positions(packed["cu_seqlens"])
+    return packed
+
+
+def rows_of(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """Some of the `count` responses of a batch, in the order of `rows` [R]; what isn't a tensor of it stays."""
+    if cu_seqlens is None:
+        return {
+            name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+            for name, value in batch.items()
+        }
+    lengths = cu_seqlens.long().diff()[rows]
+    ends = lengths.cumsum(0)
+    places = torch.arange(int(ends[-1]), device=rows.device)
+    places = places - repeat(ends - lengths - cu_seqlens.long()[rows], lengths, len(places))
+    tokens = int(cu_seqlens[-1])
+    out = {
+        name: value[..., places] if isinstance(value, Tensor) and value.ndim and value.shape[-1] == tokens else value
+        for name, value in batch.items()
+    }
+    for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in out:
+            out[name] = nn.functional.pad(ends, (1, 0)).to(cu_seqlens.dtype)
+    return out
+
+
+def check_bounds(cu_seqlens: Tensor, row: Tensor) -> None:
+    """Refuse bounds that don't cut the row [1, N] into responses."""
+    ints = (torch.int32, torch.int64)
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in ints or row.dim() != 2 or row.shape[0] != 1:
+        found = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} beside {tuple(row.shape)}"
+        raise ValueError(f"cu_seqlens: expected int32 or int64 [B + 1] beside labels [1, N], got {found}")
+    bounds, total = cu_seqlens.tolist(), row.shape[1]
+    if not total or bounds[:1] != [0] or bounds[-1] != total or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {total}, got {bounds}")
+
+
+def restarting_positions(cu_seqlens: Tensor) -> Tensor:
+    """Positions within each packed response, int64 [1, N]."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+    return (torch.arange(len(starts), device=starts.device) - starts)[None]
+
+
+def shapes_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(x.shape) if isinstance(x, Tensor) else described(x) for name, x in batch.items()}

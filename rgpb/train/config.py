@@ -1,0 +1,186 @@
+"""The settings of a run, and what each may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from rgpb.arguments import argument, parse_bytes
+from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
+from rgpb.train.rows import PAIRINGS
+
+EVAL_SAMPLE = 200  # units of the training data evaluated on where there is no evaluation data
+
+BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
+    "nano-llama": (
+        "LlamaConfig",
+        {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
+    "tiny-llama": (
+        "LlamaConfig",
+        {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+    "tiny-pythia": (
+        "GPTNeoXConfig",
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+}
+
+
+# What has a meaning with `online` alone.
+ONLINE = ("reward", "candidates", "refresh", "temperature", "max_new_tokens")
+
+
+class Range(NamedTuple):
+    """What a number may be, in words and as a function."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+WHOLE = Range("a positive whole number", lambda x: int(x) == x > 0)
+COUNT = Range("a positive whole number", lambda x: isinstance(x, int) and x > 0)
+POSITIVE = Range("a positive number", lambda x: 0 < x < math.inf)
+NONNEGATIVE = Range("0 or more", lambda x: 0 <= x < math.inf)
+PART = Range("a part of the steps, from 0 to 1", lambda x: 0 <= x <= 1)
+SEVERAL = Range("a whole number, 2 or more", lambda x: isinstance(x, int) and x >= 2)
+LENGTH = Range("at least 2", lambda x: x >= 2)
+
+
+def _option(default: Any, help: str, allowed: Range | None = None, **extra: Any) -> Any:
+    """A field with what its flag on the command line needs, and the range of its number."""
+    return field(default=default, metadata={"help": help, "allowed": allowed, **extra})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. Each is a flag of `rgpb train` by the same name; `--quiet` is `progress=False`.
+
+    >>> TrainConfig(data="pairs.jsonl", output="runs/dpo", loss="dpo", loss_option={"beta": 0.2}, progress=False).loss
+    'dpo'
+    """
+
+    data: str = field(metadata={"help": "preference data: JSON lines (also gzipped), Parquet, or a saved dataset"})
+    output: str = field(metadata={"help": "folder of the run"})
+    eval_data: str | None = _option(None, f"held-out data; default: the first {EVAL_SAMPLE} units of --data")
+    loss: str = _option("bnf", "objective, or a weighted sum such as mle+0.5*dpo")
+    loss_option: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "an option of the objective, such as beta=0.2; repeatable"}
+    )
+    pairing: str = _option(
+        "best-worst", "which of K rewarded responses to compare; objectives of groups take all", choices=PAIRINGS
+    )
+    model: str = _option("tiny-llama", f"folder of a model, or a new one with its own tokenizer: {', '.join(BUILT_IN)}")
+    ref_model: str | None = _option(None, "folder of the reference model; default: the model before training")
+    vocab_size: int = _option(1024, "of the tokenizer that a new model gets", COUNT)
+    online: bool = _option(False, "sample completions from the model, judge them by --reward, and train on those")
+    reward: str | None = _option(None, "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, completions)")
+    candidates: int = _option(4, "with --online: completions sampled for a prompt", SEVERAL)
+    refresh: int = _option(16, "with --online: optimizer steps between two samplings", COUNT)
+    temperature: float = _option(1.0, "with --online: of sampling", POSITIVE)
+    max_new_tokens: int | None = _option(
+        None, "with --online: of a completion; default: what --max-length leaves", WHOLE
+    )
+    sft_epochs: float = _option(
+        0.0, "first fine-tune that long on the preferred responses; that is then the reference", NONNEGATIVE
+    )
+    sft_lr: float | None = _option(None, "learning rate of the fine-tuning; default: --lr", POSITIVE)
+    epochs: float = _option(1.0, "passes over the data", POSITIVE)
+    steps: int | None = _option(None, "optimizer steps, instead of --epochs", WHOLE)
+    batch_size: int = _option(8, "groups, pairs, or responses of unpaired data, in a batch", COUNT)
+    grad_accum: int = _option(1, "batches per optimizer step", COUNT)
+    lr: float = _option(1e-5, "peak learning rate", POSITIVE)
+    warmup: float = _option(0.1, "part of the steps over which it rises", PART)
+    schedule: str = _option("linear", "how it falls", choices=("linear", "cosine", "constant"))
+    weight_decay: float = _option(0.0, "AdamW's", NONNEGATIVE)
+    max_grad_norm: float = _option(1.0, "gradients are clipped to it; 0: not at all", NONNEGATIVE)
+    max_length: int = _option(1024, "tokens of prompt and response", LENGTH)
+    max_prompt_length: int | None = _option(
+        None, "of it at most for the prompt, whose end is kept; default: half", WHOLE
+    )
+    packing: bool = _option(False, "put responses end to end instead of padding them")
+    bf16: bool = _option(False, "bfloat16 autocast; weights stay float32")
+    gradient_checkpointing: bool = _option(False, "recompute the backbone's activations instead of keeping them")
+    cpu: bool = _option(False, "don't use a GPU")
+    workspace: int = _option(
+        DEFAULT_WORKSPACE,
+        "bytes the loss may hold beyond its inputs and gradients: 512MiB",
+        COUNT,
+        type=argument(parse_bytes),
+    )
+    seed: int = _option(0, "of the weights of a new model, the order of the data and dropout")
+    log_steps: int = _option(10, "steps between two lines of metrics", COUNT)
+    eval_steps: int | None = _option(None, "steps between two evaluations; default: only before and after", WHOLE)
+    save_steps: int = _option(500, "steps between two checkpoints", COUNT)
+    keep_checkpoints: int = _option(2, "checkpoints kept", COUNT)
+    overwrite: bool = _option(False, "start anew where --output holds another run")
+    progress: bool = _option(True, "show progress", negative="quiet", negative_help="don't show progress")
+
+    def check(self) -> tuple[Objective, dict[str, Any]]:
+        """The objective and its options, after checking everything that can be checked without reading anything.
+
+        Raises:
+            ValueError: an unknown name, or a number out of range.
+        """
+        try:
+            spec = resolve(self.loss)
+        except ValueError as error:
+            raise ValueError(f"loss: {str(error).removeprefix('objective: ')}") from None
+        if self.pairing not in PAIRINGS:
+            raise ValueError(f"pairing: expected one of {PAIRINGS}, got {self.pairing!r}")
+        if spec.unit == "group" and self.pairing != "best-worst":
+            raise ValueError(f"pairing: expected none, since {self.loss} takes whole groups; got {self.pairing!r}")
+        for entry in fields(self):
+            allowed, value = entry.metadata.get("allowed"), getattr(self, entry.name)
+            if allowed is not None and not (value is None and entry.default is None) and not allowed.holds(value):
+                raise ValueError(f"{entry.name}: expected {allowed.text}, got {value}")
+        if spec.ref is None and self.ref_model is not None:
+            raise ValueError(f"ref_model: expected none, since {self.loss} has no reference; got {self.ref_model!r}")
+        if self.online and spec.unit != "group":
+            groups = sorted(name for name, known in OBJECTIVES.items() if known.unit == "group")
+            raise ValueError(f"loss: expected one of groups with online, of {groups}, got {self.loss!r}")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ONLINE and not self.online and value != entry.default:
+                raise ValueError(f"{entry.name}: expected none without online, got {value!r}")
+        if self.online and self.sft_epochs:
+            raise ValueError(f"sft_epochs: expected 0 with online, which has prompts alone; got {self.sft_epochs}")
+        if not self.sft_epochs and self.sft_lr is not None:
+            raise ValueError(f"sft_lr: expected none without sft_epochs, got {self.sft_lr}")
+        options = check_options(spec, self.loss_option)
+        if self.online and options.get("m", 1) >= self.candidates:
+            raise ValueError(f"loss_option: expected m of less than {self.candidates} candidates, got {options['m']}")
+        return spec, options
+
+
+def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:
+    """The objective's options with their types, numbers given for numbers.
+
+    Raises:
+        ValueError: an option it doesn't have, or a value of another type or out of range.
+    """
+    known = spec.options or {}
+    checked = {}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"loss_option: expected one of {sorted(known)} for {spec.name}, got {key!r}")
+        kind = type(known[key])
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if known[key] is None and number and math.isfinite(value) and key.rpartition(".")[2] != "generator":
+            checked[key] = float(value)
+        elif kind in (int, float) and number and math.isfinite(value) and kind(value) == value:
+            checked[key] = kind(value)
+        elif kind in (bool, str) and isinstance(value, kind):
+            checked[key] = value
+        else:
+            wanted = "float" if known[key] is None else kind.__name__
+            if key.rpartition(".")[2] == "generator":
+                raise ValueError(f"loss_option: expected none of {key}, which --seed stands for, got {value!r}")
+            raise ValueError(f"loss_option: expected {key} to be a {wanted} for {spec.name}, got {value!r}")
+    try:
+        return registry.check_options(spec, checked)
+    except ValueError as error:
+        raise ValueError(str(error).replace("options of", "loss_option:", 1)) from None

@@ -1,0 +1,146 @@
+"""What an evaluation needs of a batch, and its averages over a whole set.
+
+Dimensions: B responses of a batch, U units (groups, pairs or responses), W responses of a unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgpb import hf
+from rgpb.fused import make_layout
+from rgpb.hf import IGNORE
+from rgpb.layout import Responses
+from rgpb.objectives import Objective, unit_values
+from rgpb.objectives.registry import option, reward_scale
+from rgpb.train.tokens import reference_of
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of `Collator` without what only the objective reads."""
+    beside = ("label", "rewards", "ref_logp", "ref_log_odds", "mismatched")
+    return {name: value for name, value in batch.items() if name not in beside}
+
+
+@torch.no_grad()
+def mismatched_ratios(
+    model: nn.Module, batch: dict[str, Any], spec: Objective, options: dict[str, Any], workspace: int
+) -> dict[str, Tensor]:
+    """Δ [B] of a batch's mismatched completions, for the options that take it and weren't given."""
+    names = [name for name in spec.mismatched if option(options, name) is None]
+    if not names or "mismatched" not in batch:
+        return {}
+    other = batch["mismatched"]
+    ref, cu_seqlens, inputs = reference_of(other), other.get("cu_seqlens"), model_inputs(other)
+    assert ref is not None  # `kto` has one
+    logp = hf.token_scores(model, inputs, workspace=workspace).logp
+    target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(logp.shape)
+    ratio = make_layout(target, cu_seqlens, IGNORE).sum((logp - ref.logp).reshape(-1))
+    return dict.fromkeys(names, ratio)
+
+
+def present_of(batch: dict[str, Tensor]) -> Tensor:
+    """Which responses of a batch have tokens, bool [B]."""
+    labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
+    target = hf.aligned_targets(labels, cu_seqlens)
+    return make_layout(target if cu_seqlens is None else target[0], cu_seqlens, IGNORE).tokens > 0
+
+
+def group_size_of(batch: dict[str, Tensor]) -> int | None:
+    """K of a batch of groups, else None."""
+    return batch["rewards"].shape[1] if "rewards" in batch else None
+
+
+def group_arguments(spec: Objective, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What `fused_loss` takes of a batch of groups."""
+    if spec.unit != "group":
+        return {}
+    return {"group_size": group_size_of(batch), "rewards": batch["rewards"] if spec.rewards else None}
+
+
+def score_batch(
+    model: nn.Module, batch: dict[str, Tensor], spec: Objective, options: dict[str, Any], workspace: int
+) -> dict[str, Tensor]:
+    """Everything evaluation needs of a batch of `Collator`, from one sweep over the vocabulary.
+
+    Returns:
+        On the CPU, per response [B]: `label`, `present` (it has tokens), `sum` and `mean` of its tokens'
+        log-probabilities, and with a reference `ratio`, the sum less the reference's; `value` of the objective, one per
+        unit.
+    """
+    label, ref, cu_seqlens = batch["label"], reference_of(batch), batch.get("cu_seqlens")
+    inputs = model_inputs(batch)
+    scores = hf.token_scores(model, inputs, entropy=spec.entropy, workspace=workspace)
+    target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(scores.logp.shape)
+    layout = make_layout(target, cu_seqlens, IGNORE)
+    flat = None if ref is None else ref.flat()
+    responses = Responses(
+        policy=scores.flat(),
+        ref=flat,
+        ref_sums=None if flat is None else layout.sum(flat.logp),
+        label=label.double() * 2 - 1 if spec.label else None,
+        layout=layout,
+        group_size=group_size_of(batch),
+        rewards=batch["rewards"].view(-1) if spec.rewards else None,
+    )
+    out = {
+        "label": label,
+        "present": responses.present,
+        "sum": responses.logps(),
+        "mean": responses.logps(length_normalize=True),
+    }
+    if flat is not None:
+        out["ratio"] = responses.log_ratios()
+    out["value"] = unit_values(spec, responses, options)
+    return {name: value.cpu() for name, value in out.items()}
+
+
+def summarise(columns: dict[str, Tensor], spec: Objective, options: dict[str, Any]) -> dict[str, float]:
+    """Averages over an evaluation set, by the names that `fused_loss` gives them.
+
+    `logps/accuracies` is this library's own: the part of pairs (of a group: of the best with each other) whose chosen
+    response has the higher mean log-probability. It needs no reference.
+
+    Args:
+        columns: as `score_batch` returns them, [U, W] each (`value` of pairs and groups [U, 1]): column 0 is the
+            chosen.
+        spec, options: the objective. One without labels and pairs (mle) is averaged over the preferred responses.
+    """
+    label, present, total, mean = (columns[name] for name in ("label", "present", "sum", "mean"))
+    paired, value = label.shape[1] > 1, columns["value"]
+    out = {"loss": (value[label] if wants_preferred(spec) else value).mean()}
+    good, bad = label & present, ~label & present
+    sides = {"chosen": good, "rejected": bad}
+    out.update({f"logps/{side}": total[which].mean() for side, which in sides.items()})
+    if paired:
+        out["logps/accuracies"] = _ranked(mean, mean.abs(), present)
+    out["perplexity"] = mean[good].neg().exp().mean()
+    out["agility"] = mean[good].exp().mean() - mean[bad].exp().mean()
+    if "ratio" in columns:
+        reward = reward_scale(spec, options) * columns["ratio"]
+        out.update({f"rewards/{side}": reward[which].mean() for side, which in sides.items()})
+        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+        if paired:
+            out["rewards/accuracies"] = _ranked(columns["ratio"], total.abs(), present)
+    return {name: value.item() for name, value in out.items() if not value.isnan() or name == "loss"}
+
+
+def _ranked(score: Tensor, size: Tensor, present: Tensor) -> Tensor:
+    """Part of the pairs of a unit's first response with another whose first scores higher; a difference within
+    float32's rounding counts half.
+
+    Args:
+        score: [U, W], computed from numbers as large as `size` [U, W].
+        present: which responses there are, bool [U, W].
+    """
+    difference, noise = score[:, :1] - score[:, 1:], 1e-6 * (size[:, :1] + size[:, 1:])
+    right = torch.where(difference.abs() > noise, (difference > 0).double(), 0.5)
+    return right[present[:, :1] & present[:, 1:]].mean()
+
+
+def wants_preferred(spec: Objective) -> bool:
+    """Objectives that can't tell good from bad (mle) are trained on the preferred responses."""
+    return spec.unit == "response" and not spec.label

@@ -1,0 +1,140 @@
+"""The folder of a run: whose it is, and its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from rgpb.objectives import OBJECTIVES, resolve
+from rgpb.objectives.registry import parse_sum
+from rgpb.train.config import TrainConfig
+from rgpb.train.files import write_json
+from rgpb.train.rewards import Reward
+from rgpb.train.rows import Preferences
+
+# What may change between an interrupted run and the one that goes on: nothing that results depend on.
+FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress")
+
+# What a run writes, and `overwrite` removes.
+OWN = (
+    *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
+    *("checkpoint-*", "ref-*.safetensors"),
+)
+
+
+def open_run(
+    folder: Path, config: TrainConfig, preferences: Preferences, held_out: Preferences | None, reward: Reward | None
+) -> None:
+    """Make the folder, or check that it holds the same run.
+
+    Raises:
+        ValueError: a folder of something else, or of a run with other settings.
+    """
+    settings = _settings(config, preferences, held_out, reward)
+    note = folder / "run.json"
+    found = [] if not folder.exists() else [path for path in folder.iterdir() if path.suffix != ".tmp"]
+    if found and not note.exists():
+        raise ValueError(
+            f"output: expected a new or empty folder or one of an earlier run, got {folder} with other files"
+        )
+    own = [path for path in found if any(path.match(pattern) for pattern in OWN)]
+    if config.overwrite or not any(path.name not in ("run.json", "tokenizer") for path in own):
+        for path in own:  # a run that got no further than its settings binds nobody
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        _check_same(folder, settings, reward)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
+    sources = {"data": str(config.data), "eval_data": config.eval_data}
+    content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions}
+    if reward is not None:
+        content["reward source"] = _source(reward)
+    write_json(note, content)
+
+
+def _settings(
+    config: TrainConfig, preferences: Preferences, held_out: Preferences | None, reward: Reward | None
+) -> dict[str, Any]:
+    """What results depend on, as `run.json` keeps it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings["data"] = _data_digest(preferences)
+    settings["eval_data"] = None if held_out is None else _data_digest(held_out)
+    settings["loss"] = resolve(config.loss).name
+    if reward is not None:
+        place = (
+            getattr(reward, "__module__", "") if config.reward is None else Path(config.reward).name.partition(":")[0]
+        )
+        settings["reward"] = f"{place}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+    functions = {name: _source(OBJECTIVES[name].function) for name in _terms(config.loss)}
+    if any(functions.values()):
+        settings["functions"] = functions
+    for name in ("model", "ref_model"):
+        if settings[name] is not None and Path(settings[name]).is_dir():
+            settings[name] = str(Path(settings[name]).resolve())
+    return settings
+
+
+def _check_same(folder: Path, settings: dict[str, Any], reward: Reward | None) -> None:
+    noted = json.loads((folder / "run.json").read_text())
+    earlier = noted["settings"]
+    if reward is not None and noted.get("reward source") != _source(reward):
+        print(f"reward: {settings['reward']} has changed since this run began; what it judged so far stays")
+    differing = [
+        f"{name} is {earlier.get(name)!r} there and {value!r} now"
+        for name, value in settings.items()
+        if earlier.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"output: expected the settings of the run in {folder}, got others: {'; '.join(differing)} "
+            "(take another --output, or --overwrite to start anew)"
+        )
+
+
+def _terms(loss: str) -> list[str]:
+    """Names of the objectives in a loss."""
+    return [loss] if loss in OBJECTIVES else [*parse_sum(loss)]
+
+
+def _source(function: Any) -> str | None:
+    """Digest of the text of a function that isn't this package's; None where it is, or can't be read."""
+    if getattr(function, "__module__", "").startswith("rgpb."):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+def _data_digest(preferences: Preferences) -> str:
+    """Digest of what was read: the same rows from another place are the same data."""
+    digest = hashlib.sha256(preferences.form.encode())
+    for row in preferences.rows:
+        digest.update(json.dumps(row[1:]).encode())
+    return digest.hexdigest()[:16]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint. Incomplete ones, from an interrupted save, are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / "progress.json").exists():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,151 @@
+"""A run from its settings to its report."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rgpb import hf
+from rgpb.objectives import OBJECTIVES, Objective
+from rgpb.objectives.registry import option
+from rgpb.train.config import EVAL_SAMPLE, TrainConfig
+from rgpb.train.evaluate import wants_preferred
+from rgpb.train.folder import open_run
+from rgpb.train.machine import check_devices, device_of, moved
+from rgpb.train.models import check_sizes, check_tokens, family_of, make_model, make_tokenizer, reference_model
+from rgpb.train.online import Rollouts
+from rgpb.train.report import counted
+from rgpb.train.report import write as write_report
+from rgpb.train.rewards import Reward, reward_of
+from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
+from rgpb.train.teacher import with_reference
+from rgpb.train.tokens import PreferenceDataset, pad_of, prompt_limit, tokenise
+from rgpb.train.trainer import Stage
+
+
+def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any]:
+    """Run `config`, or go on with it, or, where it is finished, only write its report again.
+
+    Args:
+        reward: with `online`, the reward function itself, in place of the name in `config.reward`:
+            (prompts, completions) → as many numbers, higher is better.
+
+    Returns:
+        What `result.json` holds: `steps`, `seconds`, `peak_bytes`, `counts` of the data, and the evaluations `before`
+        and `after`. Besides, `resumed` is the step this call started from, None for a run that was finished already.
+
+    Raises:
+        ValueError: settings, data, model or output folder that can't be used. Data is read and checked before any work.
+    """
+    spec, options = config.check()
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time: this module's own
+    reward = reward_of(config, reward)
+    preferences = _read(config.data, spec, config.online)
+    held_out = None if config.eval_data is None else _read(config.eval_data, spec, config.online)
+    family = family_of(config)
+    check_devices(config)
+    folder = Path(config.output)
+    open_run(folder, config, preferences, held_out, reward)
+    stage = Stage(folder, config, spec, options, f"training {'online ' if config.online else ''}with {spec.name}")
+    if stage.result.exists():
+        write_report(folder)
+        return {**json.loads(stage.result.read_text()), "resumed": None}
+    tokenizer = make_tokenizer(config, family, folder, preferences)
+    if reward is None:
+        result = _on_data(stage, family, tokenizer, preferences, held_out)
+    else:
+        result = _on_rollouts(stage, family, tokenizer, preferences, held_out, reward)
+    write_report(folder)
+    return result
+
+
+def _on_data(
+    stage: Stage, family: str | None, tokenizer: Any, preferences: Preferences, held_out: Preferences | None
+) -> dict[str, Any]:
+    """Tokens, fine-tuning, reference scores, training."""
+    config, spec, options = stage.config, stage.spec, stage.options
+    model = make_model(config, family, tokenizer)
+    hf.check_head(model)
+
+    def tokenised(data: Preferences) -> PreferenceDataset:
+        made = tokenise(
+            data,
+            tokenizer,
+            pairing=GROUPS if spec.unit == "group" else config.pairing,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+        )
+        if spec.unit == "group" and not spec.rewards:
+            made = made.without_tied_best()
+        if any(option(options, name) is None for name in spec.mismatched):
+            made.mismatches = made.mismatched(config.max_length)
+        return made
+
+    train_set = tokenised(preferences)
+    eval_set = train_set.first(EVAL_SAMPLE) if held_out is None else tokenised(held_out)
+    check_tokens(model, config.model, (train_set, eval_set))
+    if config.progress:
+        for name, data in (("training", train_set), ("evaluation", eval_set)):
+            print(f"{name} data: {counted(data.counts)}")
+    if config.sft_epochs:
+        tuning = Stage(stage.folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning")
+        tuning.fit(model, tokenizer, train_set.preferred(), eval_set, epochs=config.sft_epochs, lr=config.sft_lr)
+        del model
+        gc.collect()  # Trainer and its callbacks hold each other, and the model on the GPU
+        model = AutoModelForCausalLM.from_pretrained(tuning.folder / "model", dtype=torch.float32)
+    if spec.ref is not None:
+        train_set, eval_set = with_reference(config, stage.folder, model, pad_of(tokenizer), train_set, eval_set)
+    if wants_preferred(spec):
+        train_set = train_set.preferred()
+    return stage.fit(model, tokenizer, train_set, eval_set, epochs=config.epochs, steps=config.steps)
+
+
+def _on_rollouts(
+    stage: Stage, family: str | None, tokenizer: Any, prompts: Preferences, held_out: Preferences | None, reward: Reward
+) -> dict[str, Any]:
+    """Sampling, judging and training in turn; evaluated on groups sampled once, before the first step."""
+    config, spec = stage.config, stage.spec
+    model, ref = make_model(config, family, tokenizer), None
+    hf.check_head(model)
+    if spec.ref is not None:
+        ref = reference_model(config) or copy.deepcopy(model)
+        ref.requires_grad_(False)
+    count, per_step = len(prompts.rows), config.batch_size * config.grad_accum
+    longest = prompt_limit(tokenizer, config.max_length, config.max_prompt_length)
+    longest = longest + config.max_new_tokens if config.max_new_tokens else config.max_length
+    for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
+        if its is not None:
+            check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, longest)
+    steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
+    ref = None if ref is None else moved(ref, device_of(config))
+    common: dict[str, Any] = {"reward": reward, "ref": ref, "folder": stage.folder / "rollouts", "ties": spec.rewards}
+    data = Rollouts(prompts, tokenizer, config, units=steps * per_step, **common)
+    asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
+    some = range(min(EVAL_SAMPLE, len(asked.asked)))
+    evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
+
+    def measure(policy: PreTrainedModel) -> dict[str, float]:
+        return {"reward/sampled": asked.mean_reward(policy, some)}
+
+    return stage.fit(model, tokenizer, data, evaluated, epochs=config.epochs, steps=steps, measure=measure)
+
+
+def _read(path: str, spec: Objective, prompts: bool) -> Preferences:
+    """A file's preferences, or its prompts alone; refused where the objective can't use them."""
+    if prompts:
+        return read_prompts(path)
+    preferences = read_preferences(path)
+    if spec.unit != "response" and preferences.form == "labelled":
+        raise ValueError(
+            f"{path}:1: expected pairs (chosen, rejected) or rewarded completions, since {spec.name} compares "
+            "responses; got rows of one labelled response"
+        )
+    return preferences
