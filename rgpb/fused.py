@@ -29,8 +29,7 @@ from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, repeat, token_scores
 from rgpb.logprob import call_tensors, linear_logprob
 from rgpb.metrics import metrics
-from rgpb.objectives import OBJECTIVES, resolve, unit_values
-from rgpb.objectives.registry import check_options, drawn
+from rgpb.objectives import OBJECTIVES, check_options, drawn, resolve, unit_values
 from rgpb.validation import (
     REDUCTIONS,
     Reference,

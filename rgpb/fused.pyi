@@ -2,20 +2,14 @@
 
 # fmt: off
 # ruff: noqa: I001
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 import torch
 from torch import Tensor, nn
-from rgpb.engine.plan import Plan
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, TokenScores
-from rgpb.objectives import Objective
+from rgpb.validation import Reference
 from typing import Literal, overload
 from rgpb.objectives import RunningMean
-
-Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
-
-REDUCTIONS: tuple[str, ...]
 
 HOW: tuple[str, ...]
 
@@ -25,7 +19,7 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912, **options: Any
 ) -> Tensor: ...
 @overload
@@ -34,7 +28,7 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
@@ -43,32 +37,9 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912, **options: Any
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912, **options: Any
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> dict[str, Tensor]: ...
-
-def call_plan(
-    hidden: Tensor, head: LMHead, spec: Objective, reduction: str, workspace: int, options: dict[str, Any],
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    unit_tokens: Callable[[], Sequence[int]] | None = None,
-) -> Plan: ...
-
-def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None: ...
-
-def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout: ...
-
-def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None: ...
-
-def check_groups(
-    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor,
-) -> tuple[int | None, Tensor | None]: ...
-
-def reference_scores(
-    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
-    impl: str, workspace: int,
-) -> tuple[TokenScores | None, Tensor | None]: ...
 
 class FusedLoss(nn.Module):
     name: Any
@@ -85,44 +56,44 @@ class FusedLoss(nn.Module):
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -130,24 +101,24 @@ def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -155,7 +126,7 @@ def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
@@ -163,7 +134,7 @@ def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
@@ -171,382 +142,385 @@ def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def nll_pll_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def nll_pll_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nll_pll_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def exmate_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def exmate_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def exmate_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def dpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def dpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def dpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
-def ipo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+def exmate_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
-def ipo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+def exmate_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
-def ipo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+def exmate_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
+def dpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def dpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def dpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
+def ipo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def ipo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def ipo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def orpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def orpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def orpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def exo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def exo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def exo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
-    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
+def exo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def exo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def exo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
+    ref: Reference, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -554,24 +528,24 @@ def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -579,71 +553,71 @@ def nca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def nca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     ignore_index: int = -100, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
-    engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None,
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
+    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
+    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -651,24 +625,27 @@ def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -676,7 +653,7 @@ def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
@@ -684,7 +661,7 @@ def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str = "auto",
+    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
     grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
@@ -692,6 +669,6 @@ def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean", return_metrics: bool,
-    impl: str = "auto", engine: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    impl: str = "auto", engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...

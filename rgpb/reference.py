@@ -344,8 +344,8 @@ def orpo(w: Response, l: Response, *, lam: float = 0.1) -> Tensor:
 
 @partial(Loss, unit="pair", ref=True)
 def rdpo(w: Response, l: Response, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
-    """−log σ(β(Δ_w − Δ_l) + α(n_l − n_w)): DPO that charges for length. Park et al. 2024."""
-    return -F.logsigmoid(beta * (w.log_ratio() - l.log_ratio()) - alpha * len(w.y) + alpha * len(l.y))
+    """−log σ(β(Δ_w − Δ_l) + α(n_w − n_l)): DPO for the reward r − α n. Park et al. 2024."""
+    return -F.logsigmoid(beta * (w.log_ratio() - l.log_ratio()) + alpha * len(w.y) - alpha * len(l.y))
 
 
 @partial(Loss, unit="pair", ref=True)

@@ -62,9 +62,14 @@ def check_how(
             raise ValueError(f"{name}: expected one of {known}, got {given!r}")
     if engine is not None:
         impl = _without_engine(device, impl, engine)
+    check_workspace(workspace)
+    return How(impl, path, grad_tolerance, sort_vocab, workspace)
+
+
+def check_workspace(workspace: int) -> None:
+    """Refuse what isn't a number of bytes."""
     if not isinstance(workspace, int) or workspace <= 0:
         raise ValueError(f"workspace: expected a positive whole number of bytes, got {workspace}")
-    return How(impl, path, grad_tolerance, sort_vocab, workspace)
 
 
 def _without_engine(device: torch.device, impl: str, engine: str) -> str:

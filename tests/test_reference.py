@@ -111,8 +111,8 @@ LOG2 = math.log(2)
         ("cpo", {"beta": 2.0, "lam": 0.0, "length_normalize": True}, math.log(3 / 2)),  # S̄_w − S̄_l = ½ log 2
         ("orpo", {}, math.log(8) / 2 - 0.1 * math.log(3 / (2 + 8**0.5))),  # odds 1/(√8 − 1) and ⅓
         ("orpo", {"lam": 2.0}, math.log(8) / 2 - 2 * math.log(3 / (2 + 8**0.5))),
-        ("rdpo", {}, -log_sigmoid(0.1 * math.log(8) + 0.01)),
-        ("rdpo", {"beta": 1.0, "alpha": -LOG2}, math.log(5 / 4)),
+        ("rdpo", {}, -log_sigmoid(0.1 * math.log(8) - 0.01)),
+        ("rdpo", {"beta": 1.0, "alpha": LOG2}, math.log(5 / 4)),
         ("rpo", {}, -log_sigmoid(0.1 * math.log(8)) + math.log(8) / 2),
         ("rpo", {"beta": 1.0, "lam": 0.5}, math.log(9 / 8) + math.log(8) / 4),
         ("exo", {"beta": 1 / 3, "epsilon": 0.25}, 2 / 3 * math.log(8 / 9) + 1 / 3 * math.log(4 / 3)),

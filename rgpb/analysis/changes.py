@@ -15,10 +15,9 @@ from torch import Tensor
 
 from rgpb.analysis.numbers import IGNORE, SLICE, by_step, flattened, logits_of, result_dtype, shown
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.fused import make_layout
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores
-from rgpb.logprob import check_inputs
+from rgpb.validation import check_inputs, check_workspace, make_layout
 
 
 def gini(values: Tensor) -> Tensor:
@@ -221,7 +220,8 @@ def _slice(head: LMHead, part: slice) -> LMHead:
 def _checked(hidden: Tensor, head: Tensor | LMHead, target: Tensor, workspace: int, side: str) -> LMHead:
     """`check_inputs`, whose messages name the arguments of that side."""
     try:
-        return check_inputs(hidden, head, target, "auto", workspace)
+        check_workspace(workspace)
+        return check_inputs(hidden, head, target)
     except ValueError as error:
         text = re.sub(r"\b(hidden|head)\b", rf"\1_{side}", str(error))
         raise ValueError(text) from None

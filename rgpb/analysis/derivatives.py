@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rgpb.analysis.numbers import shown, split_pairs
-from rgpb.layout import Layout, Responses, TokenScores
-from rgpb.logprob import token_scores
+from rgpb.layout import Layout, Responses, TokenScores, token_scores
 from rgpb.objectives import Objective, resolve, unit_values
 
 ObjectiveLike = str | Callable[..., Tensor] | Mapping[str, float]  # what `rgpb.objectives.resolve` takes

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.fused import check_groups, make_layout
 from rgpb.head import LMHead, as_head
 from rgpb.layout import Layout, Responses, TokenScores, pairs
-from rgpb.logprob import check_inputs
 from rgpb.objectives import Objective
+from rgpb.validation import check_groups, check_inputs, check_workspace, make_layout
 
 IGNORE = -100
 SLICE = 1 << 14  # vocabulary entries whose weights are converted, or logits summed, at once
@@ -168,7 +167,8 @@ def gradient_difference(
     Raises:
         ValueError: shapes, dtypes or targets that don't fit, an odd number of responses, or order < 1.
     """
-    head = check_inputs(hidden, head, target, "auto", workspace)
+    check_workspace(workspace)
+    head = check_inputs(hidden, head, target)
     if not order >= 1:
         raise ValueError(f"order: expected at least 1, got {order}")
     _check_range(target, len(head.weight), ignore_index)

@@ -6,6 +6,7 @@ Dimensions: B responses, T positions of a padded batch, N of a packed one, G gro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.fused import Reference, check_groups, fused_loss, make_layout, reference_scores
+from rgpb.fused import fused_loss
 from rgpb.head import LMHead, read_head, unwrap
 from rgpb.hf.batches import IGNORE, aligned_targets, rows_of, shapes_of
 from rgpb.hf.checks import check_once, check_packed
 from rgpb.hf.models import evaluating, hidden_states
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
-from rgpb.objectives import Objective, resolve
-from rgpb.objectives.registry import check_options, drawn
+from rgpb.objectives import Objective, check_options, drawn, resolve
+from rgpb.validation import Reference, check_groups, make_layout, reference_scores
 
 
 def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any) -> TokenScores:
@@ -99,11 +100,12 @@ def _drawn(
     """Batch, reference scores, group size and rewards of what `spec.draw` takes; `options` lose their generator."""
     with evaluating(model):
         hidden, head, target, cu_seqlens = _forward(model, batch)
-        how = {"impl": options.get("impl", "auto"), "workspace": options.get("workspace", DEFAULT_WORKSPACE)}
+        workspace = options.get("workspace", DEFAULT_WORKSPACE)
+        score = partial(linear_logprob, impl=options.get("impl", "auto"), workspace=workspace)
         layout = make_layout(target, cu_seqlens, IGNORE)
         size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-        ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, **how)
-        scores = linear_logprob(hidden, head, target, **how).flat()
+        ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, score)
+        scores = score(hidden, head, target).flat()
         own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
         keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
     assert size is not None  # checked above

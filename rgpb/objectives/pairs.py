@@ -162,13 +162,18 @@ def orpo(responses: Responses, *, lam: Annotated[float, NonNegative()] = 0.1) ->
 
 
 @objective(couples="pair", ref="sums")
-def rdpo(responses: Responses, *, beta: Annotated[float, Positive()] = 0.1, alpha: float = 0.01) -> Tensor:
-    """−log σ(β (Δ_w − Δ_l) + α (n_l − n_w)): DPO with a margin by length. [B/2]
+def rdpo(
+    responses: Responses,
+    *,
+    beta: Annotated[float, Positive()] = 0.1,
+    alpha: Annotated[float, NonNegative()] = 0.01,
+) -> Tensor:
+    """−log σ(β (Δ_w − Δ_l) + α (n_w − n_l)): DPO that discounts length. [B/2]
 
-    Park et al. 2024. Under preferences σ(r_w − r_l) it is smallest at βΔ = r + α n + const: of two responses with the
-    same reward, α > 0 favours the longer one, and α < 0 the shorter one.
+    Park et al. 2024. Its reward is r − α n, so that under preferences σ(r_w − r_l) it is smallest at βΔ = r − α n +
+    const: of two responses with the same reward the shorter one is favoured.
     """
-    chosen, rejected = pairs(beta * responses.log_ratios() - alpha * responses.layout.tokens.double())
+    chosen, rejected = pairs(beta * responses.log_ratios() + alpha * responses.layout.tokens.double())
     return -F.logsigmoid(chosen - rejected)
 
 

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from rgpb.objectives import OBJECTIVES
+from rgpb.objectives import OBJECTIVES, describe_options
 from rgpb.train.config import TrainConfig
 from rgpb.train.report import read_metrics, show, table
 from rgpb.train.run import train
@@ -32,8 +32,8 @@ def described_losses() -> str:
     lines = ["options of the objectives, as --loss-option KEY=VALUE (of one term of a sum: TERM.KEY=VALUE):"]
     for name, spec in sorted(OBJECTIVES.items()):
         lines.append(f"  {name}" if spec.options else f"  {name}: none")
-        for key, default in (spec.options or {}).items():
-            lines.append(f"    {key}: default {default!r}")
+        for o in describe_options(spec):
+            lines.append(f"    {o.name}: {o.type}, default {o.default or 'none'}{'; ' + o.range if o.range else ''}")
     return "\n".join(lines)
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from rgpb import hf
-from rgpb.fused import make_layout
 from rgpb.hf import IGNORE
 from rgpb.layout import Responses
-from rgpb.objectives import Objective, unit_values
-from rgpb.objectives.registry import option, reward_scale
+from rgpb.objectives import Objective, option, reward_scale, unit_values
 from rgpb.train.tokens import reference_of
+from rgpb.validation import make_layout
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from rgpb.objectives import OBJECTIVES, resolve
-from rgpb.objectives.registry import parse_sum
+from rgpb.objectives import OBJECTIVES, parse_sum, resolve
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_json
 from rgpb.train.rewards import Reward

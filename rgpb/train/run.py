@@ -14,8 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rgpb import hf
-from rgpb.objectives import OBJECTIVES, Objective
-from rgpb.objectives.registry import option
+from rgpb.objectives import OBJECTIVES, Objective, option
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
 from rgpb.train.evaluate import wants_preferred
 from rgpb.train.folder import open_run

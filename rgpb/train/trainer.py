@@ -21,9 +21,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from rgpb import hf
-from rgpb.objectives import Objective, RunningMean
+from rgpb.objectives import Objective, RunningMean, option
 from rgpb.objectives import units as units_of
-from rgpb.objectives.registry import option
 from rgpb.train.config import TrainConfig
 from rgpb.train.evaluate import (
     group_arguments,

@@ -169,7 +169,7 @@ def test_confident_tokens_and_rows_that_rise_above_their_first_tile(margin, path
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_impossible_tokens_masked_rows_and_tiny_vocabularies(impl):
-    how = {"impl": "triton", "engine": engine}
+    how = {"impl": impl}
     hidden, head, target, _ = batch((2, 5, 141, 4), head="bias")
     bias = head.bias.detach().clone()
     bias[:70] = -torch.inf  # the whole first tile and more
@@ -235,7 +235,7 @@ def test_skipping_is_certified(monkeypatch, impl):
         monkeypatch.setattr(module, "MASS_TILE", 64)
     hidden, head, target, _ = batch((2, 8, 300, 12))
     hidden = 4 * hidden.detach().requires_grad_()
-    how = {"impl": "triton", "engine": engine}
+    how = {"impl": impl}
     whole, part = (
         fused_loss(hidden, head, target, objective="mle", grad_tolerance=t, return_metrics=True, **how)
         for t in (0.0, 0.05)
@@ -377,7 +377,7 @@ def test_what_the_kernel_must_leave_to_the_objective(impl):
     for vocab, options in ((1, {}), (20, {"alpha": -0.5})):
         hidden, head, target, _ = batch((2, 3, vocab, 4))
         runs = []
-        for how in ({"impl": "torch"}, {"impl": "triton", "engine": engine}):
+        for how in ({"impl": "torch"}, {"impl": impl}):
             loss = fused_loss(hidden, head, target, objective="unlikelihood", **options, **how)
             runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
         for a, b in zip(*runs):
