@@ -107,10 +107,8 @@ def summary() -> str:
         path = "full" if ours["path"] == "single" else ours["path"]
         (naive,) = (r for r in rows if r["impl"] == "naive" and r["loss"] == ours["loss"] and r["path"] == path)
         memory = ours["extra_bytes"] / naive["extra_bytes"]
-        lines.append(
-            (job(ours), f"{ms(naive)}, {mib(naive)}", f"**{ms(ours)}, {mib(ours)}**")
-            + (f"{ours['over_naive']:.2f} × time, {memory:.2f} × memory",)
-        )
+        both = f"{ours['over_naive']:.2f} × time, {memory:.2f} × memory"
+        lines.append((job(ours), f"{ms(naive)}, {mib(naive)}", f"**{ms(ours)}, {mib(ours)}**", both))
     return table((shape(rows[0]), "naive PyTorch", "rgpb", "rgpb of naive"), lines)
 
 
@@ -285,8 +283,8 @@ def trained() -> str:
             )
         )
     headers = (
-        "steps trained", "perplexity", "targets with p > 0.9", "τ", "share left out", "products", "bound on what dW lacks",
-        "what dW lacks",
+        "steps trained", "perplexity", "targets with p > 0.9", "τ", "share left out", "products",
+        "bound on what dW lacks", "what dW lacks",
     )  # fmt: skip
     times = [row["over_none"] for row in rows if row["over_none"]]
     note = f"Time over a call without skipping: {min(times):.1f} to {max(times):.1f}."
@@ -423,24 +421,18 @@ def kernel_predictions() -> str:
     rates, logits = RATES["sm_90"], tokens * vocab
     flops, operands = 2 * logits * width, 2 * width * (tokens + vocab)
     partials = 3 * 4 * tokens * (vocab // 128)
-    product, tile = flops / rates.library, flops / rates.tile
-    lines = [
-        (
-            name,
-            f"{flops / 1e12:.1f} T" if bound == "products" else "–",
-            f"{size / 1e9:.1f} GB",
-            bound,
-            f"{seconds * 1e3:.1f} ms",
-        )
-        for name, bound, size, seconds in (
-            ("library product → float32 logits", "products", 4 * logits + operands, product),
-            ("`statistics_kernel`", "memory", 4 * logits, 4 * logits / rates.copy),
-            ("`gradients_kernel`, bf16 out", "memory", 6 * logits, 6 * logits / rates.copy),
-            ("`token_loss_kernel`, bf16 out", "memory", 10 * logits, 10 * logits / rates.copy),
-            ("`tiles_kernel`, score", "products", operands + partials, tile),
-            ("`tiles_kernel`, weights or gradients", "products", 2 * logits + operands, tile),
-        )
-    ]
+    kernels = (
+        ("library product → float32 logits", True, 4 * logits + operands, flops / rates.library),
+        ("`statistics_kernel`", False, 4 * logits, 4 * logits / rates.copy),
+        ("`gradients_kernel`, bf16 out", False, 6 * logits, 6 * logits / rates.copy),
+        ("`token_loss_kernel`, bf16 out", False, 10 * logits, 10 * logits / rates.copy),
+        ("`tiles_kernel`, score", True, operands + partials, flops / rates.tile),
+        ("`tiles_kernel`, weights or gradients", True, 2 * logits + operands, flops / rates.tile),
+    )
+    lines = []
+    for name, multiplies, size, seconds in kernels:
+        work = (f"{flops / 1e12:.1f} T", "products") if multiplies else ("–", "memory")
+        lines.append((name, work[0], f"{size / 1e9:.1f} GB", work[1], f"{seconds * 1e3:.1f} ms"))
     headers = ("kernel", "flops", "bytes", "bound by", "predicted")
     return table(headers, lines)
 

@@ -1,8 +1,8 @@
 """The documents do what they say: every block of code runs, every computed part is up to date, every link leads on.
 
-A comment above a block of code says how it is run: `<!-- test: full -->` with `--full` alone, `<!-- test: file NAME -->`
-is written to a file and not run, `<!-- test: skip, REASON -->` is not run. All others run in the fast tests, in the
-order of the page, in one namespace and one empty folder.
+A comment above a block of code says how it is run: `<!-- test: full -->` only with `--full`,
+`<!-- test: skip, REASON -->` never, `<!-- test: file NAME -->` is written to a file and not run. All others run in the
+fast tests, in the order of the page, in one namespace and one empty folder.
 """
 
 from __future__ import annotations
