@@ -403,13 +403,21 @@ def options_of(spec: Objective) -> list[tuple[str, str]]:
     return [(parameter.name, repr(parameter.default)) for parameter in parameters]
 
 
+def needs(spec: Objective) -> str:
+    """What a call is given beside hidden states, head and target."""
+    listed = ["`label`"] if spec.label else []
+    listed += ["`ref`" if spec.ref == "sums" else "`ref` per token"] if spec.ref else []
+    listed += ["`rewards`" if spec.rewards else "`group_size`"] if spec.unit == "group" else []
+    return ", ".join(listed) or "–"
+
+
 def options(unit: str) -> str:
     lines = []
     for name, spec in OBJECTIVES.items():
         if spec.unit == unit and spec.function.__module__.startswith("rgpb."):
             listed = ", ".join(f"`{option}={default}`" for option, default in options_of(spec))
-            lines.append((f"`{name}`", listed or "none"))
-    return table(("name", "options and defaults"), lines, right=2)
+            lines.append((f"`{name}`", listed or "–", needs(spec), spec.couples))
+    return table(("name", "options and defaults", "needs", "couples"), lines, right=4)
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
