@@ -303,18 +303,17 @@ def _tolerance(value: float | str) -> str:
 # -- claims -----------------------------------------------------------------------------------------------------------
 
 
-def claims() -> list[tuple[str, str, str]]:
-    """(claim, paper, verdict) of each row of docs/claims.md."""
-    found = []
-    for line in CLAIMS.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if len(cells) > 3 and cells[2].strip("*") in ("holds", "does not hold", "not decidable at this size"):
-            found.append((cells[0], cells[1], cells[2].strip("*")))
-    return found
+VERDICTS = ("**holds**", "**does not hold**", "**not decidable at this size**")
+
+
+def claims() -> list[tuple[str, str]]:
+    """(claim, verdict) of each row of docs/claims.md."""
+    rows = [line.strip("| ").split(" | ") for line in CLAIMS.read_text(encoding="utf-8").splitlines()]
+    return [(cells[0], cells[2].strip("*")) for cells in rows if len(cells) > 3 and cells[2] in VERDICTS]
 
 
 def tally() -> str:
-    verdicts = [verdict for _, _, verdict in claims()]
+    verdicts = [verdict for _, verdict in claims()]
     held, failed = verdicts.count("holds"), verdicts.count("does not hold")
     return (
         f"**Of {len(verdicts)} claims of the four papers that were tried here, {held} held, {failed} did not, and "
@@ -386,7 +385,7 @@ def decisions() -> str:
     for situation, advice, wanted in DECISIONS:
         evidence = []
         for short, text in wanted:
-            verdicts = [verdict for claim, _, verdict in known if text in claim and "generated dialogues" not in claim]
+            verdicts = [verdict for claim, verdict in known if text in claim and "generated dialogues" not in claim]
             if len(verdicts) != 1:
                 raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(verdicts)}")
             evidence.append(f"{short}: **{verdicts[0].replace('not decidable at this size', 'undecided')}**")
@@ -397,10 +396,10 @@ def decisions() -> str:
 # -- objectives -------------------------------------------------------------------------------------------------------
 
 
-def options_of(spec: Objective) -> list[tuple[str, str]]:
-    """(name, default) of each option of an objective, from its function's signature."""
+def options_of(spec: Objective) -> list[tuple[str, str, str]]:
+    """(name, default, range in words or "") of each option of an objective."""
     parameters = list(inspect.signature(spec.function).parameters.values())[1:]
-    return [(parameter.name, repr(parameter.default)) for parameter in parameters]
+    return [(parameter.name, repr(parameter.default), "") for parameter in parameters]
 
 
 def needs(spec: Objective) -> str:
@@ -415,8 +414,11 @@ def options(unit: str) -> str:
     lines = []
     for name, spec in OBJECTIVES.items():
         if spec.unit == unit and spec.function.__module__.startswith("rgpb."):
-            listed = ", ".join(f"`{option}={default}`" for option, default in options_of(spec))
-            lines.append((f"`{name}`", listed or "–", needs(spec), spec.couples))
+            listed = [
+                f"`{option}={default}`" + (f" ({allowed})" if allowed else "")
+                for option, default, allowed in options_of(spec)
+            ]
+            lines.append((f"`{name}`", ", ".join(listed) or "–", needs(spec), spec.couples))
     return table(("name", "options and defaults", "needs", "couples"), lines, right=4)
 
 
