@@ -17,6 +17,8 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+NAME = r"<m[io]>(?:log|min|max)</m[io]>"
+APART = (re.compile(rf"({NAME})(?!<mo[^>]*>&#x00028;)"), re.compile(rf"(</mi>|&#x00029;</mo>)(?={NAME})"))
 LINK = re.compile(r"\]\(([^)#\s]+)")
 SHOWN = {"contributing.md": "CONTRIBUTING.md"}  # page of this folder → the file of the root that it shows
 TEXT = (".md", ".py", ".json")
@@ -72,6 +74,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     def drawn(match: re.Match[str]) -> str:
-        return convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
+        drawing = convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
+        for apart in APART:  # as TeX sets a function's name
+            drawing = apart.sub(r'\1<mspace width="0.17em"/>', drawing)
+        return drawing
 
     return FORMULA.sub(drawn, content)
