@@ -1,0 +1,521 @@
+"""The parts of the documents that are computed: tables of measurements, options of objectives, verdicts, plans.
+
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # exit with 1 where one is out of date (tests/test_docs.py does the same)
+
+A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME is a key of `PARTS`. Numbers
+come from benchmarks/results, verdicts from docs/claims.md, options from the registry, plans from `rgpb plan`: no number
+in the documents is typed by hand, unless the sentence says where it was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rgpb import cli
+from rgpb.bench.plan import HEADS, predictions
+from rgpb.engine.plan import RATES
+from rgpb.objectives import OBJECTIVES, Objective
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+CLAIMS = ROOT / "docs" / "claims.md"
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+
+# Where each set of measurements lies, under benchmarks/results.
+SMALL = "cpu-2-threads/2048-512-32000/results.json"
+LARGE = "cpu-2-threads/1024-2048-128256/results.json"
+BF16 = "cpu-2-threads/1024-512-32000-bf16/results.json"
+GROUPS = "cpu-2-threads/groups/results.json"
+AVX2 = "cpu-2-threads-avx2/2048-512-32000/results.json"
+AVX2_16MIB = "cpu-2-threads-avx2/2048-512-32000-16MiB/results.json"
+PEERS = "cpu-2-threads/peers/cpu.json"
+PRODUCTS = "cpu-2-threads/products/results.json"
+SKIP = "cpu-2-threads/skip/skip.json"
+TRAINED = "cpu-2-threads/trained/trained.json"
+
+JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
+PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
+
+# What was aimed at, set before measuring: (measurements, loss, path) → times the products alone.
+AIMS = {
+    (SMALL, "bnf", "single"): 1.06,
+    (LARGE, "bnf", "single"): 1.04,
+    (SMALL, "dpo", "two_pass"): 1.06,
+    (SMALL, "log-prob", "forward"): 1.08,
+}
+
+Row = dict[str, Any]
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
+    """A Markdown table; columns from number `right` on are aligned to the right."""
+    rule = ["---" if column < right else "---:" for column in range(len(headers))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headers, rule, *rows))
+
+
+def conditions(name: str) -> str:
+    """One line: machine, versions, commit, date."""
+    made = load(name)["provenance"]
+    rounds = made.get("repeats") or made.get("rounds")
+    return (
+        f"Measured {made['date'][:10]} on {made['threads']} threads of an {made.get('cpu', made['device'])}, PyTorch "
+        f"{made['torch']}, commit `{made['commit'][:7]}`, medians of {rounds} interleaved rounds: "
+        f"[data](../benchmarks/results/{name})."
+    )
+
+
+def shape(row: Row) -> str:
+    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[row["dtype"]]
+    return f"N = {row['tokens']:,}, H = {row['width']:,}, V = {row['vocab']:,}, {dtype}"
+
+
+def ms(row: Row) -> str:
+    return f"{row['seconds'] * 1e3:,.0f} ms"
+
+
+def mib(row: Row) -> str:
+    return f"{row['extra_bytes'] / 2**20:,.0f} MiB"
+
+
+def job(row: Row) -> str:
+    return JOBS[row["loss"]] + PATHS[row["path"]]
+
+
+# -- measurements -----------------------------------------------------------------------------------------------------
+
+
+def summary() -> str:
+    """The README's table: naive PyTorch is the reference, one job a row."""
+    rows = [row for row in load(SMALL)["rows"] if row["impl"] != "gemm"]
+    lines = []
+    for ours in rows:
+        if ours["impl"] != "fused" or ours["path"] == "two_pass":
+            continue
+        path = "full" if ours["path"] == "single" else ours["path"]
+        (naive,) = (r for r in rows if r["impl"] == "naive" and r["loss"] == ours["loss"] and r["path"] == path)
+        memory = ours["extra_bytes"] / naive["extra_bytes"]
+        both = f"{ours['over_naive']:.2f} × time, {memory:.2f} × memory"
+        lines.append((job(ours), f"{ms(naive)}, {mib(naive)}", f"**{ms(ours)}, {mib(ours)}**", both))
+    return table((shape(rows[0]), "naive PyTorch", "rgpb", "rgpb of naive"), lines)
+
+
+def measured(*names: str) -> str:
+    """All rows of some runs at one shape, beside the products alone and naive PyTorch."""
+    lines = []
+    for name in names:
+        rows = [row for row in load(name)["rows"] if row["impl"] != "gemm" and row["status"] == "ok"]
+        space = load(name)["provenance"]["workspace"]
+        for row in rows:
+            ours = row["impl"] == "fused"
+            what = f"**{job(row)}**" if ours else f"{job(row)}, naive"
+            if ours and space != 512 << 20:
+                what += f", workspace {space >> 20} MiB"
+            # one error of the loss or log-probability, one of the gradients relative to their norm
+            errors = (f"{row['value_error']:.0e}", "" if row["path"] == "forward" else _error(row))
+            naive = f"{row['over_naive']:.2f}" if row["over_naive"] else ""
+            lines.append((what, ms(row), f"{row['over_floor']:.2f} × {row['units']}", naive, mib(row), *errors))
+    headers = (
+        shape(load(names[0])["rows"][0]), "time", "products alone", "naive", "memory", "error", "gradient’s error"
+    )  # fmt: skip
+    return "\n\n".join([table(headers, lines), conditions(names[0])])
+
+
+def _error(row: Row) -> str:
+    return f"{row['gradient_error_relative']:.0e}"
+
+
+def aims() -> str:
+    lines = []
+    for (name, loss, path), aim in AIMS.items():
+        (row,) = (r for r in load(name)["rows"] if (r["loss"], r["path"], r["impl"]) == (loss, path, "fused"))
+        ratio = row["over_floor"]
+        lines.append((f"{job(row)}; {shape(row)}", f"{aim:.2f}", f"{ratio:.2f}", "met" if ratio <= aim else "missed"))
+    return table(("time over the products alone", "aim", "measured", ""), lines)
+
+
+NAMES = {
+    "fused": "**rgpb**",
+    "naive": "naive PyTorch",
+    "compiled": "naive, `torch.compile`",
+    "CCE": "cut_cross_entropy",
+    "F.linear_cross_entropy": "`F.linear_cross_entropy`",
+    "Liger": "Liger",
+    "TRL": "TRL",
+}
+
+
+def peers() -> str:
+    """Each contestant's fastest setting on each job: ms, MiB."""
+    rows = [row for row in load(PEERS)["rows"] if row["impl"] in NAMES]
+    jobs = [("bnf", ""), ("dpo", ""), ("dpo", "frozen"), ("mle", ""), ("log-prob", "")]
+    lines: list[list[str]] = []
+    settings: dict[tuple[str, str], list[str]] = {}
+    for impl, name in NAMES.items():
+        cells = [name]
+        for loss, path in jobs:
+            mine = [
+                row
+                for row in rows
+                if (row["impl"], row["loss"], row["status"]) == (impl, loss, "ok")
+                and (row["path"] == "frozen") == (path == "frozen")
+            ]
+            best = min(mine, key=lambda row: row["seconds"], default=None)
+            cells.append(f"{ms(best)}, {mib(best)}" if best else "–")
+            if best and best["note"]:
+                what = JOBS[loss] + (", frozen head" if path else "")
+                settings.setdefault((name, best["note"]), []).append(what)
+        lines.append(cells)
+    taken = "; ".join(f"{name}: `{note}` ({', '.join(done)})" for (name, note), done in settings.items())
+    made = load(PEERS)["provenance"]
+    versions = ", ".join(
+        f"{name} {made[name]}" for name in ("trl", "liger-kernel", "cut-cross-entropy") if name in made
+    )
+    headers = (shape(rows[0]), *(JOBS[loss] + (", frozen head" if path else "") for loss, path in jobs))
+    return "\n\n".join([table(headers, lines), f"Fastest settings: {taken}.", f"{conditions(PEERS)} With {versions}."])
+
+
+def products() -> str:
+    found = load(PRODUCTS)["table"]
+    counts = (128, 256, 512, 1024)
+    vocab = load(PRODUCTS)["provenance"]["vocab"]
+
+    def rate(product: str, rows: int, columns: int, pad: int = 0) -> str:
+        (line,) = (
+            x
+            for x in found
+            if x.get("product") == product and (x.get("rows"), x.get("columns"), x.get("pad")) == (rows, columns, pad)
+        )
+        return f"{line['gflops']:.0f}"
+
+    kinds = (
+        ("logits, all columns at once", "logits", vocab),
+        ("logits, 1,024 columns at a time", "logits", 1024),
+        ("dX", "dX", vocab),
+        ("dW, accumulated", "dW", vocab),
+    )
+    by_rows = table(
+        (f"GFLOP/s, H = 512, V = {vocab:,}", *(f"{count:,} rows" for count in counts)),
+        [(text, *(rate(product, count, columns) for count in counts)) for text, product, columns in kinds],
+    )
+    widths = (1024, 2048, 4096)
+    by_columns = table(
+        ("GFLOP/s, slices of dW over 2,048 rows", *(f"{width:,} columns" for width in widths)),
+        [
+            (text, *(rate("slices of dW", 2048, width, pad) for width in widths))
+            for text, pad in (("rows dense", 0), ("16 elements between rows", 16))
+        ],
+    )
+    memory = table(
+        ("writing memory", "GB/s"),
+        [(x["product"].removeprefix("write "), f"{x['GB/s']:.1f}") for x in found if "GB/s" in x],
+    )
+    shares = table(
+        ("share of a call", "row kernels", "products"),
+        [
+            (_call(x["product"]), f"{x['row kernels, %']:.1f} %", f"{x['products, %']:.1f} %")
+            for x in found
+            if "row kernels, %" in x
+        ],
+    )
+    return "\n\n".join([by_rows, by_columns, memory, shares, conditions(PRODUCTS)])
+
+
+def _call(name: str) -> str:
+    loss, path = name.split()
+    return JOBS[loss] + PATHS[path]
+
+
+def skip() -> str:
+    """Skipping on a made-up peaked distribution, BNF: unsorted / sorted."""
+    rows = [row for row in load(SKIP)["rows"] if row["loss"] == "bnf" and row["status"] == "ok"]
+    (whole,) = (row for row in rows if row["tolerance"] is None)
+    lines = []
+    for tolerance in (1e-4, 1e-3, "auto", 1e-2):
+        both = [_one(rows, tolerance=tolerance, sorted=order) for order in (False, True)]
+        lines.append(
+            (
+                _tolerance(tolerance),
+                " / ".join(f"{row['share']:.2f}" for row in both),
+                " / ".join(f"{row['off']:.0e}" for row in both),
+                " / ".join(f"{row['seconds']:.2f} s" for row in both),
+            )
+        )
+    headers = ("BNF, τ", "share left out", "changes dW by", f"time; single pass {whole['seconds']:.2f} s")
+    return "\n\n".join([table(headers, lines), conditions(SKIP)])
+
+
+def trained() -> str:
+    """Skipping on a language model, by how long it was trained, BNF: unsorted / sorted."""
+    rows = [row for row in load(TRAINED)["rows"] if (row["loss"], row["kernels"]) == ("bnf", "cpp")]
+    last = max(row["steps"] for row in rows)
+    cases = [(step, "auto") for step in sorted({row["steps"] for row in rows})] + [(last, 1e-3), (last, 1e-2)]
+    lines = []
+    for steps, tolerance in cases:
+        both = [_one(rows, steps=steps, tolerance=tolerance, sorted=order) for order in (False, True)]
+        lines.append(
+            (
+                f"{steps:,}",
+                f"{both[0]['perplexity']:,.0f}",
+                f"{both[0]['confident']:.1%}",
+                _tolerance(tolerance),
+                *(
+                    " / ".join(form.format(row[key]) for row in both)
+                    for key, form in (
+                        ("share", "{:.2f}"),
+                        ("units", "{:.1f}"),
+                        ("certified", "{:.2f}"),
+                        ("off", "{:.0e}"),
+                    )
+                ),
+            )
+        )
+    headers = (
+        "steps trained", "perplexity", "targets with p > 0.9", "τ", "share left out", "products",
+        "bound on what dW lacks", "what dW lacks",
+    )  # fmt: skip
+    times = [row["over_none"] for row in rows if row["over_none"]]
+    note = f"Time over a call without skipping: {min(times):.1f} to {max(times):.1f}."
+    return "\n\n".join([table(headers, lines, right=0), f"{note} {conditions(TRAINED)}"])
+
+
+def _one(rows: Sequence[Row], **wanted: Any) -> Row:
+    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def _tolerance(value: float | str) -> str:
+    return '`"auto"` = 2⁻⁸' if value == "auto" else f"{value:.0e}"
+
+
+# -- claims -----------------------------------------------------------------------------------------------------------
+
+
+VERDICTS = ("**holds**", "**does not hold**", "**not decidable at this size**")
+
+
+def claims() -> list[tuple[str, str]]:
+    """(claim, verdict) of each row of docs/claims.md."""
+    rows = [line.strip("| ").split(" | ") for line in CLAIMS.read_text(encoding="utf-8").splitlines()]
+    return [(cells[0], cells[2].strip("*")) for cells in rows if len(cells) > 3 and cells[2] in VERDICTS]
+
+
+def tally() -> str:
+    verdicts = [verdict for _, verdict in claims()]
+    held, failed = verdicts.count("holds"), verdicts.count("does not hold")
+    return (
+        f"**Of {len(verdicts)} claims of the four papers that were tried here, {held} held, {failed} did not, and "
+        f"{len(verdicts) - held - failed} could not be decided at this size.**"
+    )
+
+
+# What a reader comes with → the losses to try, and the claims that bear on it: a piece of each one's text.
+DECISIONS = (
+    (
+        "Pairs that differ in a few tokens (a digit, a step of a proof)",
+        "`bnf`, or `exmate`; not `dpo` alone",
+        (
+            ("DPO lowers the chosen response", "On nearly identical pairs DPO lowers the likelihood of the chosen"),
+            ("DPO learns next to nothing", "DPO learns next to nothing"),
+            ("BNF preserves the model better", "BNF preserves the model better than DPO and NLL+PLL"),
+            ("ExMATE improves perplexity and agility", "In the same case ExMATE improves both at once"),
+        ),
+    ),
+    (
+        "Pairs that differ much",
+        "`dpo`, `exmate` or `mle`: compare them on your data",
+        (
+            (
+                "ExMATE has the lowest perplexity",
+                "differ much (HH-RLHF), ExMATE reaches the lowest perplexity",
+            ),
+            ("DPO has the highest agility", "differ much (HH-RLHF), DPO reaches the highest agility"),
+        ),
+    ),
+    (
+        "Likes and dislikes without partners",
+        "`bnf`, `kto` or `bco`",
+        (("BNF improves without any pairs", "BNF improves over the model it starts from even when no response"),),
+    ),
+    (
+        "Several responses to a prompt, with rewards",
+        "`swepo` with `p=0`",
+        (
+            ("All above the mean beat the best alone", "Contrasting all responses above the mean"),
+            ("Weighting by deviation helps", "Weighting the group contrast by the deviation"),
+            ("DPO varies more with the rejected response", "DPO's result varies more than that of SWEPO"),
+        ),
+    ),
+    (
+        "Several responses, the best known, no rewards",
+        "`rnce`, or `mc_po`",
+        (
+            ("Drawing by the kernel beats other samplers", "Drawing the rejected response with probability"),
+            ("The lowest βΔ is the worst sampler", "Taking the candidate with the lowest"),
+        ),
+    ),
+    (
+        "One model after another: first `mle`, then preferences",
+        "`exmate` or `dpo` as second stage: compare",
+        (("ExMATE improves both, DPO trades one for the other", "As second stage after MLE, ExMATE improves both"),),
+    ),
+    (
+        "DPO moves the chosen responses too far",
+        "a larger `beta`",
+        (("A larger β preserves the chosen better", "A larger β of DPO lowers agility"),),
+    ),
+)  # fmt: skip
+
+
+def decisions() -> str:
+    known = claims()
+    lines = []
+    for situation, advice, wanted in DECISIONS:
+        evidence = []
+        for short, text in wanted:
+            verdicts = [verdict for claim, verdict in known if text in claim and "generated dialogues" not in claim]
+            if len(verdicts) != 1:
+                raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(verdicts)}")
+            evidence.append(f"{short}: **{verdicts[0].replace('not decidable at this size', 'undecided')}**")
+        lines.append((situation, advice, "; ".join(evidence)))
+    return table(("you have", "try first", "what was tried here"), lines, right=3)
+
+
+# -- objectives -------------------------------------------------------------------------------------------------------
+
+
+def options_of(spec: Objective) -> list[tuple[str, str, str]]:
+    """(name, default, range in words or "") of each option of an objective."""
+    parameters = list(inspect.signature(spec.function).parameters.values())[1:]
+    return [(parameter.name, repr(parameter.default), "") for parameter in parameters]
+
+
+def needs(spec: Objective) -> str:
+    """What a call is given beside hidden states, head and target."""
+    listed = ["`label`"] if spec.label else []
+    listed += ["`ref`" if spec.ref == "sums" else "`ref` per token"] if spec.ref else []
+    listed += ["`rewards`" if spec.rewards else "`group_size`"] if spec.unit == "group" else []
+    return ", ".join(listed) or "–"
+
+
+def options(unit: str) -> str:
+    lines = []
+    for name, spec in OBJECTIVES.items():
+        if spec.unit == unit and spec.function.__module__.startswith("rgpb."):
+            listed = [
+                f"`{option}={default}`" + (f" ({allowed})" if allowed else "")
+                for option, default, allowed in options_of(spec)
+            ]
+            lines.append((f"`{name}`", ", ".join(listed) or "–", needs(spec), spec.couples))
+    return table(("name", "options and defaults", "needs", "couples"), lines, right=4)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def kernel_predictions() -> str:
+    """What the two ceilings of an H200 allow each Triton kernel, on Llama-3-8B's head in bf16."""
+    tokens, (width, vocab, _) = 8192, HEADS["llama-3-8b"]
+    rates, logits = RATES["sm_90"], tokens * vocab
+    flops, operands = 2 * logits * width, 2 * width * (tokens + vocab)
+    partials = 3 * 4 * tokens * (vocab // 128)
+    kernels = (
+        ("library product → float32 logits", True, 4 * logits + operands, flops / rates.library),
+        ("`statistics_kernel`", False, 4 * logits, 4 * logits / rates.copy),
+        ("`gradients_kernel`, bf16 out", False, 6 * logits, 6 * logits / rates.copy),
+        ("`token_loss_kernel`, bf16 out", False, 10 * logits, 10 * logits / rates.copy),
+        ("`tiles_kernel`, score", True, operands + partials, flops / rates.tile),
+        ("`tiles_kernel`, weights or gradients", True, 2 * logits + operands, flops / rates.tile),
+    )
+    lines = []
+    for name, multiplies, size, seconds in kernels:
+        work = (f"{flops / 1e12:.1f} T", "products") if multiplies else ("–", "memory")
+        lines.append((name, work[0], f"{size / 1e9:.1f} GB", work[1], f"{seconds * 1e3:.1f} ms"))
+    headers = ("kernel", "flops", "bytes", "bound by", "predicted")
+    return table(headers, lines)
+
+
+def planned(command: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = cli.main(command.split()[1:])
+    if code:
+        raise ValueError(f"{command}: expected exit code 0, got {code}")
+    return f"```\n$ {command}\n{out.getvalue().rstrip()}\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "small": lambda: measured(SMALL),
+    "large": lambda: measured(LARGE),
+    "bf16": lambda: measured(BF16),
+    "groups": lambda: measured(GROUPS),
+    "avx2": lambda: measured(AVX2, AVX2_16MIB),
+    "aims": aims,
+    "peers": peers,
+    "products": products,
+    "skip": skip,
+    "trained": trained,
+    "predictions": predictions,
+    "kernel-predictions": kernel_predictions,
+    "tally": tally,
+    "decisions": decisions,
+    "options-response": lambda: options("response"),
+    "options-pair": lambda: options("pair"),
+    "options-group": lambda: options("group"),
+    "plan-gpu": lambda: planned("rgpb plan --model llama-3-8b --tokens 8192 --loss bnf --workspace 4GiB"),
+}
+MARKED = re.compile(r"(<!-- begin ([a-z0-9-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def generated(name: str) -> str:
+    """A document with all its generated parts made anew.
+
+    Args:
+        name: path of the document from the repository's root.
+
+    Raises:
+        ValueError: a marker without its partner, or of an unknown part.
+    """
+    text = (ROOT / name).read_text(encoding="utf-8")
+    begun = re.findall(r"<!-- begin ([a-z0-9-]+) -->", text)
+    if begun != [part for _, part, _ in MARKED.findall(text)] or begun != re.findall(
+        r"<!-- end ([a-z0-9-]+) -->", text
+    ):
+        raise ValueError(f"{name}: expected each `begin` with its `end`, got {begun}")
+    unknown = sorted(set(begun) - set(PARTS))
+    if unknown:
+        raise ValueError(f"{name}: expected parts of {sorted(PARTS)}, got {unknown}")
+    made = {part: PARTS[part]() for part in begun}
+    if name == "README.md":  # links start at the root there
+        made = {part: body.replace("](../", "](") for part, body in made.items()}
+    return MARKED.sub(lambda match: f"{match[1]}\n{made[match[2]]}\n\n{match[3]}", text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    changed = [name for name in DOCUMENTS if generated(name) != (ROOT / name).read_text(encoding="utf-8")]
+    for name in changed:
+        if arguments:
+            print(f"{name}: out of date; run `python docs/generate.py`", file=sys.stderr)
+        else:
+            (ROOT / name).write_text(generated(name), encoding="utf-8")
+    return 1 if changed and arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
