@@ -14,22 +14,22 @@ INTERPRET = TRITON_INTERPRET=1
 # One thread each: tests/conftest.py
 PYTEST = $(RUN) pytest -n 2
 
-.PHONY: demo test test-slow test-sanitized lint bench clean
+.PHONY: demo test test-full test-sanitized lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
 
 test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, in processes of their own, interpreted
-	$(PYTEST) $(SLOW)
-	$(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
+	$(PYTEST) $(FULL)
+	$(INTERPRET) $(PYTEST) $(FULL) tests/interpreted
 	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
 	$(ON_NEWEST) $(PYTEST) tests/test_targets.py $(TARGETS)
 
 # On the newest Triton one architecture is compiled for; all with the slow ones
 TARGETS = -k sm_90
-test-slow: SLOW = --slow
-test-slow: TARGETS =
-test-slow: test  ## also the slow ones
+test-full: FULL = --full
+test-full: TARGETS =
+test-full: test  ## also the slow ones
 
 # A copy of the package with the C++ kernels built for the sanitizers, before the other one on the path
 SANITIZED = $(abspath $(VENV))/sanitized

@@ -1,11 +1,17 @@
-"""Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN."""
+"""Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN.
+
+What isn't asked for is deselected: tests marked `full` without `--full`, tests marked `gpu` without `-m gpu` or a GPU.
+"""
 
 import os
 
+import covering
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +24,27 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(False)
 
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
-
-
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--full", action="store_true", help="also the tests marked full; whole products of parameters")
+
+
+def pytest_configure(config):
+    covering.FULL = config.getoption("--full")
+
+
+def pytest_report_header(config):
+    rows = "whole products" if covering.FULL else f"covering arrays, seed {covering.SEED}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"parameters: {rows}; {gpu}"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip with a reason, never quietly."""
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with `make test-slow`"))
+    left_out = set()
+    if not config.getoption("--full"):
+        left_out.add("full")
+    if "gpu" not in config.getoption("-m") or not torch.cuda.is_available():
+        left_out.add("gpu")
+    dropped = [item for item in items if left_out.intersection(mark.name for mark in item.iter_markers())]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]

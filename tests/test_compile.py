@@ -60,7 +60,7 @@ def test_compiles_in_one_graph(given, step):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised inside PyTorch's own inductor
 @pytest.mark.parametrize("step", [bnf, dpo_each])
 def test_compiles_with_inductor(given, step):

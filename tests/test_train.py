@@ -759,7 +759,7 @@ class TestDemo:
         with pytest.raises(RuntimeError, match="the fused BNF step and the one with full logits disagree"):
             demo_module.one_step()
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_whole(self, tmp_path):
         """The case that BNF's authors describe: pairs that differ in a digit or two."""
         assert cli.main(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
