@@ -10,12 +10,7 @@ import sys
 
 import pytest
 import torch
-
-from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
-from rgpb.engine import chunked, skipping
-from rgpb.engine import plan as planning
-from rgpb.fused import bnf_loss, dpo_loss
-from tests.test_engine import (
+from engine_suite import (
     HEADS,
     PATHS,
     SHAPES,
@@ -28,6 +23,11 @@ from tests.test_engine import (
     run_path,
     small,
 )
+
+from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
+from rgpb.engine import chunked, skipping
+from rgpb.engine import plan as planning
+from rgpb.fused import bnf_loss, dpo_loss
 
 ENGINES = ("chunked", "tiled")
 SHAPE = (3, 5, 141, 24)  # several blocks and tiles along V, two tiles of rows, H off the tile of 16
