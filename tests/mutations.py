@@ -4,6 +4,10 @@
 
 The faults stand in mutations.toml. A fault is *killed* by the first test file that fails; it *survives* if all files of
 its area pass. The table has one line a fault and is continued where it ends; `--check` only looks for each text.
+Python 3.11 or newer.
+
+Tests run in children of this process, which has imported PyTorch already, so that a fault takes seconds. First the
+unchanged copy has to pass each area's first file.
 """
 
 from __future__ import annotations
@@ -12,14 +16,18 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tomllib
+import torch  # noqa: F401 for the children, too; but no triton, which reads TRITON_INTERPRET when it is imported
 
 DATA = Path(__file__).with_name("mutations.toml")
 TIMEOUT = 1800  # seconds a test file may take: a fault can make a loop endless
@@ -34,6 +42,7 @@ def main() -> None:
     given = parser.parse_args()
     data = tomllib.loads(DATA.read_text())
     faults = [fault for fault in data["mutation"] if given.only in fault["breaks"]]
+    faults.sort(key=lambda fault: fault["area"] == "cpp")  # each takes a build
     tree = given.tree.resolve()
     places = find_all(tree, data["areas"], faults)
     if given.check:
@@ -43,11 +52,14 @@ def main() -> None:
     done = {line.split("\t")[0] for line in given.table.read_text().splitlines()} if given.table.exists() else set()
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of(tree, Path(folder))
+        faults = [fault for fault in faults if fault["breaks"] not in done]
+        for name in sorted({data["areas"][fault["area"]]["tests"][0] for fault in faults}):
+            code, said = tested(copy, name)
+            if code:
+                sys.exit(f"{name} fails without any fault\n{said}")
         for fault in faults:
-            if fault["breaks"] in done:
-                continue
             start = time.monotonic()
-            verdict = judge(tree, copy, places[fault["breaks"]], fault, data["areas"][fault["area"]]["tests"])
+            verdict = judge(copy, places[fault["breaks"]], fault, data["areas"][fault["area"]]["tests"])
             with given.table.open("a") as table:
                 table.write(f"{fault['breaks']}\t{verdict}\t{time.monotonic() - start:.0f} s\n")
             print(fault["breaks"], verdict, sep=": ", flush=True)
@@ -93,13 +105,10 @@ def copy_of(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(tree: Path, copy: Path, place: Path, fault: dict[str, str], tests: list[str]) -> str:
+def judge(copy: Path, place: Path, fault: dict[str, str], tests: list[str]) -> str:
     """ "killed by …", "survived" or "can't tell: …"; the copy is as it was afterwards."""
-    python = str(tree / ".venv" / "bin" / "python")
-    if fault.get("needs") == "bf16":
-        asked = "from rgpb.kernels import cpp_rows; print(cpp_rows.BF16_PRODUCTS)"
-        if "True" not in run([python, "-c", asked], copy).stdout:
-            return "can't tell: no bfloat16 instructions"
+    if fault.get("needs") == "bf16" and in_child(lambda: 1 - has_bf16(), copy)[0]:
+        return "can't tell: no bfloat16 instructions"
     path = copy / place
     text = path.read_text()
     (at,) = spots(path, fault)
@@ -108,23 +117,16 @@ def judge(tree: Path, copy: Path, place: Path, fault: dict[str, str], tests: lis
     path.write_text(text[:at] + fault["new"] + text[at + len(fault["old"]) :])
     try:
         if fault["area"] == "cpp":
-            for library in libraries:
-                library.unlink()
-            built = run([python, "setup.py", "-q", "build_ext", "--inplace"], copy, CXXFLAGS="-O1")
-            if not list((copy / "kernels").glob("_cpp*.so")):
-                sys.exit(f"{fault['breaks']}: doesn't compile\n{built.stdout}")
+            build(copy, libraries, fault["breaks"])
         for name in tests:
-            interpret = {"TRITON_INTERPRET": "1"} if name.startswith("interpreted/") else {}
-            command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{name}"]
-            try:
-                made = run(command, copy, **interpret)
-            except subprocess.TimeoutExpired:
+            code, said = tested(copy, name)
+            if code is None:
                 return f"killed by {name}: no end"
-            if made.returncode == 1:
-                failed = re.findall(r"^FAILED (.+?)(?: - |$)", made.stdout, re.MULTILINE)
+            if code == 1:
+                failed = re.findall(r"^FAILED (.+?)(?: - |$)", said, re.MULTILINE)
                 return f"killed by {failed[0] if failed else name}"
-            if made.returncode not in (0, 5):  # 5: all is deselected
-                return f"killed by {name}: can't be collected or run, {made.returncode}"
+            if code not in (0, 5):  # 5: all is deselected
+                return f"killed by {name}: can't be collected or run, {code}"
         return "survived"
     finally:
         path.write_text(text)
@@ -132,12 +134,53 @@ def judge(tree: Path, copy: Path, place: Path, fault: dict[str, str], tests: lis
             library.write_bytes(content)
 
 
-def run(command: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
-    return subprocess.run(
-        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=TIMEOUT,
-    )  # fmt: skip
+def tested(copy: Path, name: str) -> tuple[int | None, str]:
+    """`in_child` of one test file, up to its first failure."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return in_child(lambda: pytest.main([*options, f"tests/{name}"]), copy, name)
+
+
+def has_bf16() -> bool:
+    from rgpb.kernels import cpp_rows
+
+    return cpp_rows.BF16_PRODUCTS
+
+
+def build(copy: Path, libraries: list[Path], name: str) -> None:
+    for library in libraries:
+        library.unlink()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    said = subprocess.run(command, cwd=copy, env={**os.environ, "CXXFLAGS": "-O1"}, capture_output=True, text=True)
+    if not list((copy / "kernels").glob("_cpp*.so")):
+        sys.exit(f"{name}: doesn't compile\n{said.stdout}{said.stderr}")
+
+
+def in_child(work: Callable[[], int], folder: Path, name: str = "") -> tuple[int | None, str]:
+    """(exit code, or None if it took too long; what it printed) of `work` in a child, in that folder."""
+    output = folder / "output.txt"
+    child = os.fork()
+    if not child:
+        code = 70
+        try:
+            os.chdir(folder)
+            sys.path[:0] = [str(folder), str(folder / "tests")]
+            sys.dont_write_bytecode = True
+            os.environ.update({"COLUMNS": "200", "TRITON_INTERPRET": str(int(name.startswith("interpreted/")))})
+            with output.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            code = int(work())
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    for _ in range(TIMEOUT * 10):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), output.read_text()
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None, ""
 
 
 if __name__ == "__main__":
