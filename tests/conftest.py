@@ -3,7 +3,9 @@
 What isn't asked for is deselected: tests marked `full` without `--full`, tests marked `gpu` without `-m gpu` or a GPU.
 """
 
+import json
 import os
+from pathlib import Path
 
 import covering
 import pytest
@@ -26,6 +28,7 @@ def poisoned_empty():
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the tests marked full; whole products of parameters")
+    parser.addoption("--write-receipts", action="store_true", help="keep what test_targets.py finds: `make receipts`")
 
 
 def pytest_configure(config):
@@ -48,3 +51,17 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The receipts of all compiled kernels into one file, unless a test failed. Here, since workers can't do that."""
+    stats = terminalreporter.stats
+    if not config.getoption("--write-receipts") or stats.get("failed") or stats.get("error"):
+        return
+    import test_targets
+
+    found = [p for report in stats.get("passed", ()) for p in report.user_properties if p[0] == "receipt"]
+    lines = [f"  {json.dumps(name)}: {json.dumps(made)}" for _, (name, made) in sorted(found, key=lambda p: p[1][0])]
+    head = f'{{"triton": "{test_targets.triton.__version__}", "sources": "{test_targets.sources()}", "kernels": {{'
+    Path(test_targets.__file__).with_name("receipts.json").write_text(head + "\n" + ",\n".join(lines) + "\n}}\n")
+    terminalreporter.write_line(f"tests/receipts.json: {len(lines)} kernels")

@@ -55,7 +55,7 @@ def main() -> None:
         copy = copy_of(tree, Path(folder))
         faults = [fault for fault in faults if fault["breaks"] not in done]
         for name in sorted({data["areas"][fault["area"]]["tests"][0] for fault in faults}):
-            code, said = tested(copy, name, CONTROL)
+            code, said = outcome(copy, name, CONTROL)
             if code:
                 sys.exit(f"{name} fails without any fault\n{said}")
         for fault in faults:
@@ -120,7 +120,7 @@ def judge(copy: Path, place: Path, fault: dict[str, str], tests: list[str]) -> s
         if fault["area"] == "cpp":
             build(copy, libraries, fault["breaks"])
         for name in tests:
-            code, said = tested(copy, name)
+            code, said = outcome(copy, name)
             if code is None:
                 return f"killed by {name}: no end"
             if code == 1:
@@ -135,7 +135,7 @@ def judge(copy: Path, place: Path, fault: dict[str, str], tests: list[str]) -> s
             library.write_bytes(content)
 
 
-def tested(copy: Path, name: str, timeout: int = TIMEOUT) -> tuple[int | None, str]:
+def outcome(copy: Path, name: str, timeout: int = TIMEOUT) -> tuple[int | None, str]:
     """`in_child` of one test file, up to its first failure."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return in_child(lambda: pytest.main([*options, f"tests/{name}"]), copy, name, timeout)

@@ -49,6 +49,7 @@ def own_function(hidden, weight, bias, target, ref):
     return fused_loss(hidden, LMHead(weight, bias), target, objective=lambda responses: responses.logps().square())
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("step", [bnf, dpo_each, dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
 def test_compiles_in_one_graph(given, step):
     wanted = given[:3]
@@ -60,6 +61,7 @@ def test_compiles_in_one_graph(given, step):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.compile
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised inside PyTorch's own inductor
 @pytest.mark.parametrize("step", [bnf, dpo_each])
@@ -74,6 +76,7 @@ def test_compiles_with_inductor(given, step):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.compile
 def test_operators_pass_opcheck(given):
     hidden, weight, bias, target, ref = given
     flat, y = hidden.detach().view(-1, H).requires_grad_(), target.view(-1)
