@@ -1,15 +1,33 @@
 """Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN.
 
 What isn't asked for is deselected: tests marked `full` without `--full`, tests marked `gpu` without `-m gpu` or a GPU.
+`pytest -m gpu` runs in a bare checkout, on a machine that has torch, triton and pytest alone.
 """
 
 import json
 import os
+import sys
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import covering
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+class Kernels:
+    """Finds `rgpb.kernels` where the package isn't installed: the folder stands beside `rgpb`."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "rgpb.kernels":
+            place = ROOT / "kernels"
+            return spec_from_file_location(name, place / "__init__.py", submodule_search_locations=[str(place)])
+
+
+sys.meta_path.append(Kernels)  # the last to be asked: an installed package comes first
 
 torch.set_num_threads(1)
 
@@ -33,6 +51,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     covering.FULL = config.getoption("--full")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu` files without such tests aren't imported: what they import needn't be there."""
+    if config.getoption("-m") == "gpu" and collection_path.match("test_*.py"):
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_report_header(config):

@@ -7,7 +7,7 @@ its area pass. The table has one line a fault and is continued where it ends; `-
 Python 3.11 or newer.
 
 Tests run in children of this process, which has imported PyTorch already, so that a fault takes seconds. First the
-unchanged copy has to pass each area's first file, or a minute of it.
+unchanged copy has to pass each area's first file, or half a minute of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch  # noqa: F401 for the children, too; but no triton, which reads TRI
 
 DATA = Path(__file__).with_name("mutations.toml")
 TIMEOUT = 1800  # seconds a test file may take: a fault can make a loop endless
-CONTROL = 60  # seconds for which the unchanged copy is tried
+CONTROL = 30  # seconds for which the unchanged copy is tried
 
 
 def main() -> None:
@@ -45,6 +45,10 @@ def main() -> None:
     faults = [fault for fault in data["mutation"] if given.only in fault["breaks"]]
     faults.sort(key=lambda fault: fault["area"] == "cpp")  # each takes a build
     tree = given.tree.resolve()
+
+    def tests_of(fault: dict[str, Any]) -> list[str]:
+        return fault.get("tests", data["areas"][fault["area"]]["tests"])
+
     places = find_all(tree, data["areas"], faults)
     if given.check:
         print(f"{len(faults)} faults, each found once")
@@ -54,13 +58,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_of(tree, Path(folder))
         faults = [fault for fault in faults if fault["breaks"] not in done]
-        for name in sorted({data["areas"][fault["area"]]["tests"][0] for fault in faults}):
+        for name in sorted({tests_of(fault)[0] for fault in faults}):
             code, said = outcome(copy, name, CONTROL)
             if code:
                 sys.exit(f"{name} fails without any fault\n{said}")
         for fault in faults:
             start = time.monotonic()
-            verdict = judge(copy, places[fault["breaks"]], fault, data["areas"][fault["area"]]["tests"])
+            verdict = judge(copy, places[fault["breaks"]], fault, tests_of(fault))
             with given.table.open("a") as table:
                 table.write(f"{fault['breaks']}\t{verdict}\t{time.monotonic() - start:.0f} s\n")
             print(fault["breaks"], verdict, sep=": ", flush=True)
@@ -69,7 +73,7 @@ def main() -> None:
     print(f"{killed} killed, {len(lines) - killed - unknown} survived, {unknown} can't be told here")
 
 
-def find_all(tree: Path, areas: dict[str, Any], faults: list[dict[str, str]]) -> dict[str, Path]:
+def find_all(tree: Path, areas: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Path]:
     """The file of each fault, relative to the tree; all that aren't found exactly once are listed."""
     places, wrong = {}, []
     for fault in faults:
@@ -84,7 +88,7 @@ def find_all(tree: Path, areas: dict[str, Any], faults: list[dict[str, str]]) ->
     return places
 
 
-def spots(path: Path, fault: dict[str, str]) -> list[int]:
+def spots(path: Path, fault: dict[str, Any]) -> list[int]:
     """Where `old` begins in a file, from the first `near` on."""
     text = path.read_text()
     start = text.find(fault.get("near", ""))
@@ -106,7 +110,7 @@ def copy_of(tree: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(copy: Path, place: Path, fault: dict[str, str], tests: list[str]) -> str:
+def judge(copy: Path, place: Path, fault: dict[str, Any], tests: list[str]) -> str:
     """ "killed by …", "survived" or "can't tell: …"; the copy is as it was afterwards."""
     if fault.get("needs") == "bf16" and in_child(lambda: 1 - has_bf16(), copy)[0]:
         return "can't tell: no bfloat16 instructions"
