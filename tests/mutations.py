@@ -142,7 +142,7 @@ def judge(copy: Path, place: Path, fault: dict[str, Any], tests: list[str]) -> s
 def outcome(copy: Path, name: str, timeout: int = TIMEOUT) -> tuple[int | None, str]:
     """`in_child` of one test file, up to its first failure."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return in_child(lambda: pytest.main([*options, f"tests/{name}"]), copy, name, timeout)
+    return in_child(lambda: pytest.main([*options, *f"tests/{name}".split()]), copy, name, timeout)
 
 
 def has_bf16() -> bool:

@@ -5,8 +5,9 @@ configuration and alignment. What no compiler says, whether results are right, i
 
 Two translations matter per kernel: PTX or AMD assembly, and the machine code of ptxas, which allocates registers.
 
-What was found stands in receipts.json, with a hash of the kernels' sources and the version of Triton. Where both are
-the same, two kernels are compiled for a check of the receipts; `--full` compiles all, `make receipts` also writes.
+What was found stands in receipts.json (registers, bytes of stack and shared memory, and what was asserted), with a hash
+of the kernels' sources and the version of Triton. Where both are the same, two kernels are compiled for a check of the
+receipts; `--full` compiles all, `make receipts` also writes.
 """
 
 from __future__ import annotations
@@ -337,7 +338,7 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
     addresses_are_wide(kernel)
     loop = innermost(kernel.machine, device.machine)
     assert loop, "no loop around the matrix instructions"
-    facts = ["matrix instructions", "TMA or not", "wide addresses"]
+    facts = ["matrix instructions", "TMA" if "cp.async.bulk.tensor" in kernel.assembly else "no TMA", "wide addresses"]
     if variant == "unaligned":  # operands come two bytes at a time, through registers: right, and slow
         receipt(name, kernel, *facts)
         return
@@ -345,7 +346,7 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
     if JUDGED:
         fits(kernel, arch, config.programs)
         assert kernel.stack <= (0 if arch == "gfx9" else SPILLS[variant])
-    receipt(name, kernel, *facts, "no spills in the matrix loop", f"{config.programs} fit", "few spills")
+    receipt(name, kernel, *facts, "no spills in the matrix loop", f"room for {config.programs}", "stack")
 
 
 def wide_cases():
@@ -364,7 +365,7 @@ def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     fits(kernel, "sm_90", configs.WIDE.programs)
     if JUDGED:
         assert kernel.stack == 0
-    receipt(name, kernel, "no tf32", "48 KiB", "wide addresses", f"{configs.WIDE.programs} fit", "no spills")
+    receipt(name, kernel, "no tf32", "48 KiB", "wide addresses", f"room for {configs.WIDE.programs}", "no stack")
 
 
 def test_tables_are_complete():
@@ -442,4 +443,4 @@ def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
     if JUDGED:
         fits(kernel, arch, 2)  # what covers the latency of memory
         assert kernel.stack <= 16
-    receipt(name, kernel, *facts, "2 fit", "few spills")
+    receipt(name, kernel, *facts, "room for 2", "stack")
