@@ -11,25 +11,47 @@ NEWEST = $(VENV)/.triton-$(TRITON_NEWEST)
 ON_NEWEST = PYTHONPATH=$(abspath $(VENV))/triton-newest
 INTERPRET = TRITON_INTERPRET=1
 
-# One thread each: tests/conftest.py
+# One thread each: tests/conftest.py. pytest ends with 5 where all tests are deselected
 PYTEST = $(RUN) pytest -n 2
 
-.PHONY: demo test test-slow test-sanitized lint bench clean
+# What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
+PARTS = full-torch full-interpreted full-compiled full-newest
+
+.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
 
 test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, in processes of their own, interpreted
-	$(PYTEST) $(SLOW)
-	$(INTERPRET) $(PYTEST) $(SLOW) tests/interpreted
-	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
-	$(ON_NEWEST) $(PYTEST) tests/test_targets.py $(TARGETS)
+	$(PYTEST)
+	$(INTERPRET) $(PYTEST) tests/interpreted
+	$(ON_NEWEST) $(RUN) pytest tests/test_targets.py
 
-# On the newest Triton one architecture is compiled for; all with the slow ones
-TARGETS = -k sm_90
-test-slow: SLOW = --slow
-test-slow: TARGETS =
-test-slow: test  ## also the slow ones
+test-full: test $(PARTS)  ## whole products of flags, everything marked `full`, every kernel compiled
+
+parts:  ## the names of those parts
+	@echo $(PARTS)
+
+full-torch: $(VENV)/.ready
+	$(PYTEST) --full --ignore tests/test_targets.py
+
+full-interpreted: $(VENV)/.ready
+	$(INTERPRET) $(PYTEST) --full tests/interpreted
+
+full-compiled: $(VENV)/.ready
+	$(PYTEST) --full tests/test_targets.py
+
+full-newest: $(NEWEST)
+	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
+	$(ON_NEWEST) $(PYTEST) --full tests/test_targets.py
+
+receipts: $(VENV)/.ready  ## compile every kernel and write down registers, spills and shared memory: tests/receipts.json
+	$(PYTEST) --full --write-receipts tests/test_targets.py
+
+mutations: $(VENV)/.ready  ## put faults into the sources one at a time, to see that the fast tests notice: runs/mutations.tsv
+	$(VENV)/bin/python tests/mutations.py
+
+# Filled in at merging: docs (the site, strict), pictures (of the README, from committed results), stub (rgpb/fused.pyi)
 
 # A copy of the package with the C++ kernels built for the sanitizers, before the other one on the path
 SANITIZED = $(abspath $(VENV))/sanitized
@@ -41,7 +63,7 @@ test-sanitized: $(VENV)/.ready  ## the C++ kernels' tests under AddressSanitizer
 		$(VENV)/bin/pytest tests/test_rows.py
 
 # compiled kernels are kept between runs
-test: export TRITON_CACHE_DIR = $(abspath $(VENV))/triton-cache
+test receipts $(PARTS): export TRITON_CACHE_DIR = $(abspath $(VENV))/triton-cache
 
 lint: $(VENV)/.ready
 	$(RUN) ruff check .

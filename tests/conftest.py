@@ -1,11 +1,37 @@
-"""Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN."""
+"""Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN.
 
+What isn't asked for is deselected: tests marked `full` without `--full`, tests marked `gpu` without `-m gpu` or a GPU.
+`pytest -m gpu` runs in a bare checkout, on a machine that has torch, triton and pytest alone.
+"""
+
+import json
 import os
+import sys
+from importlib.util import spec_from_file_location
+from pathlib import Path
 
+import covering
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
+
+
+class Kernels:
+    """Finds `rgpb.kernels` where the package isn't installed: the folder stands beside `rgpb`."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "rgpb.kernels":
+            place = ROOT / "kernels"
+            return spec_from_file_location(name, place / "__init__.py", submodule_search_locations=[str(place)])
+
+
+sys.meta_path.append(Kernels)  # the last to be asked: an installed package comes first
+
 torch.set_num_threads(1)
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +44,48 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(False)
 
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
-
-
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--full", action="store_true", help="also the tests marked full; whole products of parameters")
+    parser.addoption("--write-receipts", action="store_true", help="keep what test_targets.py finds: `make receipts`")
+
+
+def pytest_configure(config):
+    covering.FULL = config.getoption("--full")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m gpu` files without such tests aren't imported: what they import needn't be there."""
+    if config.getoption("-m") == "gpu" and collection_path.match("test_*.py"):
+        return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
+
+
+def pytest_report_header(config):
+    rows = "whole products" if covering.FULL else f"covering arrays, seed {covering.SEED}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"parameters: {rows}; {gpu}"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip with a reason, never quietly."""
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False"))
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with `make test-slow`"))
+    left_out = set()
+    if not config.getoption("--full"):
+        left_out.add("full")
+    if "gpu" not in config.getoption("-m") or not torch.cuda.is_available():
+        left_out.add("gpu")
+    dropped = [item for item in items if left_out.intersection(mark.name for mark in item.iter_markers())]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The receipts of all compiled kernels into one file, unless a test failed. Here, since workers can't do that."""
+    stats = terminalreporter.stats
+    if not config.getoption("--write-receipts") or stats.get("failed") or stats.get("error"):
+        return
+    import test_targets
+
+    found = [p for report in stats.get("passed", ()) for p in report.user_properties if p[0] == "receipt"]
+    lines = [f"  {json.dumps(name)}: {json.dumps(made)}" for _, (name, made) in sorted(found, key=lambda p: p[1][0])]
+    head = f'{{"triton": "{test_targets.triton.__version__}", "sources": "{test_targets.sources()}", "kernels": {{'
+    Path(test_targets.__file__).with_name("receipts.json").write_text(head + "\n" + ",\n".join(lines) + "\n}}\n")
+    terminalreporter.write_line(f"tests/receipts.json: {len(lines)} kernels")

@@ -1,25 +1,26 @@
 """What every implementation of the row kernels has to do, against float64 in torch operations (another form).
 
 `test_rows.py` runs it on torch's and the C++ kernels, `interpreted/test_kernels.py` on Triton's in the interpreter.
-Each gives a fixture `rows`, an `Implementation`.
+Each gives a fixture `rows`, an `Implementation`. Flags are covered by triples of values (`covering.py`).
 
 Dimensions: C rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from covering import covering
 
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 # V: off the blocks of 64 with several of them; exactly two blocks; less than one block; the smallest with another token
 VOCABS = (150, 128, 9, 2)
-EPILOGUES = list(itertools.product((False, True), (None, 2.5), (1.0, 0.3)))  # bias, soft-cap, scale
+FLAGS = {"bias": (False, True), "softcap": (None, 2.5), "scale": (1.0, 0.3)}
+NARROW = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of results; logits in float32, or float64
 ACCURACY = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 
@@ -67,8 +68,7 @@ def logits(z, epilogue):
     return z if epilogue.softcap is None else epilogue.softcap * torch.tanh(z / epilogue.softcap)
 
 
-def epilogue_of(flags, vocab, dtype):
-    bias, softcap, scale = flags
+def epilogue_of(bias, softcap, scale, vocab, dtype):
     return Epilogue(torch.randn(vocab).to(dtype) if bias else None, softcap, scale)
 
 
@@ -81,17 +81,17 @@ def acc_of(stored):
     return torch.float64 if stored == torch.float64 else torch.float32
 
 
-@pytest.mark.parametrize("flags", EPILOGUES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("vocab", VOCABS)
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_row_statistics_and_gradients(rows, stored, vocab, entropy, flags):
+@pytest.mark.parametrize(
+    ("stored", "vocab", "entropy", "bias", "softcap", "scale"),
+    covering(3, stored=NARROW[:3], vocab=VOCABS, entropy=(False, True), **FLAGS),
+)
+def test_row_statistics_and_gradients(rows, stored, vocab, entropy, bias, softcap, scale):
     if stored not in rows.stored:
         pytest.skip(f"this implementation has no buffers of {stored}")
     acc = acc_of(stored)
     z = (3 * torch.randn(3, vocab, dtype=torch.float64)).to(stored)
     y = torch.tensor([0, vocab - 1, vocab // 2])
-    epilogue = epilogue_of(flags, vocab, acc)
+    epilogue = epilogue_of(bias, softcap, scale, vocab, acc)
     exact_z = z.double().clone().requires_grad_()
     truth, q = dense(exact_z, y, epilogue)
     made, masses = rows.statistics(z.clone(), y, epilogue, entropy, 64)
@@ -112,10 +112,11 @@ def test_row_statistics_and_gradients(rows, stored, vocab, entropy, flags):
         close(d, gradient, acc, None if narrow == acc else narrow)
 
 
-@pytest.mark.parametrize("flags", EPILOGUES, ids=str)
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_weights_and_their_sum(rows, narrow, entropy, flags):
+@pytest.mark.parametrize(
+    ("narrow", "entropy", "bias", "softcap", "scale"),
+    covering(3, narrow=NARROW[:3], entropy=(False, True), **FLAGS),
+)
+def test_weights_and_their_sum(rows, narrow, entropy, bias, softcap, scale):
     """D = diag(r) E with E the weights left by the sweep for statistics, r = g / Σ E."""
     if rows.weights is None:
         pytest.skip("this implementation makes gradients in a sweep of their own")
@@ -124,7 +125,7 @@ def test_weights_and_their_sum(rows, narrow, entropy, flags):
     acc, vocab = acc_of(narrow), 150
     z = 3 * torch.randn(3, vocab, dtype=acc)
     y = torch.tensor([0, 149, 80])
-    epilogue = epilogue_of(flags, vocab, acc)
+    epilogue = epilogue_of(bias, softcap, scale, vocab, acc)
     exact_z = z.double().clone().requires_grad_()
     truth, _ = dense(exact_z, y, epilogue)
     (gradient,) = torch.autograd.grad(truth.lse_other.sum(), exact_z)
@@ -138,10 +139,11 @@ def test_weights_and_their_sum(rows, narrow, entropy, flags):
     assert not e[torch.arange(3), y].any()
 
 
-@pytest.mark.parametrize("flags", EPILOGUES, ids=str)
-@pytest.mark.parametrize("loss", ["nll", "unlikelihood", "bnf"])
-@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_token_losses_in_one_launch(rows, narrow, loss, flags):
+@pytest.mark.parametrize(
+    ("narrow", "loss", "bias", "softcap", "scale"),
+    covering(3, narrow=NARROW, loss=("nll", "unlikelihood", "bnf"), **FLAGS),
+)
+def test_token_losses_in_one_launch(rows, narrow, loss, bias, softcap, scale):
     if rows.token_loss_ is None:
         pytest.skip("this implementation takes a token-wise loss in three steps")
     if narrow not in (*rows.narrow, torch.float64, torch.float32):
@@ -151,7 +153,7 @@ def test_token_losses_in_one_launch(rows, narrow, loss, flags):
     z = 3 * torch.randn(count, vocab, dtype=acc)
     z[3, 7] += 30.0  # a confident token
     y = torch.tensor([0, 149, 80, 7, -1])
-    epilogue = epilogue_of(flags, vocab, acc)
+    epilogue = epilogue_of(bias, softcap, scale, vocab, acc)
     weight = torch.tensor([0.5, -0.25, 1.0, -1.0, 1.0], dtype=acc)
     ref_lam = torch.randn(count, dtype=torch.float64) - 3
     ref_lam[0] = 5.0
@@ -194,6 +196,16 @@ def test_a_target_in_another_slice(rows, dtype):
     wanted[1, 5] = upstream.g_zy[1]
     e, r = rows.gradients_(z.clone(), y, scores, upstream, epilogue)
     close(e if r is None else e * r[:, None], wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_target_that_dwarfs_the_others(rows, dtype):
+    """Coefficients of the others of 1e-30 of the target's, and of none at all; then no gradient at all."""
+    z, y = torch.randn(3, 70, dtype=dtype), torch.tensor([0, 5, 69])
+    epilogue, upstream = Epilogue(None, None, 1.0), Upstream(*torch.tensor([[1, 1, 0], [1e-30, 0, 0]], dtype=dtype))
+    made, _ = rows.statistics(z.clone(), y, epilogue, False, 64)
+    e, r = rows.gradients_(z.clone(), y, made, upstream, epilogue)
+    close(e if r is None else e * r[:, None], torch.nn.functional.one_hot(y, 70) * upstream.g_zy[:, None], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -54,6 +54,7 @@ def own_function(hidden, weight, bias, target, ref):
     return fused_loss(hidden, LMHead(weight, bias), target, objective=lambda responses: responses.logps().square())
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("step", [bnf, dpo_each, dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
 def test_compiles_in_one_graph(given, step):
     wanted = given[:3]
@@ -65,7 +66,8 @@ def test_compiles_in_one_graph(given, step):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised inside PyTorch's own inductor
 @pytest.mark.parametrize("step", [bnf, dpo_each])
 def test_compiles_with_inductor(given, step):
@@ -79,6 +81,7 @@ def test_compiles_with_inductor(given, step):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.compile
 def test_operators_pass_opcheck(given):
     hidden, weight, bias, target, ref = given
     head = LMHead(weight, bias, 5.0, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import Implementation, close, dense
@@ -46,15 +47,13 @@ def impl(request):
     return request.param
 
 
-@pytest.fixture(params=["torch", *(f"cpp {name}" for name in ("avx512", "avx2", "baseline"))])
+@pytest.fixture(params=["torch", *(f"cpp {name}" for name in SETS)])
 def rows(request):
     """The implementation, with the instruction set in use for as long as the test runs."""
     name, _, instructions = request.param.partition(" ")
     if name == "torch":
         yield IMPLEMENTATIONS[name]
         return
-    if instructions not in SETS:
-        pytest.skip(cpp_rows.missing() or f"this processor has no {instructions}")
     before = torch.ops.rgpb.cpp_use(instructions)
     yield IMPLEMENTATIONS[name]
     torch.ops.rgpb.cpp_use(before)
@@ -114,6 +113,7 @@ def test_statistics_alone_change_nothing():
 
 
 @cpp
+@pytest.mark.compile
 def test_operators_pass_opcheck():
     ops = torch.ops.rgpb
     z, y, none = torch.randn(3, 50), torch.tensor([4, -1, 49]), None
@@ -160,20 +160,20 @@ PRODUCTS = [(1, 1, 1), (130, 70, 515), (1100, 300, 33), (33, 300, 512), (300, 65
 
 
 @bf16
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("columns", [(False, False), (False, True), (True, False), (True, True)], ids=str)
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_bfloat16_products_with_float32_results(shape, columns, accumulate):
+@pytest.mark.parametrize(
+    ("shape", "first", "second", "accumulate"),
+    covering(3, shape=PRODUCTS, first=("rows", "columns"), second=("rows", "columns"), accumulate=(False, True)),
+)
+def test_bfloat16_products_with_float32_results(shape, first, second, accumulate):
+    """Each operand lies in rows, with room behind them, or in columns."""
     m, n, k = shape
 
-    def operand(rows, width, transposed):
-        return (
-            torch.randn(width, rows).bfloat16().t()
-            if transposed
-            else torch.randn(rows, 2 * width).bfloat16()[:, :width]
-        )
+    def operand(rows, width, lies):
+        if lies == "columns":
+            return torch.randn(width, rows).bfloat16().t()
+        return torch.randn(rows, 2 * width).bfloat16()[:, :width]
 
-    a, b = operand(m, k, columns[0]), operand(k, n, columns[1])
+    a, b = operand(m, k, first), operand(k, n, second)
     whole = torch.randn(m, n + 3)
     out = whole[:, :n]
     truth = a.double() @ b.double() + (out.double() if accumulate else 0)

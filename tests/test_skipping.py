@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 
 from rgpb import LMHead, fused_loss, linear_logprob, objective, reference
 from rgpb.engine import plan
@@ -36,9 +37,10 @@ def dlogits(hidden, head, target, loss):
     return torch.autograd.grad(loss(z.log_softmax(-1)), z)[0]
 
 
-@pytest.mark.parametrize("sort_vocab", [False, True])
-@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.05, 0.5, "auto"])
-@pytest.mark.parametrize("workspace", [1 << 29, 1 << 15])
+@pytest.mark.parametrize(
+    ("tolerance", "sort_vocab", "workspace"),
+    covering(2, tolerance=(0.0, 1e-3, 0.05, 0.5, "auto"), sort_vocab=(False, True), workspace=(1 << 29, 1 << 15)),
+)
 def test_the_bound_holds_on_every_row(peaked, tolerance, sort_vocab, workspace):
     hidden, head, target = peaked
     upstream = torch.rand(B, T, dtype=torch.float64)  # rows that count more and less

@@ -4,14 +4,20 @@ Each launch is recorded on CPU tensors, so what is compiled is what the launch f
 configuration and alignment. What no compiler says, whether results are right, is for `tests/interpreted`.
 
 Two translations matter per kernel: PTX or AMD assembly, and the machine code of ptxas, which allocates registers.
+
+What was found stands in receipts.json (registers, bytes of stack and shared memory, and what was asserted), with a hash
+of the kernels' sources and the version of Triton. Where both are the same, two kernels are compiled for a check of the
+receipts; `--full` compiles all, `make receipts` also writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -31,10 +37,12 @@ from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+pytestmark = [pytest.mark.compile, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
 
 KIB = 1024
-JUDGED = triton.__version__ == "3.6.0"  # another version brings another ptxas: spills are only recorded there
+RECEIPTS = json.loads(Path(__file__).with_name("receipts.json").read_text(encoding="utf-8"))
+JUDGED = triton.__version__ == RECEIPTS["triton"]  # another version brings another ptxas: its numbers aren't judged
+SPOT = {"sm_90 gradients 0 plain", "gfx9 rows bnf"}  # compiled also without --full: a tile and a row kernel, two makers
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
     torch.float64: "fp64",
@@ -200,6 +208,42 @@ def tool(name, *args):
     return done.stdout + done.stderr
 
 
+# -- receipts ---------------------------------------------------------------------------------------------------------
+
+
+def sources():
+    """A hash of all that decides how a kernel is compiled, but for Triton."""
+    texts = [path.read_bytes() for path in sorted(Path(configs.__file__).parent.glob("*.py"))]
+    return sha256(b"".join(text for text in texts if b"@triton.jit" in text or b"TILES" in text)).hexdigest()[:16]
+
+
+def case(name, *values):
+    """A kernel to compile, by the name of its receipt; all but two only with --full."""
+    return pytest.param(name, *values, id=name, marks=[] if name in SPOT else [pytest.mark.full])
+
+
+@pytest.fixture
+def receipt(request, record_property):
+    """Takes a kernel and what was found to hold of it; it has to be what the receipt says."""
+
+    def compare(name, kernel, *facts):
+        made = {"registers": kernel.registers, "stack": kernel.stack, "shared": kernel.shared, "facts": [*facts]}
+        record_property("receipt", (name, made))
+        if JUDGED and not request.config.getoption("--write-receipts"):
+            assert made == RECEIPTS["kernels"].get(name), f"{name}: the receipt differs; see `make receipts`"
+
+    return compare
+
+
+@pytest.mark.skipif(not JUDGED, reason=f"the receipts are of triton {RECEIPTS['triton']}")
+def test_receipts_are_of_these_kernels(request):
+    if request.config.getoption("--write-receipts"):
+        return
+    assert RECEIPTS["sources"] == sources(), "the kernels have changed since tests/receipts.json: run `make receipts`"
+    cases = [*tile_cases(), *wide_cases(), *row_cases()]
+    assert set(RECEIPTS["kernels"]) == {given.values[0] for given in cases}, "run `make receipts`"
+
+
 # -- what is asked of each --------------------------------------------------------------------------------------------
 
 
@@ -268,50 +312,60 @@ def tile_launch(arch, job, config, variant, dtype=torch.bfloat16):
 
 
 def tile_cases():
-    """(arch, job, index into the table, variant): everything of the first, the others as they come most often."""
+    """(name, arch, job, index into the table, variant): all of the first, the others as they come most often."""
+
+    def made(*values):
+        return case(" ".join(map(str, values)), *values)
+
     for arch in DEVICES:
         for job in JOBS:
             for variant in ("plain", "flags", "ragged"):
-                yield arch, job, 0, variant
+                yield made(arch, job, 0, variant)
             if job == "score":  # the matrix loop is that of the other jobs
-                yield arch, job, 0, "unaligned"
+                yield made(arch, job, 0, "unaligned")
             if arch == "sm_90":
                 for index in range(1, len(configs.TILES[arch][job])):
-                    yield arch, job, index, "plain"
+                    yield made(arch, job, index, "plain")
 
 
-@pytest.mark.parametrize(("arch", "job", "index", "variant"), list(tile_cases()))
-def test_tile_kernel(arch, job, index, variant, tmp_path, record_property):
+@pytest.mark.parametrize(("name", "arch", "job", "index", "variant"), list(tile_cases()))
+def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
     device, config = DEVICES[arch], configs.TILES[arch][job][index]
     kernel = compiled(arch, tile_launch(arch, job, config, variant), tmp_path)
-    record_property("config", str(tuple(config)))
-    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
     assert device.matrix in kernel.assembly
     assert ("cp.async.bulk.tensor" in kernel.assembly) == (config.tma and variant != "unaligned")
     assert kernel.shared <= device.program
     addresses_are_wide(kernel)
     loop = innermost(kernel.machine, device.machine)
     assert loop, "no loop around the matrix instructions"
-    if variant == "unaligned":
-        return  # operands come two bytes at a time, through registers: right, and slow
+    facts = ["matrix instructions", "TMA" if "cp.async.bulk.tensor" in kernel.assembly else "no TMA", "wide addresses"]
+    if variant == "unaligned":  # operands come two bytes at a time, through registers: right, and slow
+        receipt(name, kernel, *facts)
+        return
     assert not [line for line in loop if re.search(r"\bLDL|\bscratch_load", line)], "reloads spills in the matrix loop"
     if JUDGED:
         fits(kernel, arch, config.programs)
         assert kernel.stack <= (0 if arch == "gfx9" else SPILLS[variant])
+    receipt(name, kernel, *facts, "no spills in the matrix loop", f"room for {config.programs}", "stack")
 
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tile_kernel_with_wide_operands(dtype, job, tmp_path, record_property):
+def wide_cases():
+    for dtype in (torch.float32, torch.float64):
+        for job in JOBS:
+            yield case(f"sm_90 {job} wide {TYPES[dtype]}", dtype, job)
+
+
+@pytest.mark.parametrize(("name", "dtype", "job"), list(wide_cases()))
+def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     """No tensor core rounds float32 operands to tf32, and 48 KiB are what every architecture has."""
     kernel = compiled("sm_90", tile_launch("sm_90", job, configs.WIDE, "plain", dtype), tmp_path)
-    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
     assert "tf32" not in kernel.assembly
     assert kernel.shared <= 48 * KIB
     addresses_are_wide(kernel)
     fits(kernel, "sm_90", configs.WIDE.programs)
     if JUDGED:
         assert kernel.stack == 0
+    receipt(name, kernel, "no tf32", "48 KiB", "wide addresses", f"room for {configs.WIDE.programs}", "no stack")
 
 
 def test_tables_are_complete():
@@ -369,16 +423,24 @@ ROW_CASES = [
 ]
 
 
-@pytest.mark.parametrize("arch", DEVICES)
-@pytest.mark.parametrize(("name", "flags"), ROW_CASES)
-def test_row_kernel(arch, name, flags, tmp_path, record_property):
-    kernel = compiled(arch, row_launch(arch, name, flags), tmp_path)
-    record_property("registers, stack, shared", f"{kernel.registers}, {kernel.stack}, {kernel.shared}")
+def row_cases():
+    for arch in DEVICES:
+        for job, flags in ROW_CASES:
+            yield case(f"{arch} rows {job}" + " flags" * flags, arch, job, flags)
+
+
+@pytest.mark.parametrize(("name", "arch", "job", "flags"), list(row_cases()))
+def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
+    kernel = compiled(arch, row_launch(arch, job, flags), tmp_path)
     addresses_are_wide(kernel)
-    if name not in ("target", "masses"):  # the one stores, the other's blocks may be too short
+    facts = ["wide addresses"]
+    if job not in ("target", "masses"):  # the one stores, the other's blocks may be too short
         vectorised(kernel, arch)
-    if name in ("gradients", "padded", *triton_rows.TOKEN_LOSSES):
+        facts.append("vectors")
+    if job in ("gradients", "padded", *triton_rows.TOKEN_LOSSES):
         stores_wait(kernel, arch)
+        facts.append("stores wait")
     if JUDGED:
         fits(kernel, arch, 2)  # what covers the latency of memory
         assert kernel.stack <= 16
+    receipt(name, kernel, *facts, "room for 2", "stack")
