@@ -25,11 +25,12 @@ from engine_suite import (
     small,
 )
 
-from rgpb import LMHead, TokenScores, fused_loss, linear_logprob, reference
+from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
 from rgpb.engine import plan as planning
-from rgpb.engine import skipping
 from rgpb.fused import bnf_loss, dpo_loss
 from rgpb.kernels import matmul
+from rgpb.logprob import call_tensors
+from rgpb.validation import How, make_call
 
 IMPLS = ("triton", "tiled")
 SHAPE = (3, 5, 141, 24)  # several blocks and tiles along V, two tiles of rows, H off the tile of 16
@@ -124,24 +125,19 @@ def test_gradients_of_every_score(head, impl):
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.full), "tiled"])
 def test_operators_pass_opcheck(impl):
     hidden, head, target, _ = batch((1, 6, 70, 4))
-    h, y = hidden.detach().view(6, 4).requires_grad_(), target.view(-1)
-    common = (h, head.weight, None, y, None, 1.0, -100, 1 << 20, torch.float64, "triton", impl)
-    torch.library.opcheck(torch.ops.rgpb.score, (*common, False, False, None, False))
-    plain = (h.detach(), head.weight.detach(), *common[2:])
+    h, how = hidden.detach().view(6, 4).requires_grad_(), How(impl, workspace=1 << 20)
+    tensors = call_tensors(h, head, target)._replace(hidden=h)  # a leaf
+    torch.library.opcheck(torch.ops.rgpb.score, tensors.pack(make_call(h, head, how, -100)._replace(accumulate=False)))
     static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
-    torch.library.opcheck(torch.ops.rgpb.score, (*plain, False, False, 0.1, True), test_utils=static)
-    lengths = torch.tensor([6])
-    single = (
-        h, head.weight, None, y, lengths, None, None, None, None, None, 0, "mle", "", True, None, 1.0, -100, 1 << 20,
-        torch.float64, "triton", impl, True, True, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.rgpb.single_pass, single)
+    skip = make_call(h, head, how._replace(grad_tolerance=0.1, sort_vocab=True), -100)._replace(accumulate=False)
+    plain = tensors._replace(hidden=h.detach(), weight=head.weight.detach())
+    torch.library.opcheck(torch.ops.rgpb.score, plain.pack(skip), test_utils=static)
+    call = make_call(h, head, how, -100, spec=OBJECTIVES["mle"])
+    torch.library.opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.tensor([6])).pack(call))
 
 
 def test_the_loss_in_the_kernel_equals_the_objective(monkeypatch):
     """Every objective with `terms`, against its own function on the same kernels, in chunks."""
-    from rgpb import OBJECTIVES
-
     named = {name: spec for name, spec in OBJECTIVES.items() if spec.terms is not None}
     assert set(named) == {"mle", "nll_pll", "unlikelihood", "bnf"}
     shape = (4, 3, 70, 6)
@@ -246,8 +242,7 @@ def test_small_shapes(shape, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_skipping_is_certified(monkeypatch, impl):
     """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
-    for module in (planning, skipping):
-        monkeypatch.setattr(module, "MASS_TILE", 64)
+    monkeypatch.setattr(planning, "MASS_TILE", 64)
     hidden, head, target, _ = batch((2, 4, 300, 12))
     hidden = 4 * hidden.detach().requires_grad_()
     how = {"impl": impl}
@@ -384,16 +379,15 @@ def test_strided_inputs(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_what_the_kernel_must_leave_to_the_objective(impl):
-    """A vocabulary of one (no logit moves its certain token), and a negative α (rejected is told by the sign)."""
-    for vocab, options in ((1, {}), (20, {"alpha": -0.5})):
-        hidden, head, target, _ = batch((2, 3, vocab, 4))
-        runs = []
-        for how in ({"impl": "torch"}, {"impl": impl}):
-            loss = fused_loss(hidden, head, target, objective="unlikelihood", **options, **how)
-            runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
-        for a, b in zip(*runs):
-            torch.testing.assert_close(a, b)
+def test_a_vocabulary_of_one(impl):
+    """No logit moves its certain token."""
+    hidden, head, target, _ = batch((2, 3, 1, 4))
+    runs = []
+    for how in ("torch", impl):
+        loss = fused_loss(hidden, head, target, objective="unlikelihood", impl=how)
+        runs.append([loss, *torch.autograd.grad(loss, [hidden, head.weight])])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
