@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 import rgpb
-from rgpb.bench import cases
-from rgpb.bench.cases import DTYPES, LOG_PROB, TOLERANCE, Batch, Result, Shape
-from rgpb.bench.measure import copy_rate, cpu_model, memory_of_machine, product_rate, version_of
+from rgpb.bench import contest
+from rgpb.bench.contest import DTYPES, LOG_PROB, TOLERANCE, Batch, Job, Shape
+from rgpb.bench.measure import Result, copy_rate, cpu_model, memory_of_machine, product_rate, version_of
 from rgpb.engine.plan import DEFAULT_WORKSPACE, ENGINES
 from rgpb.kernels import architecture, cpp_rows
 from rgpb.logprob import IMPLEMENTATIONS, resolve_impl, why_not
@@ -72,11 +72,11 @@ def problem(shape: Shape, dtype: torch.dtype) -> tuple[Batch, dict[str, Result]]
 
     Only the last response is a rejected one: values of as many of both kinds cancel, and errors of theirs with them.
     """
-    batch = cases.make_batch(shape, dtype, "cpu")
+    batch = contest.make_batch(shape, dtype, "cpu")
     batch.label.fill_(1)[-1] = -1
     batch.target[0, :2] = -100
     batch.logp[0, :2] = 0
-    return batch, {loss: cases.exact(batch, loss, weight_grad=True) for loss in (*LOSSES, LOG_PROB)}
+    return batch, {loss: contest.exact(batch, Job(loss, "full")) for loss in (*LOSSES, LOG_PROB)}
 
 
 def self_check(device: torch.device, impl: str, engine: str, dtype: str) -> Check:
@@ -95,12 +95,12 @@ def self_check(device: torch.device, impl: str, engine: str, dtype: str) -> Chec
     found: list[float] = []
     start = time.perf_counter()
     try:
-        batch = Batch(*(x.detach().to(device).requires_grad_(x.requires_grad) for x in on_cpu))
-        log_prob = cases.fused(batch, LOG_PROB, "forward", impl, DEFAULT_WORKSPACE, engine)
-        found.append(cases.errors(_to_cpu(log_prob.run()), truths[LOG_PROB])[0])
+        batch, how = on_cpu.to(device), {"impl": impl, "engine": engine}
+        scores, _ = contest.fused(batch, Job(LOG_PROB, "forward"), "forward", DEFAULT_WORKSPACE, **how)
+        found.append(contest.errors(_to_cpu(scores()), truths[LOG_PROB])[0])
         for loss in LOSSES:
-            runs = [cases.fused(batch, loss, path, impl, size, engine) for path, size in PATHS.items()]
-            errors = [cases.errors(_to_cpu(run.run()), truths[loss]) for run in runs]
+            runs = [contest.fused(batch, Job(loss, "full"), path, size, **how)[0] for path, size in PATHS.items()]
+            errors = [contest.errors(_to_cpu(run()), truths[loss]) for run in runs]
             found += [_worst([value for value, _, _ in errors]), _worst([gradient for *_, gradient in errors])]
         most = [most_value, *[most_value, most_gradient] * len(LOSSES)]
         status = "ok" if all(error <= limit for error, limit in zip(found, most)) else "FAILED"  # a NaN fails, too

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
 from rgpb.engine.plan import ENGINES, RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
 from rgpb.logprob import IMPLEMENTATIONS, resolve_impl, why_not
@@ -198,6 +197,31 @@ def _head(a: argparse.Namespace) -> Head:
         got = " ".join(f"--{name} {value}" for name, value in given.items()) or "none of these"
         raise ValueError(f"model: expected either --model, or both --hidden and --vocab, got {got}")
     return Head(a.hidden, a.vocab) if a.model is None else head_of(a.model)
+
+
+def naive_bytes(tokens: int, vocab: int, itemsize: int, gradient: bool = True, softcap: bool = False) -> int:
+    """What the naive form holds at its peak beyond inputs and gradients: 3 · N · V float32 numbers, whatever the loss.
+
+    In the backward: log-probabilities, their gradient from `gather`, and that of the logits or, for BNF, of Σ p log p;
+    with a soft-cap also its tanh, in the type of the inputs.
+    A forward-only call holds logits and log-probabilities, and 16-bit logits beside their float32 copy.
+    """
+    return tokens * vocab * (12 + itemsize * softcap if gradient else 8 + 2 * (itemsize == 2))
+
+
+def naive_moved(itemsize: int, entropy: bool = False, softcap: bool = False) -> int:
+    """Bytes that the naive form reads and writes for each of its N · V logits, forward and backward.
+
+    What its products read isn't counted, as it isn't for the library; what they write is.
+
+    Args:
+        itemsize: of the inputs and their logits, 2 or 4.
+        entropy: whether the loss has a sum over the vocabulary beside the target, as BNF's Σ p log p.
+        softcap: whether the logits are soft-capped, in the type of the inputs.
+    """
+    passes = 6 + 11 * entropy  # log_softmax 2, its gradient 3, the gradient of gather 1; the sum and its gradient 11
+    narrow = 1 + 13 * softcap  # logits written; z / c, tanh and c · tanh 6, their gradients 7
+    return 4 * passes + itemsize * narrow + 12 * (itemsize == 2)  # raised to float32, and the gradient back
 
 
 class Prediction(NamedTuple):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgpb.bench.cases import Shape
-from rgpb.bench.measure import interleaved, quantiles
+from rgpb.bench.contest import Shape
+from rgpb.bench.measure import interleaved
 from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
 
 SHAPE = Shape(2048, 4096, 32768)  # rows of a chunk of a large head; a quarter of its vocabulary says as much
@@ -51,8 +51,9 @@ def sweep(
     for kernel, (kind, candidates, run, truth, work) in jobs.items():
         made = [_checked(kernel, config, run, truth, shape, dtype) for config in candidates]
         good = {at: partial(run, config) for at, config in enumerate(candidates) if made[at]["status"] == "ok"}
-        for at, seconds in interleaved(good, rounds, device.type).items():
-            median, low, high = quantiles(seconds)
+        times = interleaved(good, rounds, device.type)
+        for at in good:
+            median, low, high = times.quantiles(at)
             made[at] |= {"ms": median * 1e3, "ms_20": low * 1e3, "ms_80": high * 1e3}
             made[at]["rate"] = work / median / (1e9 if kernel == "rows" else 1e12)
         if good:

@@ -1,8 +1,7 @@
-"""What comes out: rows as a table (terminal, Markdown), CSV, JSON with provenance, and a plot."""
+"""What comes out: rows as a table (terminal, Markdown), JSON with provenance, and a picture."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,16 +148,28 @@ def show(report: Report) -> None:
 
 
 def write(report: Report, folder: Path) -> None:
-    """results.json, results.csv (provenance in each line) and results.png in `folder`, which is made."""
+    """results.json and results.png in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows, points = ([row._asdict() for row in part] for part in (report.rows, report.points))
-    content = json.dumps({"provenance": report.provenance, "rows": rows, "points": points}, indent=1, allow_nan=False)
-    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        lines = csv.DictWriter(file, [*Row._fields, *report.provenance])
-        lines.writeheader()
-        lines.writerows({**row, **report.provenance} for row in rows)
+    rows, points = ([bare(row._asdict()) for row in part] for part in (report.rows, report.points))
+    save(folder / "results.json", {"provenance": report.provenance, "rows": rows, "points": points})
     plot(report, folder / "results.png")
+
+
+def bare(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without what wasn't measured: `read` fills it in again."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """JSON with a line for each key, and for each row of a list. NaN and infinity are refused: JSON has none."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return json.dumps(value, allow_nan=False)
+        return "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in value) + "\n ]"
+
+    lines = ",\n".join(f" {json.dumps(key)}: {text(value)}" for key, value in content.items())
+    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read(path: Path) -> Report:
@@ -177,37 +188,120 @@ def read(path: Path) -> Report:
         raise ValueError(f"render: expected a results.json of `rgpb bench`, got {path} ({error})") from error
 
 
+COLOURS, OTHERS = {"fused": "tab:blue", "naive": "tab:gray"}, "lightgray"
+WHO = {"fused": "rgpb", "naive": "naive PyTorch"}
+
+
 def plot(report: Report, path: Path) -> None:
-    """A pair of panels for each case: time over the floor, and memory beyond inputs and gradients over N."""
+    """For each case: milliseconds and extra MiB of each contestant, job by job beside naive PyTorch; memory over N.
+
+    Its rows that have no time are left out. Draws nothing where none has one.
+    """
     from matplotlib.figure import Figure
+
+    timed = [
+        (title, [row for row in rows if row.seconds is not None and row.impl != "gemm"])
+        for title, rows in sections(report)
+    ]
+    timed = [(title, [row for job in jobs_of(rows).values() for row in job]) for title, rows in timed if rows]
+    if not timed:
+        return
+    heights = [1.6 + 0.3 * max(len(rows), 8) for _, rows in timed]
+    over_tokens = len({point.tokens for point in report.points}) > 1
+    figure = Figure(figsize=(18 if over_tokens else 12, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(timed), 3 if over_tokens else 2, squeeze=False, height_ratios=heights)
+    for (title, rows), (left, middle, *right) in zip(timed, panels):
+        ends = [1e3 * (row.seconds_80 or row.seconds or 0.0) for row in rows]
+        bars(left, rows, [1e3 * (row.seconds or 0.0) for row in rows], ends)
+        spread(left, rows)
+        left.set_xlabel("ms: median, and from the 20 to the 80 % quantile")
+        left.set_title(f"{title}\ntime of forward and backward, or of scores alone", fontsize=10, loc="left")
+        sizes = [(row.extra_bytes or 0) / 2**20 for row in rows]
+        middle.set_xscale("log")
+        bars(middle, rows, sizes, sizes)
+        middle.set_yticklabels([])
+        middle.set_xlabel("MiB (logarithmic)")
+        middle.set_title("memory beyond inputs and gradients", fontsize=10, loc="left")
+        for axes in right:
+            memory_over_tokens(axes, report.points, rows[0])
+    figure.legend(handles=legend([row for _, rows in timed for row in rows]), loc="outside upper right", ncols=4)
+    figure.savefig(path, dpi=100)
+
+
+def spread(axes: Any, rows: Sequence[Row]) -> None:
+    """Whiskers from the 20 to the 80 per cent quantile."""
+    for at, row in enumerate(rows):
+        if row.seconds_20 is not None and row.seconds_80 is not None:
+            axes.plot([row.seconds_20 * 1e3, row.seconds_80 * 1e3], [at, at], color="black", lw=1, marker="|")
+
+
+def jobs_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each job, (loss, kind), naive PyTorch first: `single` and `two_pass` are the same job."""
+    jobs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        kind = row.path if row.path in ("forward", "frozen") else "full"
+        jobs.setdefault((row.loss, kind), []).append(row)
+    return {job: sorted(found, key=lambda row: row.impl != "naive") for job, found in jobs.items()}
+
+
+def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], ends: Sequence[float]) -> None:
+    """A bar for each row, its value behind its end, and through each job's a dashed line where naive PyTorch's ends."""
+    log = axes.get_xscale() == "log"
+    axes.barh(range(len(rows)), values, color=[COLOURS.get(row.impl, OTHERS) for row in rows], height=0.75)
+    axes.set_xlim(0.7 * min(value for value in values if value > 0) if log else 0, max(ends) * (2.5 if log else 1.2))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=9)
+    start = 0
+    for found in jobs_of(rows).values():
+        if found[0].impl == "naive":
+            axes.plot([values[start]] * 2, [start - 0.45, start + len(found) - 0.55], "--", color="tab:red", lw=1.2)
+        start += len(found)
+        axes.axhline(start - 0.5, color="black", linewidth=0.4)
+    for at, (value, end) in enumerate(zip(values, ends)):
+        text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        axes.annotate(
+            text, (end, at), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+
+
+def legend(rows: Sequence[Row]) -> list[Any]:
+    """Whose colour is which, and what the dashed line is."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    names = {WHO.get(row.impl, "others"): COLOURS.get(row.impl, OTHERS) for row in rows}
+    dashed = Line2D([], [], linestyle="--", color="tab:red", label="naive PyTorch at the same job")
+    return [*(Patch(color=colour, label=name) for name, colour in names.items()), dashed]
+
+
+def label(row: Row) -> str:
+    """What a row is, for a picture."""
+    path = {"full": "", "forward": "", "frozen": ", frozen head", "two_pass": ", two passes", "single": ", one pass"}
+    who = contestant(row._replace(impl=WHO.get(row.impl, row.impl)))
+    return f"{row.loss}{path[row.path]}: {who}"
+
+
+def memory_over_tokens(axes: Any, points: Sequence[Row], of: Row) -> None:
+    """A line for each contestant at the head that a row has."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    cases = [(title, [row for row in rows if row.over_floor is not None]) for title, rows in sections(report)]
-    heights = [1 + max(10, len(timed)) / 4 for _, timed in cases]
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    panels = figure.subplots(max(len(cases), 1), 2, squeeze=False, gridspec_kw={"height_ratios": heights or [1]})
-    for (title, timed), (left, right) in zip(cases, panels):
-        colours = ["tab:blue" if row.impl == "fused" else "tab:gray" for row in timed]
-        left.barh(range(len(timed)), [row.over_floor for row in timed], color=colours)
-        left.set_yticks(range(len(timed)), [f"{row.loss} {row.path}, {contestant(row)}" for row in timed], fontsize=8)
-        left.invert_yaxis()
-        left.axvline(1.0, color="black", linewidth=0.8)
-        left.set(title=title, xlabel="time over the bare products of as many flops")
-        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for p in report.points:
-            if timed and (p.dtype, p.width, p.vocab) == (timed[0].dtype, timed[0].width, timed[0].vocab):
-                style = "-" if p.impl == "fused" else "--"
-                line = lines.setdefault((f"{p.loss} {p.path}, {contestant(p)}", style), [])
-                line.append((p.tokens, (p.extra_bytes or 0) / 2**20))
-        for (name, style), places in lines.items():
-            right.plot(*zip(*sorted(places)), style, marker="o", markersize=4, label=name)
-        if lines:
-            right.set_xscale("log", base=2)
-            right.set_xticks(sorted({n for places in lines.values() for n, _ in places}))
-            right.set_yscale("log", base=2)
-            for axis in (right.xaxis, right.yaxis):
-                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axis.set_minor_formatter(NullFormatter())
-            right.legend(fontsize=8)
-        right.set(xlabel="tokens N", ylabel="MiB beyond inputs and gradients")
-    figure.savefig(path, dpi=120)
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for p in points:
+        if (p.case, p.dtype, p.width, p.vocab) == (of.case, of.dtype, of.width, of.vocab) and p.extra_bytes:
+            lines.setdefault(label(p), []).append((p.tokens, p.extra_bytes / 2**20))
+    for at, (who, places) in enumerate(lines.items()):
+        naive = WHO["naive"] in who
+        style, colour = ("--", "tab:gray") if naive else ("-", f"C{at % 10}")
+        size = 5 + 3 * (len(lines) - at) / len(lines)  # of lines that coincide, each shows
+        axes.plot(*zip(*sorted(places)), style, color=colour, marker="osD^v"[at % 5], markersize=size, label=who)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({n for places in lines.values() for n, _ in places}))
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    if lines:
+        axes.legend(fontsize=8)
+    axes.set(xlabel="tokens N (logarithmic)", ylabel="MiB (logarithmic)")
+    axes.set_title("the same memory over the number of tokens", fontsize=10, loc="left")
