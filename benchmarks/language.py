@@ -198,7 +198,7 @@ def states_batch(folder: Path, tokenizer_folder: Path, texts: list[str], tokens:
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         what = "model: expected a folder with a transformers model and its tokenizer"
         raise ValueError(f"{what}, got {folder} ({' '.join(str(error).split())[:200]})") from error
     model = model.to(device).eval()

@@ -36,7 +36,7 @@ class Part(NamedTuple):
     text: str
     tasks: str
     more: tuple[Any, ...] = ()
-    summary: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {"table": rows}
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda rows: {}
     device: str = "cuda"
 
 

@@ -121,8 +121,10 @@ def trained(journal: Journal) -> Iterator[Task]:
     first, last = next(iter(stages.values())), [*stages][-1]
     for steps, folder in stages.items():
         make = partial(language.states_batch, folder, first, corpus[1], tokens, device)
-        title, known = (str(folder), {}) if steps is None else (f"{scale} | after {steps}", {"steps": steps})
-        subject = Subject(make, settings, known)
+        subject = Subject(make, settings, {} if steps is None else {"steps": steps})
+        title = f"{scale} | after {steps}"
+        if steps is None:  # what isn't a model is known here; and one that has changed since is another
+            title = f"{folder} {subject.batch.logp.mean().item()}"
         yield from rows_of(
             f"{title} | N = {tokens} of {corpus[2]}", subject, TOLERANCES if steps == last else ("auto",)
         )

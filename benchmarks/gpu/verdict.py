@@ -116,11 +116,12 @@ def aims(results: Results) -> Rows:
         mine = [(aim.value(row, rows), row) for row in rows if aim.rows.items() <= row.items()]
         found = [(value, f"{row['kernels']}, N = {row['tokens']}") for value, row in mine if value is not None]
         line: dict[str, Any] = {"aim": aim.text, "at most": f"{aim.most:g}", "measured": None, "of": None}
+        line["verdict"] = f"no right row of it in {aim.part}"
         if found:
             value, of = max(found) if aim.worst else min(found)
             verdict = "reached" if value <= aim.most else "missed"
             line |= {"measured": f"{value:.3g}", "of": of, "verdict": verdict}
-        lines.append({"verdict": f"no right row of it in {aim.part}", **line})
+        lines.append(line)
     return lines if any(line["measured"] is not None for line in lines) else []
 
 

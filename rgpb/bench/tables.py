@@ -180,10 +180,10 @@ def read(path: Path) -> Report:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if "table" in content:  # its rows are of another kind
-            return Report(content["provenance"], [], [], [{**row} for row in content["table"]])
-        rows, points = ([Row(**row) for row in content[key]] for key in ("rows", "points"))
-        return Report(content["provenance"], rows, points)
+        facts, rows = content["provenance"], content["rows"]
+        if "table" in content or ("part" in content and not all({"loss", "path", "impl"} <= {*row} for row in rows)):
+            return Report(facts, [], [], [{**row} for row in content.get("table", rows)])  # rows of another kind
+        return Report(facts, [Row(**row) for row in rows], [Row(**row) for row in content["points"]])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"render: expected a results.json of `rgpb bench`, got {path} ({error})") from error
 
