@@ -4,9 +4,6 @@ With `--device cpu` it has the part `cpu`: all contestants in float32; the other
 Each part writes DIR/<part>.json and, row by row, DIR/<part>.jsonl. A part that was cut short goes on where it stopped
 when the same command is given again; delete its .jsonl to begin anew. `rgpb bench --render DIR/<part>.json` prints its
 tables and draws its plot. A row that is there isn't run again, whatever `--rounds` says.
-
-Exit codes: 2 for bad arguments or a part that can't be run, else 3 if rows are left for the next run, else 1 if a
-result was off float64, else 0.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ class Part(NamedTuple):
 
 
 def _heads(heads: tuple[calls.Head, ...], dtype: str, device: str = "cuda") -> Part:
-    return Part(f"all contestants: {calls.described(heads)}", "calls.tasks", (heads, dtype), calls.points, device)
+    return Part(f"all contestants: {calls.described(heads)}", "calls.tasks", (heads, dtype), device=device)
 
 
 PARTS = {
@@ -126,18 +123,14 @@ def run_part(name: str, folder: Path, settings: Settings) -> Outcome | None:
     except (OSError, ValueError) as error:
         say(f"{name}: not run: {error}")
         return None
-    rows = f"{len(journal.rows)} rows, {outcome.added} of them new"
-    say(f"{name}: {rows}, {outcome.failed} failed, {outcome.left} left: {journal.json}")
+    new = f"{outcome.added} of them new, {outcome.failed} failed, {outcome.left} left"
+    say(f"{name}: {len(journal.rows)} rows, {new}: {journal.json}")
     return outcome
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts asked for.
-
-    Returns:
-        2 for bad arguments or a part that can't be run, else 3 if rows are left for the next run, else 1 if a result
-        was off float64, else 0.
-    """
+    """Run the parts asked for: 2 for bad arguments or a part that can't be run, else 3 if rows are left for the next
+    run, else 1 if a result was off float64, else 0."""
     parser = make_parser()
     a = parser.parse_args(argv)
     if a.list:

@@ -13,11 +13,11 @@ import torch
 
 from rgpb.bench import contest
 from rgpb.bench.contest import Batch, Case, Contestant, Job, Shape
-from rgpb.bench.measure import explain, release
+from rgpb.bench.measure import alive, explain, release
 from rgpb.bench.tune import sweep
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 
-from .journal import Journal, Settings, Task, alive, say, single
+from .journal import Journal, Settings, Task, say, single
 from .peers import JOBS, entries, kernels_for, keywords
 
 Head = tuple[str, int, int, int, float | None]  # model, N, H, V, soft-cap
@@ -79,12 +79,6 @@ def job_rows(
     settings = journal.settings
     raced = contest.race(case, [*ready.values()], settings.rounds, JOB_SECONDS[case.device], rival)
     yield from zip(ready, (row._asdict() for row in raced.rows))
-
-
-def points(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Memory over N for BNF with full gradients, where there are several N."""
-    found = [row for row in rows if (row["loss"], row["status"]) == ("bnf", "ok") and row["path"] != "frozen"]
-    return {"points": found if len({row["tokens"] for row in found}) > 1 else []}
 
 
 # -- the longest batch -------------------------------------------------------------------------------------------------

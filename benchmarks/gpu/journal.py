@@ -7,7 +7,6 @@ cut off in the middle is dropped.
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
@@ -15,10 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from rgpb.bench.measure import ABSENT, failed, installed, provenance, release, version_of
-from rgpb.bench.tables import save
+from rgpb.bench.measure import ABSENT, alive, failed, installed, provenance, version_of
+from rgpb.bench.tables import finite, save
 
 WORKSPACES = {"cuda": (512 * 2**20, 4 * 2**30), "cpu": (512 * 2**20, 16 * 2**20)}
 PEERS = ("liger-kernel", "cut-cross-entropy", "trl")
@@ -116,12 +113,10 @@ class Journal:
         save(self.json, {**content, "rows": list(self.rows.values()), "points": [], **more})
 
 
-def work(
-    journal: Journal,
-    tasks: Iterable[Task],
-    run: dict[str, Any],
-    summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
-) -> Outcome:
+Summary = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def work(journal: Journal, tasks: Iterable[Task], run: dict[str, Any], summary: Summary) -> Outcome:
     """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end.
 
     Raises:
@@ -130,8 +125,7 @@ def work(
     there = journal.runs[-1].get("device") if journal.runs else None
     if there not in (None, run.get("device")):
         raise ValueError(f"out: expected results of {run.get('device')}, got those of {there} in {journal.path}")
-    settings = journal.settings
-    start, longest, made, left, added = time.monotonic(), 0.0, 0, 0, 0
+    start, settings, longest, made, left, added = time.monotonic(), journal.settings, 0.0, 0, 0, 0
     try:
         for task in tasks:
             keys = [key for key in task.keys if settings.wants(key) and not journal.done(key)]
@@ -158,41 +152,11 @@ def work(
     return Outcome(sum(map(failed, journal.rows.values())), left, added)
 
 
-def alive(device: str) -> bool:
-    """Whether the device still works: after an illegal access nothing does."""
-    try:
-        release(device)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def finite(x: Any) -> Any:
-    """The row with None for what isn't finite: JSON has no NaN."""
-    if isinstance(x, dict):
-        return {name: finite(y) for name, y in x.items()}
-    if isinstance(x, list):
-        return [finite(y) for y in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Provenance with the peers' versions and the facts of the GPU."""
-    versions = {name: version_of(name) for name in PEERS}
-    options: dict[str, Any] = {"rounds": settings.rounds, **{name: v for name, v in versions.items() if v is not None}}
-    if settings.device == "cuda":
-        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-        options |= {
-            "capability": f"{facts.major}.{facts.minor}",
-            "cuda": torch.version.cuda,
-            "multiprocessors": facts.multi_processor_count,
-            "memory": facts.total_memory,
-        }
-    return provenance(settings.device, **options)
+    """Provenance with the peers' versions."""
+    return provenance(settings.device, rounds=settings.rounds, **{name: version_of(name) for name in PEERS})

@@ -8,7 +8,7 @@ Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -64,36 +64,34 @@ def _no_softcap(batch: Batch, whose: str) -> None:
         raise ValueError(f"{whose} has no soft-cap")
 
 
+def of_tokens(batch: Batch, job: Job, nll: Callable[[Tensor, Tensor], Tensor]) -> tuple[Run, None]:
+    """What does a job, from −log p of the targets, which `nll` averages itself for `mle`."""
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        made = nll(hidden, weight)
+        return made if job.loss == "mle" else loss_of(-made, job.loss, batch)
+
+    return run_of(value, batch, job), None
+
+
 def torch_linear_cross_entropy(batch: Batch, job: Job, options: dict[str, Any] | None) -> tuple[Run, None]:
-    """`F.linear_cross_entropy`, reduced for `mle`, else a value per token; `options` of None is its unchunked form."""
+    """`F.linear_cross_entropy`; `options` of None is its unchunked form."""
     _no_softcap(batch, "F.linear_cross_entropy")
     if options is not None and not installed("torch.nn.LinearCrossEntropyOptions"):
         raise ValueError(f"F.linear_cross_entropy of torch {torch.__version__} has no options")
     more: dict[str, Any] = {} if options is None else {"options": torch.nn.LinearCrossEntropyOptions(**options)}
-    more["reduction"] = "mean" if job.loss == "mle" else "none"
-
-    def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        made = F.linear_cross_entropy(hidden.flatten(0, 1), weight, batch.target.flatten(), **more)
-        return made if job.loss == "mle" else loss_of(-made, job.loss, batch)
-
-    return run_of(value, batch, job), None
+    more["reduction"], target = "mean" if job.loss == "mle" else "none", batch.target.flatten()
+    return of_tokens(batch, job, lambda h, w: F.linear_cross_entropy(h.flatten(0, 1), w, target, **more))
 
 
 def liger_cross_entropy(batch: Batch, job: Job, **options: Any) -> tuple[Run, None]:
     """`LigerFusedLinearCrossEntropyLoss`."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
-    if batch.softcap is not None:
-        options["softcap"] = batch.softcap
-    if job.loss == LOG_PROB:
-        options["reduction"] = "none"
+    options |= {} if batch.softcap is None else {"softcap": batch.softcap}
+    options |= {"reduction": "none"} if job.loss == LOG_PROB else {}
     module = LigerFusedLinearCrossEntropyLoss(**options)
-
-    def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        made = module(weight, hidden.flatten(0, 1), batch.target.flatten())
-        return made if job.loss == "mle" else loss_of(-made, job.loss, batch)
-
-    return run_of(value, batch, job), None
+    return of_tokens(batch, job, lambda h, w: module(w, h.flatten(0, 1), batch.target.flatten()))
 
 
 def liger_dpo(batch: Batch, job: Job, **options: Any) -> tuple[Run, None]:
@@ -113,15 +111,9 @@ def cut_cross_entropy(batch: Batch, job: Job, **options: Any) -> tuple[Run, None
     """`cut_cross_entropy.linear_cross_entropy`: reduced for `mle`, else one value per token and autograd from there."""
     from cut_cross_entropy import linear_cross_entropy
 
-    if batch.softcap is not None:
-        options["softcap"] = batch.softcap
+    options |= {} if batch.softcap is None else {"softcap": batch.softcap}
     options["reduction"] = "mean" if job.loss == "mle" else "none"
-
-    def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        made = linear_cross_entropy(hidden, weight, batch.target, **options)
-        return made if job.loss == "mle" else loss_of(-made, job.loss, batch)
-
-    return run_of(value, batch, job), None
+    return of_tokens(batch, job, lambda h, w: linear_cross_entropy(h, w, batch.target, **options))
 
 
 def trl_head(batch: Batch, job: Job, chunk_size: int | None = None) -> tuple[Run, None]:

@@ -42,11 +42,6 @@ MODELS: dict[str, tuple[str, tuple[int, ...], str, int, tuple[int, ...]]] = {
 }
 
 
-def log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """[2, T, V], float32; nobody holds the logits any longer."""
-    return model(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)
-
-
 def scored(loss: str, log_p: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
     """log p of the targets and, for BNF, Σ p_k log p_k over all other tokens k, p_k detached. [..., V] → [...]"""
     logp = log_p.gather(-1, target.clamp(min=0)[..., None]).squeeze(-1)
@@ -109,9 +104,8 @@ class Llama:
             labels = ids.masked_fill(torch.arange(length, device=device) < self.prompt, IGNORE)
             target = hf.aligned_targets(labels)
             mask, weight = target != IGNORE, hf.read_head(self.model).weight.float()
-            rows = zip(
-                hf.hidden_states(self.model, ids).flatten(0, 1).split(EXACT_ROWS), target.flatten().split(EXACT_ROWS)
-            )
+            hidden = hf.hidden_states(self.model, ids).flatten(0, 1)
+            rows = zip(hidden.split(EXACT_ROWS), target.flatten().split(EXACT_ROWS))
             found = [scored("bnf", F.linear(x.float(), weight).log_softmax(-1), y) for x, y in rows]
             logp, others = (torch.cat(parts).view(target.shape) for parts in zip(*found))  # type: ignore[arg-type]
             noise = 0.3 * torch.randn(logp.shape, generator=random, device=device) * mask
@@ -126,7 +120,9 @@ class Llama:
         batch, ref, _ = self.pair(length)
         if impl == "naive":
             target = hf.aligned_targets(batch["labels"])
-            value = plain_loss(loss, *scored(loss, log_probs(self.model, batch), target), target != IGNORE, ref)
+            log_p = self.model(input_ids=batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)
+            value = plain_loss(loss, *scored(loss, log_p, target), target != IGNORE, ref)
+            del log_p  # the backward holds what it needs
         else:
             label = torch.tensor([True, False], device=ref.device) if loss == "bnf" else None
             value = hf.loss(self.model, batch, loss, ref=ref, label=label)
@@ -178,9 +174,8 @@ def row_of(llama: Llama, length: int, loss: str, impl: str, naive: Any) -> dict[
             release(device)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times = interleaved(
-                {"this": partial(llama.step, length, loss, impl)}, llama.settings.rounds, device, ROW_SECONDS
-            )
+            runs = {"this": partial(llama.step, length, loss, impl)}
+            times = interleaved(runs, llama.settings.rounds, device, ROW_SECONDS)
             row |= dict(zip(("seconds", "seconds_20", "seconds_80"), times.quantiles("this"))) | {"steps": times.rounds}
             row["tokens_per_second"] = row["tokens"] / row["seconds"]
             row["peak_bytes"] = torch.cuda.max_memory_allocated() if device == "cuda" else None

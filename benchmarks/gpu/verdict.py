@@ -1,7 +1,6 @@
 """What the results in a folder say: ceilings and times beside what plans foretold of them, and aims beside what came.
 
-Nothing is run. A table without rows and a column without values are left out; an aim without a measurement says which
-part is missing.
+Tables without rows and columns without values are left out; an aim without a measurement says which part is missing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MIB = 2**20
 
 
 class Results(NamedTuple):
-    """The rows of each part, those without a measurement too, and the provenance of its last run."""
+    """The rows of each part, and the provenance of its last run."""
 
     rows: dict[str, Rows]
     provenance: dict[str, dict[str, Any]]
@@ -175,16 +174,12 @@ def calls(results: Results) -> Rows:
 
 def peers(results: Results) -> Rows:
     """The fastest setting of each contestant for each job, the fastest contestant first."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for part in ("llama", "others", "cpu"):
-        for row in results.ok(part):
-            job = (row["case"], row["tokens"], row["loss"], kind_of(row["path"]), row["impl"])
-            if (
-                row["impl"] != "gemm"
-                and row["seconds"] is not None
-                and (job not in found or row["seconds"] < found[job]["seconds"])
-            ):
-                found[job] = row
+    rows = [row for part in ("llama", "others", "cpu") for row in results.ok(part) if row["seconds"] is not None]
+    found = {
+        (row["case"], row["tokens"], row["loss"], kind_of(row["path"]), row["impl"]): row
+        for row in sorted(rows, key=lambda row: -row["seconds"])  # the fastest comes last and stays
+        if row["impl"] != "gemm"
+    }
     ordered = sorted(found.items(), key=lambda item: (*item[0][:4], item[1]["seconds"]))
     return [
         {
@@ -216,8 +211,7 @@ TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
 
 def lines(results: Results) -> Iterator[str]:
     """Markdown, provenance below all."""
-    known = first_case(results)
-    case = f", {known['case']}, N = {known['tokens']}" if known else ""
+    case = ", {case}, N = {tokens}".format(**known) if (known := first_case(results)) else ""
     for title, make in TABLES:
         rows = make(results)
         kept = {name for row in rows for name, value in row.items() if value is not None}

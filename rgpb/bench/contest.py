@@ -3,8 +3,7 @@
 Naive is the form of the papers' listings: all logits, `log_softmax`, `gather`, autograd. Its signs are those of the
 papers' equations, and its logits are raised to float32. No position is masked, so nobody pays for padding.
 
-A contestant is first checked against float64, then its memory is taken, then all that passed are timed in the same
-rounds as the bare products: nothing that is wrong has a time.
+Who passed the check against float64 is weighed, then timed in the same rounds as the bare products.
 
 Dimensions: N tokens, B responses of length T (N = B · T), H hidden size, V vocabulary.
 """
@@ -60,8 +59,7 @@ class Shape(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is computed: `loss` is a name or `LOG_PROB`; `kind` is "full" (all gradients), "frozen" (those of the hidden
-    states) or "forward" (none)."""
+    """A loss, or `LOG_PROB`; and the gradients: "full" (all), "frozen" (the hidden states') or "forward" (none)."""
 
     loss: str
     kind: str
@@ -241,7 +239,6 @@ def on_path(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tu
     All that depends on how a path is asked for is in here: where the plan takes another, the plan says so.
 
     Args:
-        batch, job: what is computed.
         path: of `PATHS`; or "auto", the one that a mean loss takes.
         workspace: bytes.
         how: impl, engine, grad_tolerance, sort_vocab.
@@ -369,9 +366,7 @@ class Contestant(NamedTuple):
 class Case:
     """A shape with its batch, bare products and exact answers, each made when it is first asked for."""
 
-    def __init__(
-        self, shape: Shape, dtype: str, device: str, softcap: float | None = None, name: str | None = None
-    ):  # fmt: skip
+    def __init__(self, shape: Shape, dtype: str, device: str, softcap: float | None = None, name: str | None = None):
         self.shape, self.dtype, self.device, self.softcap = shape, dtype, device, softcap
         capped = "" if softcap is None else f", soft-cap {softcap:g}"
         self.title = None if name is None else name + capped
@@ -441,7 +436,7 @@ def checked(row: Row, made: Result, truth: Result) -> Row:
 
 
 class Raced(NamedTuple):
-    """The contestants' rows in their order, those of the bare products, and the seconds of both in their order."""
+    """The contestants' rows, those of the bare products, and the seconds of both, in their order."""
 
     rows: list[Row]
     floors: list[Row]
@@ -456,7 +451,6 @@ def race(
     If one of them raises, each is timed by itself.
 
     Args:
-        case: whose bare products these are.
         ready: as `prepared` gives them; naive PyTorch first, if it takes part.
         rounds, budget: as of `interleaved`.
         rival: naive PyTorch, where it isn't among them.

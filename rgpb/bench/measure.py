@@ -255,10 +255,22 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def alive(device: str) -> bool:
+    """Whether the device still works: after an illegal access nothing does."""
+    try:
+        release(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def provenance(device: str, **options: object) -> dict[str, object]:
     """Machine, versions, date and commit (None outside a checkout), and `options`."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        **(_gpu() if device == "cuda" else {}),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -269,6 +281,16 @@ def provenance(device: str, **options: object) -> dict[str, object]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **options,
+    }
+
+
+def _gpu() -> dict[str, object]:
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "capability": f"{facts.major}.{facts.minor}",
+        "cuda": torch.version.cuda,
+        "multiprocessors": facts.multi_processor_count,
+        "memory": facts.total_memory,
     }
 
 

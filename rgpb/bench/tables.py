@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,6 +161,15 @@ def bare(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
 
 
+def finite(x: Any) -> Any:
+    """The row with None for what isn't finite: JSON has no NaN."""
+    if isinstance(x, dict):
+        return {name: finite(y) for name, y in x.items()}
+    if isinstance(x, list):
+        return [finite(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """JSON with a line for each key, and for each row of a list. NaN and infinity are refused: JSON has none."""
 
@@ -181,7 +191,7 @@ def read(path: Path) -> Report:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         facts, rows = content["provenance"], content["rows"]
-        if "table" in content or ("part" in content and not all({"loss", "path", "impl"} <= {*row} for row in rows)):
+        if "table" in content or ("part" in content and not all({*row} <= {*Row._fields} for row in rows)):
             return Report(facts, [], [], [{**row} for row in content.get("table", rows)])  # rows of another kind
         return Report(facts, [Row(**row) for row in rows], [Row(**row) for row in content["points"]])
     except (OSError, KeyError, TypeError, ValueError) as error:
