@@ -19,8 +19,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("dtype", doctor.DTYPES)
-@pytest.mark.parametrize("engine", ["chunked", "tiled"])
+REST = [("chunked", "fp32"), ("tiled", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("chunked", "bf16"), ("tiled", "fp32"), *(pytest.param(*rest, marks=pytest.mark.full) for rest in REST)],
+)
 def test_right_kernels_pass(engine, dtype):
     check = doctor.self_check(CPU, "triton", engine, dtype)
     assert check.status == "ok", check
