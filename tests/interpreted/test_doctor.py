@@ -19,12 +19,12 @@ WRONG = {
 }
 
 
-REST = [("chunked", "fp32"), ("tiled", "bf16")]
+REST = [pytest.param(*rest, marks=pytest.mark.full) for rest in (("chunked", "fp32"), ("tiled", "bf16"))]
 
 
 @pytest.mark.parametrize(
     ("engine", "dtype"),
-    [("chunked", "bf16"), ("tiled", "fp32"), *(pytest.param(*rest, marks=pytest.mark.full) for rest in REST)],
+    [("chunked", "bf16"), ("tiled", "fp32"), *REST],
 )
 def test_right_kernels_pass(engine, dtype):
     check = doctor.self_check(CPU, "triton", engine, dtype)
