@@ -87,8 +87,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             NAME, list(FLAGS), include_dirs=cpp_extension.include_paths(), libraries=["torch_cpu", "c10"],
-            library_dirs=cpp_extension.library_paths(), depends=["csrc/rows.h", "csrc/rows.inl", "csrc/token_losses.inl"], optional=True,
-            language="c++",
+            library_dirs=cpp_extension.library_paths(), optional=True, language="c++",
+            depends=["csrc/rows.h", "csrc/rows.inl", "csrc/token_losses.inl"],
         )
     ]  # fmt: skip
 

@@ -12,7 +12,6 @@ Dimensions: C rows, H hidden size, V vocabulary, S columns of a slice.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rgpb.bench.cases import LOG_PROB, Shape, fused, make_batch
+from rgpb.arguments import argument, positive
+from rgpb.bench.contest import LOG_PROB, Job, Shape, fused, kind_of, make_batch
 from rgpb.bench.measure import interleaved, provenance, quantiles
-from rgpb.bench.plan import argument, positive
-from rgpb.bench.report import free_table
+from rgpb.bench.tables import free_table, save
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.kernels import cpp_rows
 
@@ -83,7 +82,7 @@ def new_memory(size: int, rounds: int) -> list[dict[str, Any]]:
         "write new memory": partial(touch, lambda x: x),
         "write new memory, huge pages": partial(touch, cpp_rows.fresh),
     }
-    times = interleaved(ways, rounds, "cpu")
+    times = interleaved(ways, rounds, "cpu").seconds
     return [{"product": way, "GB/s": round(size / quantiles(seconds)[0] / 1e9, 2)} for way, seconds in times.items()]
 
 
@@ -97,7 +96,7 @@ def shares(shape: Shape) -> list[dict[str, Any]]:
         ("bnf", "frozen"),
         (LOG_PROB, "forward"),
     ):
-        run = fused(batch, loss, path, "auto", DEFAULT_WORKSPACE).run
+        run, _ = fused(batch, Job(loss, kind_of(path)), path, DEFAULT_WORKSPACE, impl="auto")
         run()
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             run()
@@ -120,7 +119,7 @@ def main() -> None:
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     made = runs(a.width, a.vocab, a.tokens)
-    times = interleaved({key: run for key, (_, run) in made.items()}, a.rounds, "cpu")
+    times = interleaved({key: run for key, (_, run) in made.items()}, a.rounds, "cpu").seconds
     table: list[dict[str, Any]] = []
     for (product, rows, columns, pad), seconds in times.items():
         median, low, high = quantiles([made[product, rows, columns, pad][0] / s / 1e9 for s in seconds])
@@ -134,9 +133,7 @@ def main() -> None:
     table += shares(Shape(a.tokens, a.width, a.vocab))
     facts = provenance("cpu", width=a.width, vocab=a.vocab, tokens=a.tokens, rounds=a.rounds)
     a.out.mkdir(parents=True, exist_ok=True)
-    (a.out / "results.json").write_text(
-        json.dumps({"provenance": facts, "rows": [], "points": [], "table": table}, indent=1)
-    )
+    save(a.out / "results.json", {"provenance": facts, "rows": [], "points": [], "table": table})
     print("\n".join(free_table(table)))
 
 

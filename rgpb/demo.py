@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rgpb import fused_loss, reference
-from rgpb.bench.cases import Result
-from rgpb.bench.measure import peak_memory
+from rgpb.bench.measure import Result, peak_memory
 from rgpb.hf import IGNORE
 from rgpb.train import TrainConfig, report, train
 from rgpb.train.rows import read_preferences

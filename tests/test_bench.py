@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -17,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rgpb import OBJECTIVES, LMHead, bench, linear_logprob
-from rgpb.bench import cases, measure, report
+from rgpb.bench import contest, measure, tables
 from rgpb.bench import plan as plan_command
-from rgpb.bench.cases import DTYPES, NAIVE, Floor, Result, Shape, make_batch
-from rgpb.bench.measure import interleaved, peak_memory, quantiles
+from rgpb.bench.contest import DTYPES, LOG_PROB, NAIVE, PATHS, Case, Contestant, Floor, Job, Shape, make_batch
+from rgpb.bench.measure import Result, interleaved, peak_memory, quantiles
 from rgpb.cli import main
 from rgpb.fused import dpo_loss
 from rgpb.kernels import cpp_rows
@@ -83,34 +82,46 @@ def test_peak_agrees_with_the_kernel():
     assert abs(status("VmHWM") - before - counted) < 4 * MIB
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", cases.PATHS)
-@pytest.mark.parametrize("loss", NAIVE)
+def pairwise(*cases, full):
+    """These cases, which cover every pair of values; the rest of the product is marked."""
+    return [*cases, *(pytest.param(*rest, marks=pytest.mark.full) for rest in full if rest not in cases)]
+
+
+EVERY = [(loss, path, dtype) for loss in NAIVE for path in PATHS[:3] for dtype in DTYPES]
+EVERY += [(LOG_PROB, "forward", dtype) for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("loss", "path", "dtype"),
+    pairwise(
+        ("bnf", "single", "fp32"), ("dpo", "two_pass", "fp32"), ("swepo", "single", "bf16"),
+        ("mle", "frozen", "bf16"), ("bnf", "two_pass", "bf16"), (LOG_PROB, "forward", "bf16"), full=EVERY,
+    ),
+)  # fmt: skip
 def test_memory_does_not_grow_with_the_tokens(loss, path, dtype):
     """Twice the tokens: naive holds twice as much; the library the same but for a few numbers per token."""
-    loss = cases.LOG_PROB if path == "forward" else loss
+    job = Job(loss, contest.kind_of(path))
     # holds the float32 sum of dW and a part of N's logits; scores alone take less
     workspace = MIB // 4 if path == "forward" else 2 * MIB
     extra = {}
     for tokens in (SMALL.tokens, 2 * SMALL.tokens):
         batch = make_batch(SMALL._replace(tokens=tokens), DTYPES[dtype], "cpu")
-        ours = cases.fused(batch, loss, path, "auto", workspace)
+        ours, plan = contest.fused(batch, job, path, workspace, impl="auto")
         # a pair or group of responses of 128 tokens is longer than a chunk
-        assert ours.plan.path == ("two_pass" if path == "single" and loss in ("dpo", "swepo") else path)
-        assert ours.plan.rows < SMALL.tokens
-        naive = cases.naive(batch, loss, path)
-        extra[tokens] = peak_memory(ours.run, "cpu").extra, peak_memory(naive.run, "cpu").extra
-        foretold = cases.naive_bytes(tokens, SMALL.vocab, DTYPES[dtype].itemsize, gradient=path != "forward")
+        assert plan.path == ("two_pass" if path == "single" and loss in ("dpo", "swepo") else path)
+        assert plan.rows < SMALL.tokens
+        naive, _ = contest.naive(batch, job)
+        extra[tokens] = peak_memory(ours, "cpu").extra, peak_memory(naive, "cpu").extra
+        foretold = plan_command.naive_bytes(tokens, SMALL.vocab, DTYPES[dtype].itemsize, gradient=path != "forward")
         assert extra[tokens][1] == pytest.approx(foretold, rel=0.01)
-        assert extra[tokens][0] <= ours.plan.extra_bytes + 256 * tokens
-        assert ours.plan.extra_bytes <= workspace
+        assert extra[tokens][0] <= plan.extra_bytes + 256 * tokens
+        assert plan.extra_bytes <= workspace
     (once, naive_once), (twice, naive_twice) = extra.values()
     assert twice - once <= 256 * SMALL.tokens  # numbers per token; one row of logits has 32768 bytes
     assert naive_twice > 1.9 * naive_once
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "entropy"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 def test_the_workspace_bounds_what_scores_hold(dtype, entropy):
     """Many slices of the vocabulary: what is kept of each doesn't add up."""
     workspace, tokens = 2 * MIB, 600
@@ -120,23 +131,30 @@ def test_the_workspace_bounds_what_scores_hold(dtype, entropy):
 
     def run():
         scores = linear_logprob(hidden, weight, target, entropy=entropy, workspace=workspace)
-        return cases.Result(scores.logp, ())
+        return Result(scores.logp, ())
 
     assert peak_memory(run, "cpu").extra <= workspace + 256 * tokens
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SIDES = (512, 64, None, False)  # the [rows, H] sides outweigh the logits
+ENTROPY = (512, 64, None, True)  # the entropy's own sweeps
+CAPPED = (16, 16384, 2.0, False)  # the soft-cap's temporaries outweigh all else
+
+
 @pytest.mark.parametrize(
-    ("width", "vocab", "softcap", "entropy"),
-    [
-        (512, 64, None, False),  # the [rows, H] sides outweigh the logits
-        (512, 64, None, True),  # the entropy's own sweeps
-        (16, 16384, 2.0, False),  # the soft-cap's temporaries outweigh all else
-    ],
-)
-@pytest.mark.parametrize("path", ["single", "two_pass", "frozen"])
-def test_the_workspace_bounds_what_is_held(path, width, vocab, softcap, entropy, dtype):
+    ("path", "form", "dtype"),
+    pairwise(
+        ("single", CAPPED, torch.bfloat16), ("two_pass", CAPPED, torch.float32), ("frozen", SIDES, torch.bfloat16),
+        ("two_pass", SIDES, torch.float32), ("single", ENTROPY, torch.bfloat16),
+        full=[
+            (path, form, dtype)
+            for path in PATHS[:3] for form in (SIDES, ENTROPY, CAPPED) for dtype in (torch.float32, torch.bfloat16)
+        ],
+    ),
+)  # fmt: skip
+def test_the_workspace_bounds_what_is_held(path, form, dtype):
     """Odd shapes, and one masked token, so that rows are gathered."""
+    width, vocab, softcap, entropy = form
     workspace, tokens = 8 * MIB, 6000 if vocab < 100 else 600
     hidden = torch.randn(2, tokens // 2, width).to(dtype).requires_grad_()
     weight = torch.randn(vocab, width).to(dtype).requires_grad_(path != "frozen")
@@ -152,7 +170,7 @@ def test_the_workspace_bounds_what_is_held(path, width, vocab, softcap, entropy,
             reduction = "none" if path == "two_pass" else "mean"
             value = dpo_loss(hidden, head, target, ref=torch.zeros(2), reduction=reduction, workspace=workspace).sum()
         wanted = [x for x in (hidden, weight) if x.requires_grad]
-        return cases.Result(value.detach(), torch.autograd.grad(value, wanted))
+        return Result(value.detach(), torch.autograd.grad(value, wanted))
 
     assert peak_memory(run, "cpu").extra <= workspace + 256 * tokens
 
@@ -160,15 +178,16 @@ def test_the_workspace_bounds_what_is_held(path, width, vocab, softcap, entropy,
 # -- what is compared --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("loss", NAIVE)
-def test_naive_equals_the_oracle(loss):
+def test_naive_equals_the_oracle(loss, softcap):
     """Sign and scale of the formulas; in float64, so that nothing but the formula can differ."""
-    batch = make_batch(TINY, torch.float64, "cpu")
-    truth = cases.exact(batch, loss, weight_grad=True)
-    assert max(cases.errors(cases.naive(batch, loss, "single").run(), truth)) < 1e-12
-    frozen = cases.naive(batch, loss, "frozen").run()
-    assert len(frozen.gradients) == 1
-    assert max(cases.errors(frozen, truth._replace(gradients=truth.gradients[:1]))) < 1e-12
+    batch = make_batch(TINY, torch.float64, "cpu", softcap=softcap)
+    truth = contest.exact(batch, Job(loss, "full"))
+    assert max(contest.errors(contest.naive(batch, Job(loss, "full"))[0](), truth)) < 1e-12
+    frozen = contest.naive(batch, Job(loss, "frozen"))[0]()
+    assert len(frozen.gradients) == len(contest.exact(batch, Job(loss, "frozen")).gradients) == 1
+    assert max(contest.errors(frozen, truth)) < 1e-12
 
 
 def test_bnf_batch_has_tokens_on_both_sides_of_the_cap():
@@ -180,7 +199,7 @@ def test_bnf_batch_has_tokens_on_both_sides_of_the_cap():
 @pytest.mark.parametrize("units", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [512, 12])
 def test_floor_does_so_many_products(units, rows, monkeypatch):
-    monkeypatch.setitem(cases.FLOOR_ROWS, "cpu", rows)  # 12: the last chunk of 32 is a smaller one
+    monkeypatch.setitem(contest.FLOOR_ROWS, "cpu", rows)  # 12: the last chunk of 32 is a smaller one
     batch = make_batch(TINY, torch.float64, "cpu")
     floor = Floor(batch)
     with FlopCounterMode(display=False) as counter:
@@ -194,17 +213,46 @@ def test_floor_does_so_many_products(units, rows, monkeypatch):
 
 
 def test_every_run_once_a_round():
-    """In another order each time, but the same in every call."""
+    """In another order each time, but the same in every call; the first round warms up and isn't counted."""
     orders = []
     for _ in range(2):
         calls = []
         times = interleaved({name: partial(calls.append, name) for name in "abc"}, 9, "cpu")
         assert len(calls) == 30
-        assert {len(seconds) for seconds in times.values()} == {9}
+        assert ({len(seconds) for seconds in times.seconds.values()}, times.rounds) == ({9}, 9)
         orders.append([tuple(calls[i : i + 3]) for i in range(0, 30, 3)])
     assert orders[0] == orders[1]
     assert {tuple(sorted(order)) for order in orders[0]} == {tuple("abc")}
     assert len(set(orders[0])) > 3  # so no run always follows the same one
+
+
+class Clock:
+    """One that only the runs move."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 0.0, 0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def takes(self, seconds):
+        def run():
+            self.now += seconds
+            self.calls += 1
+
+        return run
+
+
+def test_times_ratios_and_how_often(monkeypatch):
+    """A short run is repeated and its time divided; the budget bounds the rounds, but not below the least."""
+    clock = Clock(monkeypatch)
+    times = interleaved({"a": clock.takes(1.0), "b": clock.takes(0.25)}, 5, "cpu")
+    assert (times.quantiles("a"), times.over("b", "a"), times.calls) == ([1.0] * 3, 0.25, {"a": 1, "b": 1})
+    short = interleaved({"a": clock.takes(1e-3), "b": clock.takes(1e-6)}, 2, "cpu", shortest=1e-3)
+    assert (short.calls, short.seconds["b"]) == ({"a": 1, "b": measure.MOST_CALLS}, pytest.approx([1e-6] * 2))
+    clock.calls = 0
+    assert interleaved({"a": clock.takes(1.0)}, 50, "cpu", budget=8.0).rounds == 8
+    assert clock.calls == 9
+    assert interleaved({"a": clock.takes(1.0)}, 50, "cpu", budget=0.0).rounds == measure.LEAST_ROUNDS
+    assert interleaved({"a": clock.takes(1.0)}, 1, "cpu", budget=0.0).rounds == 1
 
 
 def test_quantiles():
@@ -215,16 +263,17 @@ def test_quantiles():
 
 
 def test_bench_writes_and_renders(tmp_path, capsys):
-    sizes = ["--shape", "32,8,128", "--shape", "16,8,64", "--repeats", 2]
-    assert command("bench", *sizes, "--dtype", "fp32,bf16", "--threads", 1, "--out", tmp_path) == 0
+    sizes = ["--shape", "32,8,128", "--loss", "bnf,dpo", "--repeats", 2]
+    assert command("bench", *sizes, "--threads", 1, "--out", tmp_path) == 0
     shown = capsys.readouterr().out
     content = json.loads((tmp_path / "results.json").read_text())
     assert {"device", "cpu", "cores", "threads", "torch", "triton", "rgpb", "date", "commit"} <= set(
         content["provenance"]
     )
-    rows = [report.Row(**row) for row in content["rows"]]
-    # per case: 4 losses × (3 floors, 2 naive, 3 fused), log-prob: floor, naive, fused
-    assert len(rows) == 4 * (4 * 8 + 3)
+    rows = tables.read(tmp_path / "results.json").rows
+    assert None not in [value for row in content["rows"] for value in row.values()]
+    # 2 losses × (3 floors, 2 naive, 3 fused), log-prob: floor, naive, fused
+    assert len(rows) == 2 * 8 + 3
     assert {row.status for row in rows} == {"ok"}
     for row in rows:
         assert row.seconds_20 <= row.seconds <= row.seconds_80
@@ -233,42 +282,39 @@ def test_bench_writes_and_renders(tmp_path, capsys):
             assert row.peak_bytes >= row.extra_bytes > 0
             assert row.value_error is not None
         assert (row.over_naive is not None) == (row.impl == "fused")
-    assert {p["tokens"] for p in content["points"]} == {2, 4, 8, 16, 32}
-    with (tmp_path / "results.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["impl"] for line in lines] == [row.impl for row in rows]
-    assert {line["torch"] for line in lines} == {torch.__version__}
+    assert {p["tokens"] for p in content["points"]} == {4, 8, 16, 32}
     first = (tmp_path / "results.png").read_bytes()
     assert first.startswith(b"\x89PNG")
     (tmp_path / "results.png").unlink()
     assert command("bench", "--render", tmp_path / "results.json") == 0
     rendered = capsys.readouterr().out
-    assert rendered.count("\n| ") == 2 * 4 + len(rows)  # two lines of heading per case
+    assert rendered.count("\n| ") == 2 + len(rows)  # two lines of heading
     for row in rows:
-        assert "| " + " | ".join(report.cells(row)) + " |" in rendered
-        assert report.cells(row)[2] in shown
+        assert "| " + " | ".join(tables.cells(row)) + " |" in rendered
+        assert tables.cells(row)[2] in shown
     assert (tmp_path / "results.png").exists()
 
 
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_no_speed_for_a_wrong_result(wrong, tmp_path, capsys, monkeypatch):
-    fused = cases.fused
+    fused = contest.fused
 
-    def broken(batch, loss, path, *more):
-        contestant = fused(batch, loss, path, *more)
+    def broken(batch, job, path, *more, **how):
+        right, plan = fused(batch, job, path, *more, **how)
 
         def run():
-            value, gradients = contestant.run()
+            value, gradients = right()
             if wrong == "gradient":
                 return Result(value, (gradients[0], gradients[1] * 1.01))
             return Result(value + (0.01 if wrong == "value" else torch.nan), gradients)
 
-        return contestant._replace(run=run) if path == "single" else contestant
+        return (run if path == "single" else right), plan
 
-    monkeypatch.setattr(cases, "fused", broken)
+    monkeypatch.setattr(contest, "fused", broken)
+    monkeypatch.setattr(tables, "plot", lambda report, path: None)
     arguments = ("--shape", "32,8,128", "--repeats", 1, "--loss", "mle", "--path", "single,two_pass", "--threads", 1)
     assert command("bench", *arguments, "--out", tmp_path) == 1
-    rows = {row.path: row for row in report.read(tmp_path / "results.json").rows}
+    rows = {row.path: row for row in tables.read(tmp_path / "results.json").rows}
     assert rows["single"].status == "FAILED"
     assert rows["single"].seconds is rows["single"].over_floor is rows["single"].over_naive is None
     assert rows["two_pass"].seconds > 0
@@ -277,15 +323,89 @@ def test_no_speed_for_a_wrong_result(wrong, tmp_path, capsys, monkeypatch):
     assert "U" not in line
 
 
-def test_a_path_that_the_plan_does_not_take(tmp_path, capsys):
+def test_a_path_that_the_plan_does_not_take(tmp_path, capsys, monkeypatch):
     """In bfloat16 a small workspace doesn't hold the float32 sum of dW: no row may claim a single pass."""
+    monkeypatch.setattr(tables, "plot", lambda report, path: None)
     arguments = ("--shape", "64,64,512", "--dtype", "bf16", "--loss", "bnf", "--path", "single", "--threads", 1)
     how = ("--impl", "torch", "--workspace", "150KiB")
     assert command("bench", *arguments, "--repeats", 1, *how, "--out", tmp_path) == 0
-    (row,) = [row for row in report.read(tmp_path / "results.json").rows if row.impl == "fused"]
+    (row,) = [row for row in tables.read(tmp_path / "results.json").rows if row.impl == "fused"]
     assert row.status == "plan: two_pass"
     assert row.seconds is None
     assert "the float32 sum of dW doesn't fit" in capsys.readouterr().err
+
+
+def racers(*runs):
+    """Naive PyTorch's part is the first's."""
+    return [
+        Contestant(impl, "full", 3, lambda batch, job, run=run: (run, None))
+        for impl, run in zip(("naive", "b", "c"), runs)
+    ]
+
+
+def test_one_that_fails_in_the_rounds_takes_no_other_along():
+    """Then each is timed by itself beside naive; what raises in its check has its reason, and no time."""
+    case, job, calls = Case(TINY, "fp32", "cpu"), Job("mle", "full"), []
+    right = contest.naive(case.batch, job)[0]
+
+    def tires():
+        calls.append(1)
+        if len(calls) > 3:  # checked, and weighed in two runs
+            raise RuntimeError("first line\n| second")
+        return right()
+
+    def raises():
+        raise ValueError("softcap: expected none")
+
+    ready = [contest.prepared(case, job, one) for one in racers(right, tires, raises)]
+    assert [one.row.status for one in ready] == ["ok", "ok", "refused: softcap: expected none"]
+    rows = contest.race(case, ready, 2).rows
+    assert [row.status for row in rows] == ["ok", "error: RuntimeError: first line / second", ready[2].row.status]
+    assert [row.seconds is None for row in rows] == [False, True, True]
+    calls.clear()
+    rows = contest.race(case, [contest.prepared(case, job, one) for one in racers(right, right, raises)], 2).rows
+    assert rows[0].over_naive is None
+    assert rows[1].over_naive > 0
+    (alone,) = contest.race(case, [contest.prepared(case, job, racers(right, right)[1])], 2, rival=right).rows
+    assert alone.over_naive > 0  # its row may be there already
+    assert alone.over_floor > 0
+
+
+def test_statuses_of_exceptions():
+    assert measure.explain(torch.OutOfMemoryError("x")) == "out of memory"
+    assert measure.explain(ModuleNotFoundError("No module named 'x'", name="x")) == "not installed: x"
+    assert measure.explain(ValueError("impl: expected\na GPU")) == "refused: impl: expected a GPU"
+    assert measure.explain(TypeError("x")) == "error: TypeError: x"
+    statuses = {"ok": False, "FAILED": True, "out of memory": False, "error: x": True, "refused: x": False}
+    assert {status: measure.failed({"status": status}) for status in statuses} == statuses
+    assert not measure.failed({"status": "error: x", "impl": "theirs"})  # others may fail as they like
+
+
+def test_a_picture_of_time_and_memory(tmp_path, monkeypatch):
+    """Bars are milliseconds and MiB: two passes, which take longer, are longer than one; naive's line is naive's."""
+    from matplotlib.figure import Figure
+
+    def row(path, impl, seconds, extra):
+        return tables.Row(
+            "bnf", path, impl, "fp32", 64, 8, 128, 3, seconds=seconds, seconds_20=seconds, seconds_80=seconds,
+            over_floor=1.0, extra_bytes=extra * MIB,
+        )  # fmt: skip
+
+    rows = [row("single", "fused", 1.2, 8), row("two_pass", "fused", 1.5, 4), row("full", "naive", 1.6, 99)]
+    rows += [row("1U", "gemm", 0.1, 1), row("single", "fused", None, 1)]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    tables.plot(tables.Report({}, rows, rows[:1]), tmp_path / "x.png")
+    left, middle = drawn[0].axes  # one N: nothing over it
+    assert [bar.get_width() for bar in left.patches] == [1600, 1200, 1500]
+    assert [bar.get_width() for bar in middle.patches] == [99, 8, 4]
+    for axes, reference in ((left, 1600), (middle, 99)):
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert [set(line.get_xdata()) for line in dashed] == [{reference}]
+        assert axes.get_xlabel()
+        assert "MiB" in axes.get_xlabel() or "ms" in axes.get_xlabel()
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["naive PyTorch", "rgpb", "naive PyTorch at the same job"]
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -328,8 +448,9 @@ def plan_of(capsys, *arguments):
 LLAMA = ("--hidden", 4096, "--vocab", 128256)
 
 
-def test_pairs_that_fit_no_chunk(capsys):
+def test_pairs_that_fit_no_chunk(capsys, monkeypatch):
     """What a call with such pairs is told, too."""
+    set_rates(monkeypatch)
     call = ("--hidden", 512, "--vocab", 32000, "--dtype", "fp32", "--device-type", "cpu", "--impl", "torch")
     call = (*call, "--workspace", "48MiB", "--loss", "dpo")
     assert plan_of(capsys, *call)["path"][0].startswith("single: ")
@@ -544,21 +665,15 @@ class Moved(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-@pytest.mark.parametrize("loss", NAIVE)
-def test_what_the_naive_form_moves_and_holds(loss, dtype, softcap, monkeypatch):
-    if softcap is not None:
-
-        def log_probs(hidden, weight):
-            return (softcap * torch.tanh(torch.nn.functional.linear(hidden, weight) / softcap)).float().log_softmax(-1)
-
-        monkeypatch.setattr(cases, "log_probs", log_probs)
+@pytest.mark.parametrize("loss", ["bnf", "dpo", *(pytest.param(x, marks=pytest.mark.full) for x in ("swepo", "mle"))])
+def test_what_the_naive_form_moves_and_holds(loss, dtype, softcap):
     capped, entropy = softcap is not None, OBJECTIVES[loss].entropy
     size = SMALL.tokens * SMALL.vocab
-    run = cases.naive(make_batch(SMALL, dtype, "cpu"), loss, "single").run
+    run, _ = contest.naive(make_batch(SMALL, dtype, "cpu", softcap=softcap), Job(loss, "full"))
     with Moved(size) as moved:
         run()
-    assert moved.bytes == size * cases.naive_moved(dtype.itemsize, entropy, capped)
-    held = cases.naive_bytes(SMALL.tokens, SMALL.vocab, dtype.itemsize, softcap=capped)
+    assert moved.bytes == size * plan_command.naive_moved(dtype.itemsize, entropy, capped)
+    held = plan_command.naive_bytes(SMALL.tokens, SMALL.vocab, dtype.itemsize, softcap=capped)
     assert peak_memory(run, "cpu").extra == pytest.approx(held, rel=0.01)
 
 

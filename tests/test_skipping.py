@@ -200,8 +200,7 @@ def test_sort_vocab_is_a_boolean(peaked, given):
 )
 @pytest.mark.parametrize("sort_vocab", [False, True])
 def test_memory_stays_inside_the_workspace(tokens, width, vocab, workspace, sort_vocab):
-    from rgpb.bench.cases import Result
-    from rgpb.bench.measure import peak_memory
+    from rgpb.bench.measure import Result, peak_memory
 
     torch.use_deterministic_algorithms(False)
     hidden, weight = torch.randn(1, tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)

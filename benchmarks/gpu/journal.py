@@ -6,59 +6,35 @@ cut off in the middle is dropped.
 
 from __future__ import annotations
 
-import gc
 import json
-import math
 import re
-import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from rgpb.bench.measure import ABSENT, alive, failed, installed, provenance, version_of
+from rgpb.bench.tables import finite, save
 
-from rgpb.bench.measure import provenance
-
-ABSENT = "not installed: "
 WORKSPACES = {"cuda": (512 * 2**20, 4 * 2**30), "cpu": (512 * 2**20, 16 * 2**20)}
-PEERS = ("liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
+PEERS = ("liger-kernel", "cut-cross-entropy", "trl")
 
 
 class Task(NamedTuple):
-    """One row to be: its key within the part, and what makes it."""
-
-    key: str
-    run: Callable[[], dict[str, Any]]
-
-
-class Group(NamedTuple):
-    """Rows to be that are measured together: their keys, and what makes the rows of those keys that it is given."""
+    """Rows to be that are measured together: their keys within the part, and what makes those that it is given."""
 
     keys: tuple[str, ...]
-    run: Callable[[list[str]], Iterable[dict[str, Any]]]
+    run: Callable[[list[str]], Iterable[tuple[str, dict[str, Any]]]]
+
+
+def single(key: str, make: Callable[[], dict[str, Any]]) -> Task:
+    """A task of one row."""
+    return Task((key,), lambda keys: [(key, make())])
 
 
 class Settings(NamedTuple):
-    """What the command line says.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        rounds: of timing, at most.
-        workspaces: bytes, each a variant of the library's contestants.
-        shapes: (name, N, H, V, soft-cap) in place of a part's own.
-        cap: tokens, where the search for the longest batch ends.
-        minutes: of one part, after which no row is begun.
-        only, without: patterns on the keys of rows.
-        dtype: of the heads, in place of a part's own.
-        share: (i, n): only the i-th of n parts of the rows, by their keys.
-        model, text, steps: of the language model: a folder in place of training one, what it reads, how long it trains.
-    """
+    """What the command line says; `shapes`: (name, N, H, V, soft-cap)."""
 
     device: str
     rounds: int = 20
@@ -72,15 +48,11 @@ class Settings(NamedTuple):
     model: Path | None = None
     text: tuple[Path, ...] = ()
     steps: int | None = None
-    share: tuple[int, int] = (0, 1)
 
     def wants(self, key: str) -> bool:
-        """Whether the patterns let a row through, and it is in this run's share."""
-        mine, of = self.share
-        return (
-            (self.only is None or self.only.search(key) is not None)
-            and (self.without is None or self.without.search(key) is None)
-            and zlib.crc32(key.encode()) % of == mine
+        """Whether the patterns let a row through."""
+        return (self.only is None or self.only.search(key) is not None) and (
+            self.without is None or self.without.search(key) is None
         )
 
 
@@ -99,7 +71,8 @@ class Journal:
         ValueError: the file holds something else than rows.
     """
 
-    def __init__(self, folder: Path, part: str):
+    def __init__(self, folder: Path, part: str, settings: Settings):
+        self.settings = settings
         self.part, self.path, self.json = part, folder / f"{part}.jsonl", folder / f"{part}.json"
         self.rows: dict[str, dict[str, Any]] = {}
         self.runs: list[dict[str, Any]] = []
@@ -135,25 +108,15 @@ class Journal:
 
     def write(self, run: dict[str, Any], left: int, **more: Any) -> None:
         """The JSON of the part: the last run's provenance, all runs, all rows, and `more`."""
-        content = {
-            "part": self.part,
-            "provenance": {name: x for name, x in (self.runs or [run])[-1].items() if name != "first_row"},
-            "runs": self.runs,
-            "left": left,
-            "rows": list(self.rows.values()),
-            "points": [],
-            **more,
-        }
-        self.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        last = {name: x for name, x in (self.runs or [run])[-1].items() if name != "first_row"}
+        content = {"part": self.part, "provenance": last, "runs": self.runs, "left": left}
+        save(self.json, {**content, "rows": list(self.rows.values()), "points": [], **more})
 
 
-def work(
-    journal: Journal,
-    tasks: Iterator[Task | Group],
-    settings: Settings,
-    run: dict[str, Any],
-    summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
-) -> Outcome:
+Summary = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+def work(journal: Journal, tasks: Iterable[Task], run: dict[str, Any], summary: Summary) -> Outcome:
     """Run what isn't done yet, within the minutes; at least one task, so that repeated runs come to an end.
 
     Raises:
@@ -162,18 +125,17 @@ def work(
     there = journal.runs[-1].get("device") if journal.runs else None
     if there not in (None, run.get("device")):
         raise ValueError(f"out: expected results of {run.get('device')}, got those of {there} in {journal.path}")
-    start, longest, made, left, added = time.monotonic(), 0.0, 0, 0, 0
+    start, settings, longest, made, left, added = time.monotonic(), journal.settings, 0.0, 0, 0, 0
     try:
         for task in tasks:
-            together = task.keys if isinstance(task, Group) else (task.key,)
-            keys = [key for key in together if settings.wants(key) and not journal.done(key)]
+            keys = [key for key in task.keys if settings.wants(key) and not journal.done(key)]
+            begin = time.monotonic()
             if not keys:
                 continue
-            begin = time.monotonic()
             if left or (made and begin - start + longest > 60 * settings.minutes):
                 left += len(keys)
                 continue
-            for key, row in zip(keys, task.run(keys) if isinstance(task, Group) else [task.run()]):
+            for key, row in task.run(keys):
                 journal.add(key, row, run)
                 added += 1
                 say(f"{journal.part}: {key}: {row.get('status')} ({time.monotonic() - begin:.1f} s)")
@@ -190,99 +152,11 @@ def work(
     return Outcome(sum(map(failed, journal.rows.values())), left, added)
 
 
-def alive(device: str) -> bool:
-    """Whether the device still works: after an illegal access nothing does."""
-    try:
-        release(device)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def failed(row: dict[str, Any]) -> bool:
-    """A result off float64; or an exception, other than a refusal, in this library."""
-    status = row.get("status", "")
-    return status.startswith("FAILED") or (status.startswith("error") and row.get("impl", "fused") == "fused")
-
-
-def explain(error: Exception) -> str:
-    """The status of a row whose contestant raised."""
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
-        return "out of memory"
-    if isinstance(error, ModuleNotFoundError):
-        return f"{ABSENT}{error.name}"
-    text = " ".join(str(error).replace("|", "/").split())[:200]
-    return f"refused: {text}" if isinstance(error, ValueError) else f"error: {type(error).__name__}: {text}"
-
-
-def installed(module: str) -> bool:
-    """Whether a module can be found, or an attribute of torch is there."""
-    if module.startswith("torch."):
-        owner: Any = torch
-        for name in module.split(".")[1:]:
-            owner = getattr(owner, name, None)
-        return owner is not None
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with None for what isn't finite: JSON has no NaN."""
-
-    def clean(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {name: clean(y) for name, y in x.items()}
-        if isinstance(x, list):
-            return [clean(y) for y in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return {name: clean(x) for name, x in row.items()}
-
-
-def release(device: str) -> None:
-    """Give the device's memory back that nobody holds any more."""
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Provenance with the peers' versions and the facts of the GPU."""
-    options: dict[str, Any] = {"rounds": settings.rounds, **peers()}
-    if settings.device == "cuda":
-        facts = torch.cuda.get_device_properties(torch.cuda.current_device())
-        options |= {
-            "capability": f"{facts.major}.{facts.minor}",
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-            "multiprocessors": facts.multi_processor_count,
-            "memory": facts.total_memory,
-        }
-    return provenance(settings.device, **options)
-
-
-def peers() -> dict[str, str]:
-    """The versions of the other libraries that are installed."""
-    found = {}
-    for package in PEERS:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return shown[0] if shown else None
+    """Provenance with the peers' versions."""
+    return provenance(settings.device, rounds=settings.rounds, **{name: version_of(name) for name in PEERS})

@@ -1,4 +1,4 @@
-"""The parts on certified skipping: on a made-up peaked distribution, and on what a language model has learnt.
+"""Certified skipping, on a made-up peaked distribution and on what a language model has learnt.
 
 Dimensions: N tokens, H hidden size, V vocabulary.
 """
@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgpb.bench import cases
-from rgpb.bench.cases import TOLERANCE, Batch, Result, Shape
-from rgpb.bench.measure import quantiles
+from benchmarks import language
+from rgpb.bench import contest
+from rgpb.bench.contest import TOLERANCE, Batch, Job, Shape, finished, graded, length_of
+from rgpb.bench.measure import Result, explain, interleaved, release
 from rgpb.fused import fused_loss
 from rgpb.objectives import OBJECTIVES
 
-from . import language
-from .device import LLAMA
-from .heads import ratio, timed
-from .journal import Journal, Settings, Task, explain, release
-from .lineup import exact, graded, kernels_for, keywords, plan_of
+from .calls import LLAMA, ROW_SECONDS
+from .journal import Journal, Settings, Task, single
+from .peers import kernels_for
 
 TOLERANCES: tuple[float | str, ...] = (1e-5, 1e-4, 1e-3, 1e-2, "auto")
 LOSSES = ("bnf", "mle")
-PEAKED = {"cuda": LLAMA, "cpu": ("peaked", 2048, 256, 32768, None)}
+PEAKED = {"cuda": LLAMA[0], "cpu": ("peaked", 2048, 256, 32768, None)}
 TOKENS = {"cuda": 8192, "cpu": 2048}  # N, of held-out text
 
 
@@ -38,7 +37,6 @@ def peaked_batch(shape: Shape, device: str, seed: int = 0) -> Batch:
     that wasn't sorted. In bfloat16.
     """
     tokens, width, vocab = shape
-    length = max(t for t in range(1, cases.LONGEST_RESPONSE + 1) if tokens % (2 * t) == 0)
     random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -51,23 +49,15 @@ def peaked_batch(shape: Shape, device: str, seed: int = 0) -> Batch:
     confidence = 2 + 16 * torch.rand(tokens, 1, generator=random, device=device)
     own = weight[target] - (weight[target] @ common)[:, None] * common
     hidden = 4 * common + confidence * torch.nn.functional.normalize(own, dim=1) + 0.5 * normal(tokens, width)
-    hidden, weight = (x.bfloat16().contiguous() for x in (hidden.view(-1, length, width), weight))
-    target = target.view(-1, length)
-    logp = language.exact_logp(hidden, weight, target)
-    ref = (logp + 0.3 * normal(*target.shape)).clamp(max=-1e-3).float()
-    label = 1.0 - 2 * (torch.arange(len(target), device=device) % 2)
-    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, label, ref, ref.new_zeros(0, 2), logp)
+    length = length_of(tokens)
+    return finished(hidden.view(-1, length, width).bfloat16(), weight.bfloat16(), target.view(-1, length), random)
 
 
 class Subject:
-    """A batch, its answers in float64, and the library's own without skipping; each made when first asked for.
+    """A batch, its answers in float64, and the library's own without skipping; each made when first asked for."""
 
-    Attributes:
-        facts: what its rows say of it.
-    """
-
-    def __init__(self, make: Callable[[], Batch], settings: Settings, facts: Callable[[Batch], dict[str, Any]]):
-        self.make, self.settings, self.describe = make, settings, facts
+    def __init__(self, make: Callable[[], Batch], settings: Settings, known: dict[str, Any]):
+        self.make, self.settings, self.more = make, settings, known
         self.known: dict[Any, Result] = {}
 
     @cached_property
@@ -77,52 +67,46 @@ class Subject:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """N, H and V, and what else tells this batch from others."""
+        """What its rows say of it: N, H and V, and how peaked it is, by the perplexity of the targets and the part of
+        them that have more than nine tenths of the probability."""
         b = self.batch
-        return {**self.describe(b), "tokens": b.target.numel(), "width": b.weight.shape[1], "vocab": len(b.weight)}
+        sizes = {"tokens": b.target.numel(), "width": b.weight.shape[1], "vocab": len(b.weight)}
+        confident = (b.logp > -0.10536).double().mean().item()
+        return {**self.more, "perplexity": (-b.logp).mean().exp().item(), "confident": confident, **sizes}
 
-    def truth(self, loss: str) -> Result:
-        """In float64."""
-        b = self.batch
-        return self._kept((loss,), lambda: exact(loss, b.hidden, cases.LMHead(b.weight), b.target, b.ref, b.label))
-
-    def plain(self, loss: str, kernels: str) -> Result:
-        """Without skipping."""
-        return self._kept((loss, kernels), lambda: self.call(loss, kernels)[0])
-
-    def _kept(self, key: tuple[str, ...], make: Callable[[], Result]) -> Result:
+    def kept(self, key: tuple[str, ...], make: Callable[[], Result]) -> Result:
+        """What `make` gives, made once; the answers to one loss are held at a time."""
         if key not in self.known:
             self.known = {other: value for other, value in self.known.items() if other == key[:1]}
             self.known[key] = make()
         return self.known[key]
 
-    def call(self, loss: str, kernels: str, **more: Any) -> tuple[Result, Tensor | None, float | None]:
-        """Value and gradients; of what was skipped each row's bound [N], and its share."""
+    def call(self, loss: str, kernels: str, **more: Any) -> tuple[Result, dict[str, Tensor]]:
+        """Value and gradients, and the metrics of what was skipped."""
         b, spec = self.batch, OBJECTIVES[loss]
         value, metrics = fused_loss(
             b.hidden, b.weight, b.target, objective=loss, label=b.label if spec.label else None,
             ref=None if spec.ref is None else b.ref, workspace=self.settings.workspaces[0], return_metrics=True,
-            **keywords(kernels), **more,
+            impl=kernels, **more,
         )  # fmt: skip
-        made = graded(value, b.hidden, b.weight)
-        if not more:
-            return made, None, None
-        return made, metrics["skipped/bound"].flatten(), float(metrics["skipped/share"])  # NaN before the backward
+        return graded(value, b.hidden, b.weight), metrics
 
 
-def skip(journal: Journal, settings: Settings) -> Iterator[Task]:
+def skip(journal: Journal) -> Iterator[Task]:
     """What a tolerance on the gradient saves, what it costs, and what sorting the vocabulary adds."""
-    name, *sizes, _ = settings.shapes[0] if settings.shapes else PEAKED[settings.device]
-    shape = Shape(*sizes)  # type: ignore[arg-type]
-    subject = Subject(partial(peaked_batch, shape, settings.device), settings, lambda batch: {})
+    settings = journal.settings
+    name, tokens, width, vocab, _ = (settings.shapes or (PEAKED[settings.device],))[0]
+    shape = Shape(tokens, width, vocab)
+    subject = Subject(partial(peaked_batch, shape, settings.device), settings, {})
     yield from rows_of(f"{name} | {shape}", subject, TOLERANCES)
 
 
-def trained(journal: Journal, settings: Settings) -> Iterator[Task]:
+def trained(journal: Journal) -> Iterator[Task]:
     """The same on held-out text under a language model, at stages of its training; the last with all tolerances.
 
     The model is `settings.model`; without one it is trained beside the results, or was there in an earlier run.
     """
+    settings = journal.settings
     device, given = settings.device, settings.shapes[0] if settings.shapes else None
     scale, tokens = language.SCALES[device], TOKENS[device] if given is None else given[1]
     if given is not None:
@@ -130,21 +114,20 @@ def trained(journal: Journal, settings: Settings) -> Iterator[Task]:
     if settings.steps is not None:
         scale = scale._replace(steps=settings.steps)
     corpus = language.read_corpus(settings.text or language.sources(), scale.text)
+    stages: dict[Any, Any] = {None: settings.model}
     if settings.model is None:
-        stages = language.train_stages(journal.path.parent / "language-model", corpus, scale, tokens, device)
-    else:
-        stages = [language.given_model(settings.model)]
-    for stage in stages:
-        make = partial(language.states_batch, stage.folder, stages[0].folder, corpus.held_out, tokens, device)
-        title, known = f"{stage.folder} {language.changed(stage.folder)}", {}
-        if stage.steps is not None:
-            title, known = f"{language.described(scale)} | after {stage.steps}", {"steps": stage.steps}
-
-        def facts(batch: Batch, known: dict[str, int] = known) -> dict[str, Any]:
-            return {**known, **language.peakedness(batch)}
-
-        tolerances = TOLERANCES if stage is stages[-1] else ("auto",)
-        yield from rows_of(f"{title} | N = {tokens} of {corpus.digest}", Subject(make, settings, facts), tolerances)
+        beside = journal.path.parent / "language-model"
+        stages = dict(language.train_stages(beside, corpus, scale, tokens, device))
+    first, last = next(iter(stages.values())), [*stages][-1]
+    for steps, folder in stages.items():
+        make = partial(language.states_batch, folder, first, corpus[1], tokens, device)
+        subject = Subject(make, settings, {} if steps is None else {"steps": steps})
+        title = f"{scale} | after {steps}"
+        if steps is None:  # what isn't a model is known here; and one that has changed since is another
+            title = f"{folder} {subject.batch.logp.mean().item()}"
+        yield from rows_of(
+            f"{title} | N = {tokens} of {corpus[2]}", subject, TOLERANCES if steps == last else ("auto",)
+        )
         release(device)
 
 
@@ -154,9 +137,10 @@ def rows_of(title: str, subject: Subject, tolerances: tuple[float | str, ...]) -
         for kernels in kernels_for(subject.settings.device):
             for tolerance in (None, *tolerances):
                 for sort in (False, True) if tolerance is not None else (False,):
-                    how = f"{loss} | {kernels} | {tolerance} | sorted={sort}"
-                    key = f"{title} | {subject.settings.workspaces[0]} | {how}"
-                    yield Task(key, partial(skip_row, subject, loss, kernels, tolerance, sort))
+                    key = (
+                        f"{title} | {subject.settings.workspaces[0]} | {loss} | {kernels} | {tolerance} | sorted={sort}"
+                    )
+                    yield single(key, partial(skip_row, subject, loss, kernels, tolerance, sort))
 
 
 def skip_row(subject: Subject, loss: str, kernels: str, tolerance: float | str | None, sort: bool) -> dict[str, Any]:
@@ -171,48 +155,40 @@ def skip_row(subject: Subject, loss: str, kernels: str, tolerance: float | str |
     """
     row: dict[str, Any] = {
         "loss": loss, "kernels": kernels, "tolerance": tolerance, "sorted": sort, "status": "ok", "path": None,
-        "units": None, "share": None, "bound": None, "certified": None, "off": None, "off_largest": None,
-        "value_error": None, "dX_error": None, "dW_error": None, "seconds": None, "seconds_20": None,
-        "seconds_80": None, "over_none": None,
+        "units": None, "share": None, "bound": None, "certified": None, "off": None, "value_error": None,
+        "dX_error": None, "dW_error": None, "seconds": None, "seconds_20": None, "seconds_80": None, "over_none": None,
     }  # fmt: skip
     more: dict[str, Any] = {} if tolerance is None else {"grad_tolerance": tolerance, "sort_vocab": sort}
+    settings = subject.settings
     try:
-        row = {**subject.facts, **row}
-        b, workspace = subject.batch, subject.settings.workspaces[0]
-        how = {**keywords(kernels), **more}
-        plan = plan_of(b.hidden, cases.LMHead(b.weight), b.target, loss, "mean", workspace, how)
-        made, bound, row["share"] = subject.call(loss, kernels, **more)
+        row, b = {**subject.facts, **row}, subject.batch
+        job, how = Job(loss, "full"), {"impl": kernels, **more}
+        plan = contest.on_path(b, job, "auto", settings.workspaces[0], **how)[1]
+        made, metrics = subject.call(loss, kernels, **more)
+        row["share"] = float(metrics["skipped/share"]) if more else None  # NaN before the backward
         row |= {"path": plan.path, "units": plan.units - 2 * (row["share"] or 0.0)}  # the logits again, and dW
-        truth = subject.truth(loss)
+        truth = subject.kept((loss,), lambda: contest.exact(b, job))
         size = truth.gradients[1].norm()
-        row["value_error"], _, row["dX_error"] = cases.errors(made._replace(gradients=made.gradients[:1]), truth)
-        row["dW_error"] = off_by(made.gradients[1], truth.gradients[1])[0] / size.item()
+        row["value_error"], _, row["dX_error"] = contest.errors(made._replace(gradients=made.gradients[:1]), truth)
+        row["dW_error"] = ((made.gradients[1].double() - truth.gradients[1]).norm() / size).item()
         value_most, most = TOLERANCE["fused", torch.bfloat16]
         fine, certified = row["value_error"] <= value_most and row["dX_error"] <= most, 0.0
-        if bound is not None:
-            certified = ((bound.double() * b.hidden.detach().double().flatten(0, 1).norm(dim=1)).sum() / size).item()
-            off, largest = off_by(made.gradients[1], subject.plain(loss, kernels).gradients[1])
-            row |= {"bound": bound.max().item(), "certified": certified, "off": off / size.item()}
-            row["off_largest"] = largest
-            fine = fine and row["off"] <= certified + 2 * torch.finfo(torch.bfloat16).eps
+        if more:
+            bound = metrics["skipped/bound"].flatten().double()
+            certified = ((bound * b.hidden.detach().double().flatten(0, 1).norm(dim=1)).sum() / size).item()
+            plain = subject.kept((loss, kernels), lambda: subject.call(loss, kernels)[0]).gradients[1]
+            off = ((made.gradients[1].double() - plain.double()).norm() / size).item()
+            row |= {"bound": bound.max().item(), "certified": certified, "off": off}
+            fine = fine and off <= certified + 2 * torch.finfo(torch.bfloat16).eps
         del made
         if not (fine and row["dW_error"] <= most + certified):
             return row | {"status": "FAILED"}
-        release(subject.settings.device)
-        runs: dict[Any, Callable[[], object]] = {"this": partial(subject.call, loss, kernels, **more)}
-        if more:
-            runs["none"] = partial(subject.call, loss, kernels)
-        times, _ = timed(runs, subject.settings)
-        row |= dict(zip(("seconds", "seconds_20", "seconds_80"), quantiles(times["this"])))
-        if more:
-            row["over_none"] = ratio(times["this"], times["none"])
-        return row
+        release(settings.device)
+        runs: dict[str, Callable[[], object]] = {"this": partial(subject.call, loss, kernels, **more)}
+        runs |= {"none": partial(subject.call, loss, kernels)} if more else {}
+        times = interleaved(runs, settings.rounds, settings.device, ROW_SECONDS)
+        row |= dict(zip(("seconds", "seconds_20", "seconds_80"), times.quantiles("this")))
+        return row | {"over_none": times.over("this", "none") if more else None}
     except Exception as error:
         status = explain(error)
     return row | {"status": status}
-
-
-def off_by(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """The Frobenius norm and the largest entry of the difference."""
-    difference = one.double() - other.double()
-    return difference.norm().item(), difference.abs().max().item()

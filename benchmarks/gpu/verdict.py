@@ -1,7 +1,6 @@
 """What the results in a folder say: ceilings and times beside what plans foretold of them, and aims beside what came.
 
-Nothing is run. A table without rows and a column without values are left out; an aim without a measurement says which
-part is missing.
+Tables without rows and columns without values are left out; an aim without a measurement says which part is missing.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rgpb.bench.cases import LOG_PROB, naive_path
-from rgpb.bench.report import free_table, summary
+from rgpb.bench.contest import LOG_PROB, kind_of
+from rgpb.bench.tables import free_table, summary
 from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
 
-from .heads import LLAMA
+from .calls import LLAMA
 
 Rows = list[dict[str, Any]]
 MIB = 2**20
 
 
 class Results(NamedTuple):
-    """The rows of each part, those without a measurement too, and the provenance of its last run."""
+    """The rows of each part, and the provenance of its last run."""
 
     rows: dict[str, Rows]
     provenance: dict[str, dict[str, Any]]
@@ -54,24 +53,49 @@ def read(folder: Path) -> Results:
 
 
 class Aim(NamedTuple):
-    """Something that can be measured, the most that it should be, and how it is found in the results.
+    """Something that can be measured, the most that it should be, and the rows and the value that say so.
 
-    `found` gives the value and whose it is; None without a measurement.
+    Of the first case of `llama`, or where that is what it says of all, the best row counts; the worst if `worst`.
     """
 
     text: str
     most: float
     part: str
-    found: Callable[[Results], tuple[float, str] | None]
-    form: str = ".3g"
+    rows: dict[str, Any]
+    value: Callable[[dict[str, Any], Rows], float | None]
+    worst: bool = False
+    all_cases: bool = False
 
 
-def least(rows: Rows, value: Callable[[dict[str, Any]], float | None]) -> tuple[float, str] | None:
-    """The smallest value, and whose it is."""
-    found = [(made, row["kernels"] or row["impl"]) for row in rows if (made := value(row)) is not None]
-    return min(found) if found else None
+def floor(row: dict[str, Any], rows: Rows) -> float | None:
+    """Time over the bare products of as many units."""
+    return row["over_floor"]
 
 
+def rival(row: dict[str, Any], rows: Rows) -> float | None:
+    """Time over the fastest of the others at the same job."""
+    others = [r["seconds"] for r in rows if r["impl"] != "fused" and (r["loss"], r["path"]) == (row["loss"], "full")]
+    return row["seconds"] / min(others) if row["seconds"] and row["path"] != "frozen" and others else None
+
+
+BIG = 4 * 2**30
+OURS = {"impl": "fused"}
+AIMS = (
+    Aim("BNF, 4 GiB: over 3U", 1.15, "llama", OURS | {"loss": "bnf", "path": "single", "workspace": BIG}, floor),
+    Aim("BNF, default workspace: over 4U", 1.12, "llama",
+        OURS | {"loss": "bnf", "path": "two_pass", "workspace": DEFAULT_WORKSPACE}, floor),
+    Aim("BNF over the fastest other", 1.0, "llama", OURS | {"loss": "bnf"}, rival),
+    Aim("DPO: over 4U", 1.15, "llama", OURS | {"loss": "dpo", "path": "two_pass"}, floor),
+    Aim("BNF, frozen head: over 2U", 1.2, "llama", OURS | {"loss": "bnf", "path": "frozen"}, floor),
+    Aim("log-probabilities: over 1U", 1.15, "llama", OURS | {"path": "forward"}, floor),
+    Aim("log-probabilities, error", 1e-5, "llama", OURS | {"loss": LOG_PROB},
+        lambda row, rows: row["value_error"], worst=True),
+    Aim("extra memory at any N by default, MB", 600, "llama", OURS | {"workspace": DEFAULT_WORKSPACE},
+        lambda row, rows: _times(row["extra_bytes"], 1e-6), worst=True, all_cases=True),
+    Aim("BNF with skipping on a trained distribution, units", 2.5, "trained", {"loss": "bnf", "tolerance": "auto"},
+        lambda row, rows: row["units"] if (row.get("steps") or 0) == max(r.get("steps") or 0 for r in rows) else None,
+        all_cases=True),
+)  # fmt: skip
 SAME = ("case", "tokens", "width", "vocab", "dtype")
 
 
@@ -82,86 +106,21 @@ def first_case(results: Results) -> dict[str, Any]:
     return {name: wanted[0][name] for name in SAME} if wanted else {}
 
 
-def of_first_case(results: Results) -> Rows:
-    """The right rows of that."""
-    case = first_case(results)
-    return [row for row in results.ok("llama") if {name: row[name] for name in SAME} == case]
-
-
-def ours(results: Results) -> Rows:
-    """This library's."""
-    return [row for row in of_first_case(results) if row["impl"] == "fused"]
-
-
-def over_floor(loss: str, path: str, workspace: int | None) -> Callable[[Results], tuple[float, str] | None]:
-    """Time over the bare products of as many units; on the faster engine. None: whatever the workspace."""
-
-    def found(results: Results) -> tuple[float, str] | None:
-        rows = [row for row in ours(results) if (row["loss"], row["path"]) == (loss, path)]
-        rows = [row for row in rows if workspace is None or row["workspace"] == workspace]
-        return least(rows, lambda row: row["over_floor"])
-
-    return found
-
-
-def beside_peers(results: Results) -> tuple[float, str] | None:
-    """BNF with all gradients: time over the fastest of all others."""
-    rows = [row for row in of_first_case(results) if row["loss"] == "bnf" and naive_path(row["path"]) == "full"]
-    best = least([row for row in rows if row["impl"] == "fused"], lambda row: row["seconds"])
-    rival = least([row for row in rows if row["path"] == "full"], lambda row: row["seconds"])
-    return None if rival is None or best is None else (best[0] / rival[0], f"{best[1]} over {rival[1]}")
-
-
-def log_prob_error(results: Results) -> tuple[float, str] | None:
-    """The largest error of a log-probability."""
-    found = [(row["value_error"], row["kernels"]) for row in ours(results) if row["loss"] == LOG_PROB]
-    return max((one for one in found if one[0] is not None), default=None)
-
-
-def extra_memory(results: Results) -> tuple[float, str] | None:
-    """MB beyond inputs and gradients at the default workspace: the most of all N, losses and kernels."""
-    rows = [row for row in results.ok("llama") if row["impl"] == "fused" and row["workspace"] == DEFAULT_WORKSPACE]
-    found = [(row["extra_bytes"], f"{row['kernels']}, N = {row['tokens']}") for row in rows if row["extra_bytes"]]
-    return (max(found)[0] / 1e6, max(found)[1]) if found else None
-
-
-def skipped_units(results: Results) -> tuple[float, str] | None:
-    """Units that BNF's forward and backward take with tolerance "auto" after all of the training."""
-    rows = [row for row in results.ok("trained") if (row["loss"], row["tolerance"]) == ("bnf", "auto")]
-    last = max((row.get("steps") or 0 for row in rows), default=0)
-    rows = [row for row in rows if (row.get("steps") or 0) == last]
-    found = min(rows, key=lambda row: row["units"], default=None)
-    if found is None:
-        return None
-    size = f"N = {found['tokens']}, H = {found['width']}, V = {found['vocab']}"
-    return found["units"], f"{found['kernels']}, {size}, perplexity {found['perplexity']:.3g}"
-
-
-BIG = 4 * 2**30
-AIMS = (
-    Aim("BNF, 4 GiB: over 3U", 1.15, "llama", over_floor("bnf", "single", BIG)),
-    Aim("BNF, default workspace: over 4U", 1.12, "llama", over_floor("bnf", "two_pass", DEFAULT_WORKSPACE)),
-    Aim("BNF over the fastest other", 1.0, "llama", beside_peers),
-    Aim("DPO: over 4U", 1.15, "llama", over_floor("dpo", "two_pass", None)),
-    Aim("BNF, frozen head: over 2U", 1.2, "llama", over_floor("bnf", "frozen", None)),
-    Aim("log-probabilities: over 1U", 1.15, "llama", over_floor(LOG_PROB, "forward", None)),
-    Aim("log-probabilities, error", 1e-5, "llama", log_prob_error, ".1e"),
-    Aim("extra memory at any N by default, MB", 600, "llama", extra_memory),
-    Aim("BNF with skipping on a trained distribution, units", 2.5, "trained", skipped_units),
-)
-
-
 def aims(results: Results) -> Rows:
     """A line for each aim; none where nothing that they are about was measured."""
     lines: Rows = []
     for aim in AIMS:
-        made = aim.found(results)
-        line: dict[str, Any] = {"aim": aim.text, "at most": format(aim.most, "g"), "measured": None, "of": None}
-        if made is None:
-            lines.append(line | {"verdict": f"no right row of it in {aim.part}"})
-            continue
-        verdict = "reached" if made[0] <= aim.most else "missed"
-        lines.append(line | {"measured": format(made[0], aim.form), "of": made[1], "verdict": verdict})
+        case = {} if aim.all_cases else first_case(results)
+        rows = [row for row in results.ok(aim.part) if case.items() <= row.items()]
+        mine = [(aim.value(row, rows), row) for row in rows if aim.rows.items() <= row.items()]
+        found = [(value, f"{row['kernels']}, N = {row['tokens']}") for value, row in mine if value is not None]
+        line: dict[str, Any] = {"aim": aim.text, "at most": f"{aim.most:g}", "measured": None, "of": None}
+        line["verdict"] = f"no right row of it in {aim.part}"
+        if found:
+            value, of = max(found) if aim.worst else min(found)
+            verdict = "reached" if value <= aim.most else "missed"
+            line |= {"measured": f"{value:.3g}", "of": of, "verdict": verdict}
+        lines.append(line)
     return lines if any(line["measured"] is not None for line in lines) else []
 
 
@@ -169,18 +128,18 @@ def aims(results: Results) -> Rows:
 
 
 def ceilings(results: Results) -> Rows:
-    """Measured rates beside those that plans are made with."""
-    capability = results.provenance.get("ceilings", {}).get("capability") or ""
-    rates = RATES.get(f"sm_{capability.replace('.', '')}")
-    known = (
-        {} if rates is None else {"copy, bytes/s": rates.copy, "product bf16, float32 output, flop/s": rates.library}
-    )
+    """Measured rates beside those that plans are made with, from the kernels' rounds."""
+    capability = results.provenance.get("kernels", {}).get("capability") or ""
+    rates, rows = RATES.get(f"sm_{capability.replace('.', '')}"), results.ok("kernels")
+    copies = [row["copy_rate"] for row in rows if row["copy_rate"] is not None]
+    products = [row["flops"] / row["seconds"] for row in rows if row["kernel"] == "product"]
     return [
-        {
-            "ceiling": row["what"], "measured, T/s": row["rate"] / 1e12,
-            "plans assume, T/s": known[row["what"]] / 1e12 if row["what"] in known else None,
-        }
-        for row in results.ok("ceilings")
+        {"ceiling": name, "measured, T/s": max(found) / 1e12, "plans assume, T/s": _times(assumed, 1e-12)}
+        for name, found, assumed in (
+            ("copy, bytes", copies, rates and rates.copy),
+            ("product to float32, flop", products, rates and rates.library),
+        )
+        if found
     ]  # fmt: skip
 
 
@@ -188,7 +147,7 @@ def kernels(results: Results) -> Rows:
     """Each kernel's time beside the prediction, and its share of the ceilings."""
     return [
         {
-            "kernel": f"{row['kernel']}, {row['implementation']}", "C": row["rows"], "ms": row["seconds"] * 1e3,
+            "kernel": row["kernel"], "C": row["tokens"], "ms": row["seconds"] * 1e3,
             "predicted ms": _times(row["predicted_seconds"], 1e3), "of a copy": row["share_of_copy"],
             "of the product": row["share_of_product"],
         }
@@ -215,16 +174,12 @@ def calls(results: Results) -> Rows:
 
 def peers(results: Results) -> Rows:
     """The fastest setting of each contestant for each job, the fastest contestant first."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for part in ("llama", "others", "cpu"):
-        for row in results.ok(part):
-            job = (row["case"], row["tokens"], row["loss"], naive_path(row["path"]), row["impl"])
-            if (
-                row["impl"] != "gemm"
-                and row["seconds"] is not None
-                and (job not in found or row["seconds"] < found[job]["seconds"])
-            ):
-                found[job] = row
+    rows = [row for part in ("llama", "others", "cpu") for row in results.ok(part) if row["seconds"] is not None]
+    found = {
+        (row["case"], row["tokens"], row["loss"], kind_of(row["path"]), row["impl"]): row
+        for row in sorted(rows, key=lambda row: -row["seconds"])  # the fastest comes last and stays
+        if row["impl"] != "gemm"
+    }
     ordered = sorted(found.items(), key=lambda item: (*item[0][:4], item[1]["seconds"]))
     return [
         {
@@ -256,8 +211,7 @@ TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
 
 def lines(results: Results) -> Iterator[str]:
     """Markdown, provenance below all."""
-    known = first_case(results)
-    case = f", {known['case']}, N = {known['tokens']}" if known else ""
+    case = ", {case}, N = {tokens}".format(**known) if (known := first_case(results)) else ""
     for title, make in TABLES:
         rows = make(results)
         kept = {name for row in rows for name, value in row.items() if value is not None}

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 
 import rgpb
-from rgpb.bench import cases
-from rgpb.bench.cases import DTYPES, LOG_PROB, TOLERANCE, Batch, Result, Shape
-from rgpb.bench.measure import copy_rate, cpu_model, memory_of_machine, product_rate, version_of
+from rgpb.bench import contest
+from rgpb.bench.contest import DTYPES, LOG_PROB, TOLERANCE, Batch, Job, Shape
+from rgpb.bench.measure import Result, copy_rate, cpu_model, memory_of_machine, product_rate, version_of
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.kernels import IMPLEMENTATIONS, cpp_rows, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
-from rgpb.validation import ENGINES
 
 # Four responses of 65 tokens, two of them masked. V is off every tile and a little beyond one of 1024; H is no power of
 # two, but its rows are multiples of 16 bytes, which tensor descriptors need.
@@ -40,7 +39,7 @@ class Check(NamedTuple):
     """What an implementation was off float64.
 
     Attributes:
-        device, impl, engine, dtype: of the run; dtype a key of `DTYPES`.
+        device, impl, dtype: of the run; dtype a key of `DTYPES`.
         errors: the log-probabilities', then each loss's and its gradients', of the worse path. Log-probabilities and
             losses: the largest error; gradients: the largest ‖error‖ / ‖gradient‖. Empty where nothing came out.
         seconds: that it took, without the oracle.
@@ -49,7 +48,6 @@ class Check(NamedTuple):
 
     device: str
     impl: str
-    engine: str
     dtype: str
     errors: tuple[float, ...]
     seconds: float
@@ -61,10 +59,9 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
-def kernels(device: torch.device) -> list[tuple[str, str]]:
-    """(implementation, engine) that can run there."""
-    here = [impl for impl in IMPLEMENTATIONS[1:] if why_not(impl, device) is None]
-    return [(impl, engine) for impl in here for engine in (ENGINES[1:] if impl == "triton" else ("chunked",))]
+def kernels(device: torch.device) -> list[str]:
+    """The kernel sets that can run there."""
+    return [impl for impl in IMPLEMENTATIONS[1:] if why_not(impl, device) is None]
 
 
 @cache
@@ -73,19 +70,19 @@ def problem(shape: Shape, dtype: torch.dtype) -> tuple[Batch, dict[str, Result]]
 
     Only the last response is a rejected one: values of as many of both kinds cancel, and errors of theirs with them.
     """
-    batch = cases.make_batch(shape, dtype, "cpu")
+    batch = contest.make_batch(shape, dtype, "cpu")
     batch.label.fill_(1)[-1] = -1
     batch.target[0, :2] = -100
     batch.logp[0, :2] = 0
-    return batch, {loss: cases.exact(batch, loss, weight_grad=True) for loss in (*LOSSES, LOG_PROB)}
+    return batch, {loss: contest.exact(batch, Job(loss, "full")) for loss in (*LOSSES, LOG_PROB)}
 
 
-def self_check(device: torch.device, impl: str, engine: str, dtype: str) -> Check:
+def self_check(device: torch.device, impl: str, dtype: str) -> Check:
     """Run an implementation, forward and backward, and compare.
 
     Args:
         device: a CPU or CUDA device.
-        impl, engine: a pair of `kernels(device)`.
+        impl: of `kernels(device)`.
         dtype: a key of `DTYPES`.
 
     Returns:
@@ -96,18 +93,18 @@ def self_check(device: torch.device, impl: str, engine: str, dtype: str) -> Chec
     found: list[float] = []
     start = time.perf_counter()
     try:
-        batch = Batch(*(x.detach().to(device).requires_grad_(x.requires_grad) for x in on_cpu))
-        log_prob = cases.fused(batch, LOG_PROB, "forward", impl, DEFAULT_WORKSPACE, engine)
-        found.append(cases.errors(_to_cpu(log_prob.run()), truths[LOG_PROB])[0])
+        batch = on_cpu.to(device)
+        scores, _ = contest.fused(batch, Job(LOG_PROB, "forward"), "forward", DEFAULT_WORKSPACE, impl=impl)
+        found.append(contest.errors(_to_cpu(scores()), truths[LOG_PROB])[0])
         for loss in LOSSES:
-            runs = [cases.fused(batch, loss, path, impl, size, engine) for path, size in PATHS.items()]
-            errors = [cases.errors(_to_cpu(run.run()), truths[loss]) for run in runs]
+            runs = [contest.fused(batch, Job(loss, "full"), path, size, impl=impl)[0] for path, size in PATHS.items()]
+            errors = [contest.errors(_to_cpu(run()), truths[loss]) for run in runs]
             found += [_worst([value for value, _, _ in errors]), _worst([gradient for *_, gradient in errors])]
         most = [most_value, *[most_value, most_gradient] * len(LOSSES)]
         status = "ok" if all(error <= limit for error, limit in zip(found, most)) else "FAILED"  # a NaN fails, too
     except Exception as error:  # whatever a compiler, a driver or a kernel can raise is a finding
         found, status = [], f"error: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return Check(str(device), impl, engine, dtype, tuple(found), time.perf_counter() - start, status)
+    return Check(str(device), impl, dtype, tuple(found), time.perf_counter() - start, status)
 
 
 def _interpreted(device: torch.device, impl: str) -> bool:
@@ -168,7 +165,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _availability(device: torch.device) -> list[tuple[str, str, str]]:
-    rows = [(str(device), "auto", f"takes {resolve_impl('auto', device)}")]
+    rows = [(str(device), "auto", f"takes {' or '.join(resolve_impl('auto', device))}")]
     for impl in IMPLEMENTATIONS[1:]:
         reason = why_not(impl, device)
         if reason is not None:
@@ -183,7 +180,7 @@ def _availability(device: torch.device) -> list[tuple[str, str, str]]:
 
 def _cells(check: Check) -> tuple[str, ...]:
     errors = [f"{error:.0e}" for error in check.errors] or [""] * (1 + 2 * len(LOSSES))
-    return *check[:4], *errors, f"{check.seconds:.2f}", check.status.partition(":")[0]
+    return *check[:3], *errors, f"{check.seconds:.2f}", check.status.partition(":")[0]
 
 
 def _rates(device: torch.device) -> tuple[str, ...]:
@@ -210,14 +207,9 @@ def run(arguments: argparse.Namespace) -> int:
     show("Devices", ("", "", ""), [_described(device) for device in found])
     show("Versions", ("", ""), _versions())
     show("Kernels", ("device", "impl", "here"), [row for device in found for row in _availability(device)])
-    checks = [
-        self_check(device, impl, engine, dtype)
-        for device in found
-        for impl, engine in kernels(device)
-        for dtype in DTYPES
-    ]
+    checks = [self_check(device, impl, dtype) for device in found for impl in kernels(device) for dtype in DTYPES]
     losses = [name for loss in LOSSES for name in (loss, "gradient")]
-    header = ("device", "impl", "engine", "type", LOG_PROB, *losses, "s", "")
+    header = ("device", "impl", "type", LOG_PROB, *losses, "s", "")
     show("Errors against float64 (gradients: relative)", header, [_cells(check) for check in checks])
     show(
         "Rates",
@@ -228,11 +220,11 @@ def run(arguments: argparse.Namespace) -> int:
     if failed:
         for check in failed:
             if check.status != "FAILED":
-                print(f"{' '.join(check[:4])}: {check.status}")
-        names = ", ".join(" ".join(check[:4]) for check in failed)
+                print(f"{' '.join(check[:3])}: {check.status}")
+        names = ", ".join(" ".join(check[:3]) for check in failed)
         print(f"NOT well: {len(failed)} of {len(checks)} checks failed: {names}")
         return 1
-    taken = ", ".join(f"{resolve_impl('auto', device)} on {device}" for device in found)
+    taken = ", ".join(f"{' or '.join(resolve_impl('auto', device))} on {device}" for device in found)
     slower = "; without the C++ kernels, which are faster: see above" if cpp_rows.missing() else ""
     print(f'All is well: {len(checks)} of {len(checks)} checks passed; impl="auto" takes {taken}{slower}')
     return 0

@@ -1,7 +1,10 @@
-"""How it is measured: times in interleaved rounds, memory as the allocator sees it, and where the numbers come from."""
+"""How it is measured: times in interleaved rounds, memory as the allocator sees it, where the numbers come from, and
+what a row says of one that raised."""
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import platform
 import random
@@ -9,20 +12,30 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import rgpb
-from rgpb.bench.cases import Result
 from rgpb.kernels.matmul import mm
 
 # The profiler announces its own start and stop on stderr, at a level below this one.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+ABSENT = "not installed: "
+
+
+class Result(NamedTuple):
+    """What a run returns: the loss (or log-probabilities), and the gradients that it makes."""
+
+    value: Tensor
+    gradients: tuple[Tensor, ...]
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -30,29 +43,86 @@ def quantiles(values: list[float]) -> list[float]:
     return torch.tensor(values).double().quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
 
 
-def interleaved(runs: Mapping[Any, Callable[[], object]], rounds: int, device: str) -> dict[Any, list[float]]:
-    """Seconds of each run in each round: one round to warm up, then `rounds` in which each runs once.
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return quantiles([a / b for a, b in zip(ours, theirs)])[0]
+
+
+LEAST_ROUNDS, MOST_CALLS = 3, 100
+
+
+class Times(NamedTuple):
+    """Seconds of one call of each run in each round, and how many calls were timed together."""
+
+    seconds: dict[Any, list[float]]
+    calls: dict[Any, int]
+    rounds: int
+
+    def quantiles(self, name: Any) -> list[float]:
+        """[median, 20 per cent, 80 per cent] of a run's seconds."""
+        return quantiles(self.seconds[name])
+
+    def over(self, name: Any, other: Any) -> float:
+        """The median of the rounds' ratios."""
+        return ratio(self.seconds[name], self.seconds[other])
+
+
+def interleaved(
+    runs: Mapping[Any, Callable[[], object]], rounds: int, device: str,
+    budget: float = math.inf, shortest: float = 0.0,
+) -> Times:  # fmt: skip
+    """Time runs side by side: one round to warm up, then `rounds` in which each runs once.
 
     What disturbs the machine for a while disturbs all runs of a round, so ratios within a round stand. Each round has
-    an order of its own, the same in every call: what a run leaves behind (caches, freed memory) has no fixed heir.
+    an order of its own, the same in every call: what a run leaves behind (caches, freed memory) has no fixed heir. On a
+    GPU the time is that between two CUDA events, around a device that has nothing else to do.
+
+    Args:
+        runs: what is timed, by name.
+        rounds: at most; at least 1.
+        device: "cpu" or "cuda".
+        budget: seconds, after which no more rounds are planned; at least `LEAST_ROUNDS` (or `rounds`) are run.
+        shortest: seconds. A run that takes less is repeated back to back and its time divided.
     """
-    times: dict[Any, list[float]] = {name: [] for name in runs}
-    names, order = list(runs), random.Random(0)
-    for _ in range(rounds + 1):
+    names, order, clock = list(runs), random.Random(0), _clock(device)
+    once = {name: clock(runs[name], 1) for name in names}
+    short = [name for name in names if once[name] < shortest]
+    once.update({name: clock(runs[name], 10) for name in short})  # the wait for the device is a tenth of before
+    calls = dict.fromkeys(names, 1)
+    calls.update({name: max(1, min(MOST_CALLS, math.ceil(shortest / max(once[name], 1e-9)))) for name in short})
+    round_takes = max(sum(once[name] * calls[name] for name in names), 1e-9)
+    if budget < rounds * round_takes:
+        rounds = min(rounds, max(LEAST_ROUNDS, int(budget / round_takes)))
+    seconds: dict[Any, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
         order.shuffle(names)
         for name in names:
-            _wait(device)
-            start = time.perf_counter()
-            result = runs[name]()
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-            del result
-    return {name: seconds[1:] for name, seconds in times.items()}
+            seconds[name].append(clock(runs[name], calls[name]))
+    return Times(seconds, calls, rounds)
 
 
-def _wait(device: str | torch.device) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+def _clock(device: str | torch.device) -> Callable[[Callable[[], object], int], float]:
+    """What gives the seconds of one call, from several back to back."""
+
+    def on_cpu(run: Callable[[], object], calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = run()
+        took = time.perf_counter() - start
+        del result
+        return took / calls
+
+    def on_gpu(run: Callable[[], object], calls: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    return on_cpu if torch.device(device).type == "cpu" else on_gpu
 
 
 def product_rate(
@@ -75,12 +145,9 @@ def product_rate(
     out, rows, spent = x.new_empty(most, vocab, dtype=result or dtype), 16, 0.0
     rates: list[float] = []
     run(x[:rows], weight.t(), out=out[:rows])  # the library sets itself up
+    clock = _clock(device)
     while spent < seconds:
-        _wait(device)
-        start = time.perf_counter()
-        run(x[:rows], weight.t(), out=out[:rows])
-        _wait(device)
-        took = time.perf_counter() - start
+        took = clock(partial(run, x[:rows], weight.t(), out=out[:rows]), 1)
         rates.append(2.0 * rows * width * vocab / took)
         spent += took
         if rows < most and spent + 3 * took < seconds:  # there is time for a larger one
@@ -96,15 +163,9 @@ def copy_rate(device: str | torch.device, seconds: float = 0.2, fresh: bool = Fa
     source = torch.ones(2**24 if torch.device(device).type == "cpu" else 2**28, device=device)
     into, spent = torch.ones_like(source), 0.0
     rates: list[float] = []
+    clock, once = _clock(device), source.clone if fresh else partial(into.copy_, source)
     while spent < seconds or len(rates) < 2:
-        _wait(device)
-        start = time.perf_counter()
-        if fresh:
-            source.clone()
-        else:
-            into.copy_(source)
-        _wait(device)
-        took = time.perf_counter() - start
+        took = clock(once, 1)
         rates.append(2 * source.nbytes / took)
         spent += took
     return quantiles(rates)[0]
@@ -158,10 +219,58 @@ def _allocations(recorded: profile) -> list[tuple[int, int]]:
     return [(address, size) for _, address, size in sorted(found)]
 
 
+def explain(error: Exception) -> str:
+    """The status of a row whose contestant raised."""
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{ABSENT}{error.name}"
+    text = " ".join(str(error).replace("|", "/").split())[:200]
+    return f"refused: {text}" if isinstance(error, ValueError) else f"error: {type(error).__name__}: {text}"
+
+
+def failed(row: dict[str, Any]) -> bool:
+    """A result off float64; or an exception, other than a refusal, in this library."""
+    status = row.get("status", "")
+    return status.startswith("FAILED") or (status.startswith("error") and row.get("impl", "fused") == "fused")
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found, or an attribute of torch is there."""
+    if module.startswith("torch."):
+        owner: Any = torch
+        for name in module.split(".")[1:]:
+            owner = getattr(owner, name, None)
+        return owner is not None
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def release(device: str) -> None:
+    """Give the device's memory back that nobody holds any more."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def alive(device: str) -> bool:
+    """Whether the device still works: after an illegal access nothing does."""
+    try:
+        release(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def provenance(device: str, **options: object) -> dict[str, object]:
     """Machine, versions, date and commit (None outside a checkout), and `options`."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        **(_gpu() if device == "cuda" else {}),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -172,6 +281,16 @@ def provenance(device: str, **options: object) -> dict[str, object]:
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **options,
+    }
+
+
+def _gpu() -> dict[str, object]:
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "capability": f"{facts.major}.{facts.minor}",
+        "cuda": torch.version.cuda,
+        "multiprocessors": facts.multi_processor_count,
+        "memory": facts.total_memory,
     }
 
 

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from rgpb.arguments import argument, parse_bytes, positive
-from rgpb.bench.cases import naive_bytes, naive_moved
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
-from rgpb.engine.plan import RATES, Plan, Rates, Sizes, plan, predicted_seconds, sizes
+from rgpb.engine.plan import RATES, Plan, Rates, Sizes, of_impl, plan, predicted_seconds, sizes
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.objectives import Objective, resolve
-from rgpb.validation import ENGINES
 
 
 class GPU(NamedTuple):
@@ -109,8 +107,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
     parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
     parser.add_argument("--gpu", choices=tuple(GPUS), help="for time and memory; default h200")
-    parser.add_argument("--impl", choices=IMPLEMENTATIONS[1:], help="default: triton on cuda, what auto takes on cpu")
-    parser.add_argument("--engine", choices=ENGINES, default="auto", help="default %(default)s")
+    parser.add_argument(
+        "--impl",
+        choices=IMPLEMENTATIONS[1:],
+        help="default: the faster of triton and tiled on cuda, what auto takes on cpu",
+    )
     parser.add_argument(
         "--unit-tokens", type=argument(positive), metavar="N",
         help="of each pair or group, for losses that couple these; default: so few that they fit a chunk",
@@ -164,6 +165,31 @@ def _head(a: argparse.Namespace) -> Head:
     return Head(a.hidden, a.vocab) if a.model is None else head_of(a.model)
 
 
+def naive_bytes(tokens: int, vocab: int, itemsize: int, gradient: bool = True, softcap: bool = False) -> int:
+    """What the naive form holds at its peak beyond inputs and gradients: 3 · N · V float32 numbers, whatever the loss.
+
+    In the backward: log-probabilities, their gradient from `gather`, and that of the logits or, for BNF, of Σ p log p;
+    with a soft-cap also its tanh, in the type of the inputs.
+    A forward-only call holds logits and log-probabilities, and 16-bit logits beside their float32 copy.
+    """
+    return tokens * vocab * (12 + itemsize * softcap if gradient else 8 + 2 * (itemsize == 2))
+
+
+def naive_moved(itemsize: int, entropy: bool = False, softcap: bool = False) -> int:
+    """Bytes that the naive form reads and writes for each of its N · V logits, forward and backward.
+
+    What its products read isn't counted, as it isn't for the library; what they write is.
+
+    Args:
+        itemsize: of the inputs and their logits, 2 or 4.
+        entropy: whether the loss has a sum over the vocabulary beside the target, as BNF's Σ p log p.
+        softcap: whether the logits are soft-capped, in the type of the inputs.
+    """
+    passes = 6 + 11 * entropy  # log_softmax 2, its gradient 3, the gradient of gather 1; the sum and its gradient 11
+    narrow = 1 + 13 * softcap  # logits written; z / c, tanh and c · tanh 6, their gradients 7
+    return 4 * passes + itemsize * narrow + 12 * (itemsize == 2)  # raised to float32, and the gradient back
+
+
 class Prediction(NamedTuple):
     """Seconds of a plan, of its bare products and of the naive form; what they come from, and more of that."""
 
@@ -195,22 +221,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         ValueError: a head that isn't described, or twice; a GPU's name beside --device-type cpu; an implementation that
-            isn't there; `workspace` too small for one row; an engine that can't serve the request.
+            isn't there; `workspace` too small for one row; kernels that can't serve the request.
     """
     a, spec, dtype, lm_head = arguments, arguments.loss, DTYPES[arguments.dtype], _head(arguments)
     cuda = a.device_type == "cuda"
     if a.gpu is not None and not cuda:
         raise ValueError(f"gpu: expected no --gpu beside --device-type cpu, got {a.gpu!r}")
     gpu = a.gpu or "h200"
+    impls = _impls(a.impl, cuda)
     head = sizes(
-        lm_head.vocab, lm_head.width, dtype, dtype, a.device_type, _impl(a.impl, cuda),
-        arch=GPUS[gpu].arch if cuda else None,
-    )  # fmt: skip
+        lm_head.vocab, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None
+    )
     chosen = plan(
-        a.tokens, head, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
-        entropy_grad=spec.entropy_grad, skipping=a.skipping, unit_tokens=units_of(a, spec), engine=a.engine,
-        workspace=a.workspace,
+        a.tokens, head, impls, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
+        entropy_grad=spec.entropy_grad, skipping=a.skipping, unit_tokens=units_of(a, spec), workspace=a.workspace,
     )  # fmt: skip
+    head = of_impl(head, chosen.impl)
     softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
     moved = naive_moved(dtype.itemsize, spec.entropy or spec.entropy_grad, softcap)
     naive = naive_bytes(a.tokens, lm_head.vocab, dtype.itemsize, softcap=softcap)
@@ -220,7 +246,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
     print(f"head    {named}H = {lm_head.width}, V = {lm_head.vocab}, {_mebibytes(weight)}{capped}")
     print(f"path    {chosen.path}: {chosen.reason}")
-    print(f"engine  {chosen.engine}, kernels in {chosen.impl}")
+    print(f"impl    {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
     job = (chosen, head, a.tokens, units, moved)
     times = on_gpu(*job) if cuda else on_cpu(*job, dtype, a.workspace)
@@ -255,13 +281,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _impl(impl: str | None, cuda: bool) -> str:
-    """The kernels to plan for. A GPU needn't be here for that; the CPU is the one that is."""
+def _impls(impl: str | None, cuda: bool) -> tuple[str, ...]:
+    """The kernel sets to plan for. A GPU needn't be here for that; the CPU is the one that is."""
     if not cuda:
         return resolve_impl(impl or "auto", torch.device("cpu"))
     if impl == "cpp":
         raise ValueError(f"impl: expected 'triton' or 'torch', since {why_not(impl, torch.device('cuda'))}; got 'cpp'")
-    return impl or "triton"
+    return (impl,) if impl else ("triton", "tiled")
 
 
 def on_gpu(chosen: Plan, head: Sizes, tokens: int, units: int, moved: int) -> Prediction | None:
@@ -301,9 +327,9 @@ PREDICTED = ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-9B", "Pythia-2.8B")
 
 
 def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
-    """A Markdown table: what each path is predicted to take for the heads of `PREDICTED`, bf16, on both engines."""
+    """A Markdown table: what each path is predicted to take for the heads of `PREDICTED`, bf16, on both kernel sets."""
     lines = [
-        "| head | job, workspace | bare products | chunked | tiled |",
+        "| head | job, workspace | bare products | triton | tiled |",
         "|---|---|---:|---:|---:|",
     ]
     jobs: list[tuple[str, dict[str, Any]]] = [
@@ -317,9 +343,9 @@ def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
         width, vocab, _ = HEADS[name.lower()]
         for job, request in jobs:
             cells = []
-            for engine in ("chunked", "tiled"):
-                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch=GPUS[gpu].arch)
-                made = plan(tokens, head, engine=engine, **request)
+            for impl in ("triton", "tiled"):
+                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", impl, arch=GPUS[gpu].arch)
+                made = plan(tokens, head, **request)
                 assert made.seconds is not None
                 floor = products_seconds(made, head)
                 cells.append(f"{made.path}, {made.seconds * 1e3:.1f} ms, {made.seconds / floor:.2f} × {made.units}U")

@@ -9,18 +9,182 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rgpb.bench.cases import Shape
-from rgpb.bench.measure import interleaved, quantiles
-from rgpb.kernels.torch_rows import Epilogue, Statistics, Upstream
+from rgpb.bench.contest import Shape
+from rgpb.bench.measure import interleaved
+from rgpb.kernels.types import Epilogue, Statistics, Upstream
 
 SHAPE = Shape(2048, 4096, 32768)  # rows of a chunk of a large head; a quarter of its vocabulary says as much
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest entry
 PLAIN = Epilogue(None, None, 1.0)
+
+
+class Kernel(NamedTuple):
+    """A Triton kernel on buffers that exist; nothing is overwritten that a second call reads.
+
+    Attributes:
+        run: one call with a configuration, None for the one that launches take, and its main result.
+        truth: what that should be, float32.
+        moved: bytes read and written, counted as in docs/kernels.md: what a kernel can't do without.
+        stored: of them, what a plan counts beside the product of a kernel that has one.
+        product: whether it has one.
+    """
+
+    run: Callable[[Any], Tensor]
+    truth: Tensor
+    moved: int
+    stored: int = 0
+    product: bool = False
+
+
+class Inputs:
+    """Rows of a chunk with all that the kernels are given, and what they should make of it."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device):
+        random = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=random, device=device)
+
+        C, H, V = shape
+        self.shape, self.dtype = shape, dtype
+        self.x, self.w = normal(C, H).to(dtype), normal(V, H).mul_(2 / H**0.5).to(dtype)
+        self.y = torch.randint(V, (C,), generator=random, device=device)
+        self.room = -(-V // 16) * 16  # of a row, as in the engine's buffers
+        self.z = self.buffer(torch.float32)
+        torch.mm(self.x.float(), self.w.float().t(), out=self.z)
+        others = self.z.scatter(1, self.y[:, None], -torch.inf)
+        self.z_y, self.lse_other = self.z.gather(1, self.y[:, None])[:, 0], others.logsumexp(1)
+        self.q = others.sub_(self.lse_other[:, None]).exp_()
+        self.one, self.noise = torch.ones_like(self.z_y), 0.3 * normal(C)
+
+    def buffer(self, dtype: torch.dtype) -> Tensor:
+        """[C, V] with the engine's room between rows."""
+        made = torch.zeros(self.shape.tokens, self.room, dtype=dtype, device=self.x.device)
+        return made[:, : self.shape.vocab]
+
+    def dlogits(self, g: Tensor | float) -> Tensor:
+        """g (q − onehot)."""
+        return self.q.scatter(1, self.y[:, None], -1.0).mul_(g)
+
+
+def score(given: Inputs) -> Kernel:
+    """Partial statistics of each tile; `lse_other`, folded by torch."""
+    from rgpb.kernels import configs, triton_tiles
+
+    z_y = torch.empty_like(given.z_y)
+
+    def run(config: Any) -> Tensor:
+        partials = _partials(given, config or configs.tile("score", given.x.device, given.dtype), True)
+        triton_tiles.score(given.x, given.w, given.y, PLAIN, z_y, partials, None, None, given.room, config=config)
+        return triton_tiles.merge(partials, None, False)[0]
+
+    tiles = -(-given.shape.vocab // configs.tile("score", given.x.device, given.dtype).vocab)
+    return Kernel(run, given.lse_other, _operands(given) + 8 * tiles * given.shape.tokens, product=True)
+
+
+def weights(given: Inputs) -> Kernel:
+    """exp(z − shift), here the softmax over the other tokens."""
+    from rgpb.kernels import configs, triton_tiles
+
+    z_y, e = torch.empty_like(given.z_y), given.buffer(given.dtype)
+
+    def run(config: Any) -> Tensor:
+        partials = _partials(given, config or configs.tile("weights", given.x.device, given.dtype), False)
+        triton_tiles.score(
+            given.x, given.w, given.y, PLAIN, z_y, partials, given.lse_other, e, given.room, config=config
+        )
+        return e
+
+    stored = e.numel() * e.itemsize
+    return Kernel(run, given.q, _operands(given) + stored, stored, product=True)
+
+
+def tile_gradients(given: Inputs) -> Kernel:
+    """dlogits from known statistics."""
+    from rgpb.kernels import triton_tiles
+
+    e, scores = given.buffer(given.dtype), Statistics(given.z_y, given.lse_other, None)
+
+    def run(config: Any) -> Tensor:
+        upstream = Upstream(-given.one, given.one)
+        triton_tiles.gradients(
+            given.x, given.w, given.y, scores, upstream, PLAIN, e, given.room, config=config
+        )  # fmt: skip
+        return e
+
+    stored = e.numel() * e.itemsize
+    return Kernel(run, given.dlogits(1.0), _operands(given) + stored, stored, product=True)
+
+
+def statistics(given: Inputs, entropy: bool = False) -> Kernel:
+    """The sweep of a row of logits: `lse_other`, or the entropy of the other tokens."""
+    from rgpb.kernels import triton_rows
+
+    def run(config: Any) -> Tensor:
+        made = triton_rows.statistics(given.z, given.y, PLAIN, entropy, None, given.room)[0]
+        return made.h_o if entropy and made.h_o is not None else made.lse_other
+
+    truth = given.lse_other - (given.q * given.z).sum(1) if entropy else given.lse_other
+    return Kernel(run, truth, 4 * given.z.numel())
+
+
+def gradients(given: Inputs) -> Kernel:
+    """dlogits from known statistics."""
+    from rgpb.kernels import triton_rows
+
+    e, scores = given.buffer(given.dtype), Statistics(given.z_y, given.lse_other, None)
+
+    def run(config: Any) -> Tensor:
+        upstream = Upstream(-given.one, given.one)
+        return triton_rows.gradients_(given.z, given.y, scores, upstream, PLAIN, e, given.room)[0]
+
+    return Kernel(run, given.dlogits(1.0), given.z.numel() * (4 + e.itemsize))
+
+
+def token_loss(given: Inputs, loss: str = "nll") -> Kernel:
+    """Both sweeps and the loss between them: dlogits."""
+    from rgpb.kernels import triton_rows
+
+    e, lam = given.buffer(given.dtype), given.z_y - given.lse_other
+    lam_ref = lam + given.noise
+    ref = (torch.nn.functional.logsigmoid(lam_ref), lam_ref) if loss == "bnf" else None
+
+    def run(config: Any) -> Tensor:
+        return triton_rows.token_loss_(
+            given.z, given.y, loss, given.one, ref, PLAIN, loss == "bnf", e, given.room, config=config
+        )[2]  # fmt: skip
+
+    g = torch.sigmoid(-lam) if ref is None else torch.sigmoid(-lam) * (lam - lam_ref).clamp(max=0).exp()
+    return Kernel(run, given.dlogits(g[:, None]), given.z.numel() * (8 + e.itemsize))
+
+
+# `rgpb tune` sweeps the first four; the row kernels have one configuration in common.
+KERNELS: dict[str, Callable[[Inputs], Kernel]] = {
+    "score": score,
+    "weights": weights,
+    "gradients": tile_gradients,
+    "rows": token_loss,
+    "rows: statistics": statistics,
+    "rows: statistics with entropy": partial(statistics, entropy=True),
+    "rows: gradients": gradients,
+    "rows: bnf": partial(token_loss, loss="bnf"),
+}
+
+
+def _operands(given: Inputs) -> int:
+    return given.x.nbytes + given.w.nbytes
+
+
+def _partials(given: Inputs, config: Any, with_top: bool) -> Any:
+    from rgpb.kernels.triton_tiles import Partials
+
+    tiles = -(-given.shape.vocab // config.vocab)
+    return Partials.empty(given.z, tiles, given.shape.tokens, torch.float32, with_top, False)
 
 
 def sweep(
@@ -36,102 +200,41 @@ def sweep(
     from rgpb.kernels import configs
 
     device = torch.device(device)
-    rows: list[dict[str, Any]] = []
-    key = configs.arch(device)
-    x, w, y = _inputs(shape, dtype, device)
-    z = (x.float() @ w.float().T).contiguous()
-    jobs: dict[str, tuple[Any, list[Any], Callable[[Any], Tensor], Tensor, float]] = {}
-    for kernel in ("score", "weights", "gradients"):
-        run, truth = _tile_job(kernel, x, w, y, z)
-        jobs[kernel] = (dtype, configs.TILES[key][kernel], run, truth, 2.0 * shape.tokens * shape.width * shape.vocab)
-    moved = z.numel() * (4 + 4 + dtype.itemsize)  # read twice, written narrow once
-    run, truth = _row_job(y, z, dtype)
+    tiles, rows = configs.TILES[configs.arch(device)], []
     row_configs = configs.row_candidates() if device.type == "cuda" else [configs.rows(device)]
-    jobs["rows"] = ("", row_configs, run, truth, moved)
-    for kernel, (kind, candidates, run, truth, work) in jobs.items():
-        made = [_checked(kernel, config, run, truth, shape, dtype) for config in candidates]
-        good = {at: partial(run, config) for at, config in enumerate(candidates) if made[at]["status"] == "ok"}
-        for at, seconds in interleaved(good, rounds, device.type).items():
-            median, low, high = quantiles(seconds)
+    given = Inputs(shape, dtype, device)
+    for name in ("score", "weights", "gradients", "rows"):
+        kernel, candidates = KERNELS[name](given), row_configs if name == "rows" else tiles[name]
+        made = [_checked(name, kernel, config, shape, dtype) for config in candidates]
+        good = {at: partial(kernel.run, config) for at, config in enumerate(candidates) if made[at]["status"] == "ok"}
+        times = interleaved(good, rounds, device.type)
+        for at in good:
+            median, low, high = times.quantiles(at)
             made[at] |= {"ms": median * 1e3, "ms_20": low * 1e3, "ms_80": high * 1e3}
-            made[at]["rate"] = work / median / (1e9 if kernel == "rows" else 1e12)
+            flops = 2.0 * shape.tokens * shape.width * shape.vocab
+            made[at]["rate"] = flops / median / 1e12 if kernel.product else kernel.moved / median / 1e9
         if good:
             best = min(good, key=lambda at: made[at]["ms"])
             made[best]["chosen"] = True
             if keep:
-                configs.keep(device, kernel, str(kind), candidates[best])
+                configs.keep(device, name, "" if name == "rows" else str(dtype), candidates[best])
         for row in made:
             progress(f"{row['kernel']} {row['config']}: " + (f"{row['ms']:.3f} ms" if "ms" in row else row["status"]))
         rows += made
     return rows
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    random = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=random, device=device)
-
-    x, w = normal(shape.tokens, shape.width).to(dtype), normal(shape.vocab, shape.width).mul_(2 / shape.width**0.5)
-    return x, w.to(dtype), torch.randint(shape.vocab, (shape.tokens,), generator=random, device=device)
+def error_of(kernel: Kernel, config: Any) -> float:
+    """The largest error, over the largest entry."""
+    return ((kernel.run(config).float() - kernel.truth).abs().max() / kernel.truth.abs().max()).item()
 
 
-def _tile_job(kernel: str, x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[Callable[[Any], Tensor], Tensor]:
-    """A tile kernel as a function of its configuration, and what it should give."""
-    from rgpb.kernels import triton_tiles
-    from rgpb.kernels.triton_tiles import Partials
-
-    out = torch.empty(len(x), len(w), dtype=x.dtype, device=x.device)
-    others = z.scatter(1, y[:, None], -torch.inf)
-    lse_other = others.logsumexp(1)
-    one = torch.ones_like(lse_other)
-    z_y = torch.empty_like(lse_other)
-
-    def score(config: Any, shift: Tensor | None, e: Tensor | None) -> Partials:
-        tiles = -(-len(w) // config.vocab)
-        partials = Partials.empty(z, tiles, len(x), torch.float32, shift is None, False)
-        triton_tiles.score(x, w, y, PLAIN, z_y, partials, shift, e, config=config)
-        return partials
-
-    def scored(config: Any) -> Tensor:
-        return triton_tiles.merge(score(config, None, None), None, False)[0]
-
-    def weights(config: Any) -> Tensor:
-        score(config, lse_other, out)
-        return out
-
-    def gradients(config: Any) -> Tensor:
-        scores = Statistics(z_y, lse_other, None)
-        triton_tiles.gradients(x, w, y, scores, Upstream(-one, one), PLAIN, out, config=config)
-        return out
-
-    q = (others - lse_other[:, None]).exp()
-    if kernel == "score":
-        return scored, lse_other
-    return (weights, q) if kernel == "weights" else (gradients, q.scatter(1, y[:, None], -1.0))
-
-
-def _row_job(y: Tensor, z: Tensor, dtype: torch.dtype) -> tuple[Callable[[Any], Tensor], Tensor]:
-    """The row kernel with the token-wise loss, and the dlogits it should give; logits aren't overwritten."""
-    from rgpb.kernels import triton_rows
-
-    weight, out = z.new_ones(len(z)), torch.empty(z.shape, dtype=dtype, device=z.device)
-
-    def run(config: Any) -> Tensor:
-        return triton_rows.token_loss_(z, y, "nll", weight, None, PLAIN, False, out, config=config)[2]
-
-    return run, z.softmax(1).scatter_add(1, y[:, None], -z.new_ones(len(z), 1))
-
-
-def _checked(
-    kernel: str, config: Any, run: Callable[[Any], Tensor], truth: Tensor, shape: Shape, dtype: torch.dtype
-) -> dict[str, Any]:  # fmt: skip
-    row: dict[str, Any] = {"kernel": kernel, "config": _text(config), "dtype": str(dtype), "shape": str(shape)}
+def _checked(name: str, kernel: Kernel, config: Any, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    row: dict[str, Any] = {"kernel": name, "config": _text(config), "dtype": str(dtype), "shape": str(shape)}
     try:
-        made = run(config).float()
+        error = error_of(kernel, config)
     except Exception as refusal:  # a configuration that this GPU can't launch is a result, too
         return row | {"status": f"{type(refusal).__name__}: {str(refusal).partition(chr(10))[0]}"}
-    error = ((made - truth).abs().max() / truth.abs().max()).item()
     return row | {"status": "ok" if error <= TOLERANCE[dtype] else "FAILED", "error": error}
 
 
