@@ -1,0 +1,243 @@
+"""A generated task whose policies are judged exactly: all answers to a prompt are enumerated.
+
+A prompt is four symbols of five, an answer as well, and the best answer is the prompt backwards. The reward of an
+answer, 0 to 10, is how close its symbols come to that on the circle of symbols. A small Llama is first fitted to
+answers that are right in each place with probability 0.4; it is the reference and the start of every policy. With 625
+answers to a prompt, a policy's expected reward and its KL divergence from the reference are sums, not samples.
+
+Dimensions: P prompts, L symbols of a prompt or an answer, C = 625 answers, K answers of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import lru_cache
+from itertools import pairwise, product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rgpb.objectives import OBJECTIVES
+
+from .judge import Values
+from .models import IGNORE, LOG, Batch, add, size, tiny_llama, train
+from .worlds import Data, World
+
+SYMBOLS, LENGTH = 5, 4
+ANSWERS = torch.tensor(list(product(range(SYMBOLS), repeat=LENGTH)))  # [C, L], in lexicographic order
+CLOSENESS = torch.tensor([10.0, 5.0, 0.0, 0.0, 5.0])  # by the difference of two symbols on the circle
+FIRST_DRAFT = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.2])  # likewise, probabilities of what the reference is fitted to
+RATES = (3e-4, 1e-3, 3e-3)  # each method takes its own best of these
+PROMPTS_PER_STEP = 32
+TUNING = 1000  # the seed of the task that learning rates are chosen on, no seed of a result
+
+
+class Task(NamedTuple):
+    """What all methods of one seed share: the reference, prompts with training answers and those to judge policies on.
+
+    `logps` [P, C] and `held_out_logps` [P', C] are log π_ref of every answer, float64; `steps` are updates of a run.
+    """
+
+    model: PreTrainedModel
+    prompts: Tensor
+    logps: Tensor
+    held_out: Tensor
+    held_out_logps: Tensor
+    steps: int
+
+
+class Method(NamedTuple):
+    """An objective with options (a generator is added where it has that option), and the rows that it is given.
+
+    `pick`: (answers [P, K], rewards [P, K], generator) → [P, 2], chosen and rejected; None for whole groups.
+    """
+
+    objective: str
+    options: Mapping[str, Any] = {}
+    pick: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
+
+
+class Point(NamedTuple):
+    """Of a policy: expected true reward and KL(π‖π_ref), on held-out prompts."""
+
+    reward: float
+    kl: float
+
+
+class Trials(NamedTuple):
+    """Runs of one method: its learning rate, and per seed the points on the way and the policy."""
+
+    rate: float
+    paths: list[list[Point]]
+    models: list[PreTrainedModel]
+
+
+Groups = tuple[Tensor, Tensor]  # answers, indices into `ANSWERS`, int64 [P, K], and rewards as a noisy judge gives them
+Maker = Callable[[Task, int], Groups]
+
+
+def backwards(data: Data, seeds: int, quick: bool) -> World:
+    """Four symbols of five to be said backwards, reward 0 to 10; policies are judged exactly, over all 625 answers."""
+    return World(seeds, quick)
+
+
+def true_rewards(prompts: Tensor) -> Tensor:
+    """The reward of every answer, 0 to 10: mean closeness to the prompt backwards. [P, L] → [P, C]."""
+    return CLOSENESS[(ANSWERS[None] - prompts.flip(1)[:, None]) % SYMBOLS].mean(2)
+
+
+@torch.no_grad()
+def all_logps(model: PreTrainedModel, prompts: Tensor) -> Tensor:
+    """log π of every answer, by one forward of each prefix of three symbols. [P, L] → float64 [P, C]."""
+    prefixes = ANSWERS[::SYMBOLS, :-1]
+    parts = []
+    for part in prompts.split(16):
+        said = prefixes.repeat(len(part), 1)
+        ids = torch.cat([part.repeat_interleave(len(prefixes), 0), said], 1)
+        logps = model.eval()(input_ids=ids).logits[:, LENGTH - 1 :].double().log_softmax(-1)
+        of_prefix = logps[:, :-1].gather(2, said[..., None]).sum((1, 2))
+        parts.append((of_prefix[:, None] + logps[:, -1]).view(len(part), -1))
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=8)
+def make_task(seed: int, quick: bool = False) -> Task:
+    """Reference and prompts of one seed; the same for the same seed."""
+    LOG.info("backwards, seed %d", seed)
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(ANSWERS), generator=draw)
+    seen, judged, steps = (8, 4, 3) if quick else (480, 48, 1000)
+    prompts, held_out = ANSWERS[order[:seen]], ANSWERS[order[seen : seen + judged]]
+    model = tiny_llama(SYMBOLS, seed, **size(quick))
+    batches = []
+    for _ in range(steps):
+        asked = prompts[torch.randint(seen, (2 * PROMPTS_PER_STEP,), generator=draw)]
+        off = torch.multinomial(FIRST_DRAFT, asked.numel(), replacement=True, generator=draw).view_as(asked)
+        batches.append(make_batch(asked, (asked.flip(1) + off) % SYMBOLS))
+    train(model, batches, "mle", lr=3e-3, steps=steps, schedule="cosine")
+    known, judged_logps = all_logps(model, prompts), all_logps(model, held_out)
+    return Task(model, prompts, known, held_out, judged_logps, 4 if quick else 90)
+
+
+def make_batch(prompts: Tensor, answers: Tensor) -> Batch:
+    """[B, L], [B, L] → input ids and labels [B, 2L]."""
+    ids = torch.cat([prompts, answers], 1)
+    return {"input_ids": ids, "labels": torch.cat([torch.full_like(prompts, IGNORE), answers], 1)}
+
+
+def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
+    """K different answers to each prompt, the k-th from π_ref(y) exp(tilt_k · reward): as if by K models. [P, K].
+
+    The rewards have noise of standard deviation 1.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    rewards, logps = true_rewards(task.prompts), task.logps.clone()
+    drawn = []
+    for tilt in tilts:
+        drawn.append(torch.multinomial((logps + tilt * rewards).softmax(1), 1, generator=draw))
+        logps.scatter_(1, drawn[-1], -torch.inf)
+    answers = torch.cat(drawn, 1)
+    return answers, rewards.gather(1, answers) + torch.randn(answers.shape, generator=draw)
+
+
+def by_rank(groups: Groups) -> Groups:
+    """Each group's answers from the best to the worst, as judged. [P, K]."""
+    order = groups[1].argsort(1, descending=True)
+    return groups[0].gather(1, order), groups[1].gather(1, order)
+
+
+def judge_policy(task: Task, logps: Tensor) -> Point:
+    """From log π of every answer to the held-out prompts, [P', C]."""
+    reward = (logps.exp() * true_rewards(task.held_out)).sum(1).mean()
+    kl = (logps.exp() * (logps - task.held_out_logps)).sum(1).mean()
+    return Point(float(reward), float(kl))
+
+
+def align(
+    task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None, points: int = 3
+) -> tuple[list[Point], PreTrainedModel]:
+    """Train a copy of the reference for `task.steps` updates of 32 prompts each.
+
+    Args:
+        task, method, groups: as made.
+        rate: learning rate at the start; it falls to a tenth, so that the last update is no outlier.
+        seed: of the order of the prompts, and of what the objective draws.
+        choice: seed of `method.pick`; default: `seed`.
+        points: how often the policy is judged, the last time after the last update.
+
+    Returns:
+        The points on the way, the reference's at the front, and the policy.
+    """
+    (answers, rewards), model = groups, deepcopy(task.model)
+    options = dict(method.options)
+    if "generator" in (OBJECTIVES[method.objective].options or ()):
+        options["generator"] = torch.Generator().manual_seed(seed)
+    if method.pick is None:
+        options["group_size"] = answers.shape[1]
+    else:
+        answers = method.pick(answers, rewards, torch.Generator().manual_seed(seed if choice is None else choice))
+    batches = []
+    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
+    for some in order.split(PROMPTS_PER_STEP):
+        rows, of_row = answers[some], some[:, None].expand(-1, answers.shape[1])
+        if method.pick is not None:
+            rows, of_row = rows.T, of_row.T  # [chosen; rejected]
+        batch = make_batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
+        batches.append(batch if method.pick is not None else {**batch, "rewards": rewards[some]})
+    stops = {round(task.steps * (i + 1) / points) for i in range(points)}
+    path = [judge_policy(task, task.held_out_logps)]
+
+    def look(step: int) -> None:
+        if step in stops:
+            path.append(judge_policy(task, all_logps(model, task.held_out)))
+
+    train(
+        model, batches, method.objective,
+        ref_model=task.model, lr=rate, steps=task.steps, schedule="cosine", each=look, **options,
+    )  # fmt: skip
+    return path, model
+
+
+def best_rate(method: Method, make: Maker, quick: bool) -> float:
+    """The learning rate whose policy has the highest expected reward at the end, in the task made for this choice."""
+    task = make_task(TUNING, quick)
+    groups = make(task, TUNING)
+    final = {rate: align(task, method, groups, rate=rate, seed=TUNING, points=1)[0][-1].reward for rate in RATES}
+    return max(RATES, key=lambda rate: final[rate])
+
+
+def compare(world: World, methods: Mapping[str, Method], make: Maker, rate: float | None = None) -> dict[str, Trials]:
+    """Every method from the same references, on answers from `make`; each with its own best learning rate, or `rate`."""
+    found = {}
+    for name, method in methods.items():
+        found[name] = Trials(rate or best_rate(method, make, world.quick), [], [])
+        for seed in range(world.seeds):
+            LOG.info("%s, seed %d", name, seed)
+            task = make_task(seed, world.quick)
+            path, model = align(task, method, make(task, seed), rate=found[name].rate, seed=seed)
+            found[name].paths.append(path)
+            found[name].models.append(model)
+    return found
+
+
+def reward_at(path: Sequence[Point], kl: float) -> float:
+    """The expected reward where the policy's KL divergence first reached `kl`, by linear interpolation."""
+    for a, b in pairwise(path):
+        if b.kl >= kl:
+            share = (kl - a.kl) / (b.kl - a.kl) if b.kl > a.kl else 1.0
+            return a.reward + share * (b.reward - a.reward)
+    return path[-1].reward
+
+
+def measured(found: Mapping[str, Trials]) -> Values:
+    """Of each method and the reference: expected reward and KL at the end, and the reward at the largest KL of all."""
+    values: Values = {}
+    for paths in zip(*(trials.paths for trials in found.values())):
+        shared = min(max(point.kl for point in path) for path in paths)
+        for name, path in {"reference": paths[0][:1], **dict(zip(found, paths))}.items():
+            end, equal = path[-1], reward_at(path, shared)
+            add(values, name, {"expected reward": end.reward, "KL from the reference": end.kl, "at equal KL": equal})
+    return values

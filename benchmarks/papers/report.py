@@ -1,0 +1,157 @@
+"""What is kept of a claim, one line of JSON each; and what is made of it: docs/claims.md, and a picture per claim.
+
+A number over the seeds is a list or, of runs that kept no more than that, the text "mean ± standard error".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rgpb.bench.measure import provenance
+
+from .claims import CLAIMS, PAPERS, TRIALS, WORLDS, Claim
+from .judge import VERDICTS, Values, every, judge, spread
+
+RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
+FILE = "claims.jsonl"
+ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
+INTRODUCTION = """\
+Each row is a claim of one of the four papers, tried on the CPU with models of under a million parameters, on generated
+tasks or on public preference data. A verdict is computed from differences over paired seeds: a difference counts when
+its mean exceeds twice its standard error. It speaks of this size and these tasks: neither “holds” nor “does not hold”
+carries over to large models by itself. With four seeds twice the standard error is a lenient bar (chance passes it
+about once in seven, on either side), and nothing is corrected for the number of claims.
+
+To repeat one, from a checkout: `python -m benchmarks.papers --out DIR --only NAME`, with `--hh-rlhf DIR` or
+`--alpaca-eval FILE` where its world needs them; all take about an hour on one core. The numbers behind a row are in
+`benchmarks/results/papers/claims.jsonl`; `python -m benchmarks.papers --render DIR` draws them.
+"""
+
+
+def record(claim: Claim, values: Values, settings: dict[str, Any]) -> dict[str, Any]:
+    """The line of a claim: verdict, deciding numbers, all values per seed, what else came out, and where it was run."""
+    parts = judge(claim.parts, values)
+    return {
+        "claim": claim.name,
+        "verdict": every([verdict for _, verdict, _ in parts]),
+        "parts": [{"at": at, "verdict": verdict, "told": told} for at, verdict, told in parts],
+        "beside": [part.judge(values)._replace(verdict="") for part in claim.beside],
+        "values": {
+            quantity: {name: [x if math.isfinite(x) else str(x) for x in its] for name, its in methods.items()}
+            for quantity, methods in values.items()
+        },
+        "settings": settings,
+        "provenance": provenance("cpu"),
+    }
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a folder by claim, in the table's order; none where there is no file.
+
+    Raises:
+        ValueError: a line that isn't one of a claim.
+    """
+    path, found = folder / FILE, {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            its = json.loads(line)
+            if its["claim"] not in ORDER or its["verdict"] not in VERDICTS:
+                raise ValueError("unknown claim or verdict")
+            found[its["claim"]] = its
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"out: expected a claim and its verdict in line {number} of {path}, got {error}"
+            ) from error
+    return {name: found[name] for name in ORDER if name in found}
+
+
+def save(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Put lines in the place of the same claims' in the folder's file, which is replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**load(folder), **{its["claim"]: its for its in records}}
+    lines = [json.dumps(kept[name], ensure_ascii=False, allow_nan=False) for name in ORDER if name in kept]
+    partial = folder / f"{FILE}.partial"
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(partial, folder / FILE)
+
+
+def page(folder: Path) -> str:
+    """The text of docs/claims.md from a folder's lines and its notes.txt: counts, how to read it, a table by paper."""
+    records, notes = load(folder), folder / "notes.txt"
+    counts = [("", *VERDICTS), *((p, *_count(records, p)) for p in PAPERS), ("all", *_count(records, ""))]
+    lines = ["# The papers' claims, tried on small models", ""]
+    held, failed, undecided = counts[-1][1:]
+    lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
+    lines += [*_table(counts), "", INTRODUCTION, *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
+    for paper, full in PAPERS.items():
+        rows = [("claim", "place", "verdict", "numbers", "name")]
+        for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
+            its = records[claim.name]
+            numbers = [_part(part) for part in its["parts"]]
+            numbers += ["Beside: " + "; ".join(_told(one) for one in its["beside"]) + "."] if its["beside"] else []
+            rows.append((claim.text, claim.place, f"**{its['verdict']}**", " ".join(numbers), f"`{claim.name}`"))
+        lines += [f"## {full}", "", *_table(rows), ""]
+    for title, named in (("Worlds: what is set up", WORLDS), ("Trials: what is trained and measured", TRIALS)):
+        users = {name: [f"`{c.name}`" for c in CLAIMS if name in (c.world, c.trial)] for name in named}
+        rows = [(f"`{name}`", (f.__doc__ or "").split("\n")[0], ", ".join(users[name])) for name, f in named.items()]
+        lines += [f"## {title}", "", *_table([("", "", "claims"), *rows]), ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _count(records: Mapping[str, dict[str, Any]], paper: str) -> list[str]:
+    its = [one["verdict"] for name, one in records.items() if paper in ("", CLAIMS[ORDER[name]].paper)]
+    return [str(its.count(verdict)) for verdict in VERDICTS]
+
+
+def _told(one: Sequence[str]) -> str:
+    return f"{one[0]} {one[1]}"
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """The numbers of a condition: all where it holds, else those that decided."""
+    told = "; ".join(_told(one) for one in part["told"] if one[2] in ("", part["verdict"]))
+    return f"At learning rate {part['at']}: {told} ({part['verdict']})." if part["at"] else f"{told}."
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, header first."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:])]
+
+
+def picture(its: Mapping[str, Any]) -> Figure:
+    """A panel for each quantity of a claim: mean ± standard error of each method, a dot for each seed that is kept."""
+    claim = CLAIMS[ORDER[its["claim"]]]
+    wanted = [
+        name for name in dict.fromkeys(p.quantity for p in (*claim.parts, *claim.beside)) if name in its["values"]
+    ]
+    panels = {name: its["values"][name] for name in wanted or its["values"]}
+    height = 1.2 + 0.22 * max(len(methods) for methods in panels.values())
+    figure = Figure(figsize=(4.6 * len(panels), height), layout="constrained")
+    for axes, (quantity, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for place, found in enumerate(methods.values()):
+            dots = [] if isinstance(found, str) else [float(x) for x in found if math.isfinite(float(x))]
+            text = found if isinstance(found, str) else spread(dots) if dots else "nan"
+            mean, _, error = text.partition(" ± ")
+            axes.errorbar(float(mean), place, xerr=float(error or 0), fmt="|", color="tab:blue", capsize=3)
+            axes.plot(dots, [place] * len(dots), ".", color="black")
+        axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{quantity}; mean ± standard error", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{its['claim']}: {its['verdict']}", fontsize=9)
+    return figure
+
+
+def render(folder: Path, into: Path) -> None:
+    """Draw <claim>.png for each line of a folder."""
+    into.mkdir(parents=True, exist_ok=True)
+    for name, its in load(folder).items():
+        picture(its).savefig(into / f"{name}.png", dpi=110)
