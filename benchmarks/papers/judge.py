@@ -83,13 +83,9 @@ def judge(parts: Sequence[Part], values: Values) -> list[tuple[str, str, list[To
 
 
 def decide(differences: Sequence[float]) -> str:
-    """The verdict on "the difference is positive", from one difference per seed.
+    """The verdict on "the difference is positive", from one difference per seed; with one seed it stays open.
 
-    A mean counts when it exceeds twice its standard error; with one seed nothing does. Infinite differences (one of the
-    two collapsed) count where all have the same sign.
-
-    Raises:
-        ValueError: no difference, or one that isn't a number.
+    Infinite differences (one of the two collapsed) count where all have the same sign.
     """
     if not differences or any(math.isnan(x) for x in differences):
         raise ValueError(f"differences: expected one number per seed, got {list(differences)}")
@@ -102,22 +98,14 @@ def decide(differences: Sequence[float]) -> str:
 
 
 def every(verdicts: Sequence[str]) -> str:
-    """The verdict on several parts, at least one: it holds where all do, and fails where one does.
-
-    Raises:
-        ValueError: none given, or an unknown one.
-    """
+    """The verdict on several parts, at least one: it holds where all do, and fails where one does."""
     if not verdicts or not set(verdicts) <= set(VERDICTS):
         raise ValueError(f"verdicts: expected some of {VERDICTS}, got {list(verdicts)}")
     return next((v for v in (FAILS, OPEN) if v in verdicts), HOLDS)
 
 
 def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """a − b, seed by seed. Two that are infinite alike don't differ.
-
-    Raises:
-        ValueError: of different lengths.
-    """
+    """a − b, seed by seed. Two that are infinite alike don't differ."""
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} values, one per seed as in a, got {len(b)}")
     return [0.0 if x == y else x - y for x, y in zip(a, b)]

@@ -27,7 +27,6 @@ from .judge import Values
 
 IGNORE = -100
 PAD, END = 0, 1  # token ids with that meaning in generated tasks; the text of both model families may start at 2
-OPTIMISER = "AdamW, no weight decay, gradient norm clipped to 1, constant rate"  # of `train`, by default
 BESIDE = ("label", "rewards")  # entries of a batch that go to the loss, not to the model
 LOG = logging.getLogger("benchmarks.papers")
 
@@ -37,27 +36,27 @@ Pair = tuple[Response, Response]  # chosen and rejected
 Method = tuple[str, dict[str, Any]]  # an objective or a weighted sum, and its options
 
 
-def size(quick: bool) -> dict[str, int]:
-    """Width and layers of all models; `quick` for those that only show that everything runs."""
-    return {"hidden": 16, "layers": 1} if quick else {"hidden": 64, "layers": 2}
+def tiny_llama(vocab: int, seed: int, quick: bool = False) -> PreTrainedModel:
+    """A Llama with random weights, two layers of width 64 and 4 heads; the same for the same seed.
 
-
-def tiny_llama(vocab: int, seed: int, *, hidden: int = 64, layers: int = 2) -> PreTrainedModel:
-    """A Llama with random weights and 4 heads; the same for the same seed. `hidden` is a multiple of 8."""
+    `quick`: one layer of width 16, to show that everything runs.
+    """
     torch.manual_seed(seed)
+    width, layers = (16, 1) if quick else (64, 2)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        vocab_size=vocab, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=4, max_position_embeddings=512, pad_token_id=None, bos_token_id=None, eos_token_id=END,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def tiny_t5(vocab: int, seed: int, *, hidden: int = 64, layers: int = 2) -> PreTrainedModel:
-    """An encoder–decoder (T5, gated, no dropout), otherwise as `tiny_llama`; `layers` in each stack."""
+def tiny_t5(vocab: int, seed: int, quick: bool = False) -> PreTrainedModel:
+    """An encoder–decoder (T5, gated, no dropout), otherwise as `tiny_llama`, with as many layers in each stack."""
     torch.manual_seed(seed)
+    width, layers = (16, 1) if quick else (64, 2)
     config: Any = T5Config  # whose signature leaves out what all configs take
     config = config(
-        vocab_size=vocab, d_model=hidden, d_kv=hidden // 4, d_ff=3 * hidden, num_layers=layers, num_heads=4,
+        vocab_size=vocab, d_model=width, d_kv=width // 4, d_ff=3 * width, num_layers=layers, num_heads=4,
         dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, pad_token_id=PAD,
         eos_token_id=END, decoder_start_token_id=PAD,
     )  # fmt: skip
@@ -83,10 +82,7 @@ def padded(responses: Sequence[Response], *, encoder_decoder: bool = False, pad:
 def pair_batches(
     pairs: Sequence[Pair], size: int, seed: int, *, encoder_decoder: bool = False, pad: int = PAD
 ) -> list[Batch]:
-    """Batches of `size` pairs, stacked [chosen; rejected], in an order drawn by `seed`; the last may be smaller.
-
-    Each has a `label`, bool [B], besides.
-    """
+    """Batches of `size` pairs, [chosen; rejected] and `label`, in an order drawn by `seed`; the last may be smaller."""
     order = list(range(len(pairs)))
     random.Random(seed).shuffle(order)
     batches = []
@@ -131,16 +127,8 @@ def train(
 ) -> list[float]:
     """AdamW (no weight decay, gradient norm clipped to 1) on the batches in turn, in place.
 
-    Args:
-        model, batches, lr, steps: as they are called; batches are gone through in rounds.
-        objective: a name or a weighted sum as text. `label` and `rewards` of a batch go to it where it needs them.
-        ref_model: the reference; scores each batch once, if the objective needs that.
-        schedule: "constant", or "cosine" down to a tenth.
-        each: called after every step, with its number from 1.
-        options: of the objective, and of `hf.loss` (`group_size`).
-
-    Returns:
-        The loss of each step.
+    The schedule is "constant", or "cosine" down to a tenth. `ref_model` is the reference, `each` is called after every
+    step with its number from 1, `options` are the objective's and `group_size`. Returns the loss of each step.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     specs = [OBJECTIVES[part.split("*")[-1].strip()] for part in objective.split("+")]

@@ -41,7 +41,6 @@ from .worlds import Data, World
 FOUR_TILTS = (0.0, 0.1, 0.2, 0.3)  # four models of rising quality
 SEVEN_TILTS = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4)
 EVEN = "even candidates that the kernel's weights are like"
-SAMPLERS = ("mc", "random", "max", "min")
 BETAS = (0.1, 1.0)  # at 0.1 the kernel's weights are nearly even
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 STEPS, EARLY = 200, 25
@@ -78,7 +77,7 @@ def of_four(task: Task, seed: int) -> Groups:
 
 
 def rates_of(found: Mapping[str, Trials]) -> dict[str, Any]:
-    """The learning rates taken, for the settings."""
+    """The learning rates that were taken."""
     return {"learning rate": {name: trials.rate for name, trials in found.items()}}
 
 
@@ -89,10 +88,7 @@ def group_losses(world: World) -> Found:
 
 
 def six_choices(world: World) -> Found:
-    """From one reference and one set of answers, six choices of DPO's rejected answer and six orders of the prompts.
-
-    SWEPO takes all answers, so only the order is left to vary; DPO is also trained with the order held fixed.
-    """
+    """Six choices of DPO's rejected answer and six orders of the prompts; SWEPO takes all answers, so only orders."""
     dpo, swepo = GROUP_LOSSES["DPO, best and random"], GROUP_LOSSES["SWEPO, p = 1"]
     rates = {method.objective: best_rate(method, of_four, world.quick) for method in (dpo, swepo)}
     runs = {"DPO, choice and order": (dpo, 1), "DPO, choice alone": (dpo, 0), "SWEPO, p = 1, order": (swepo, 1)}
@@ -173,11 +169,8 @@ def kernel_weights(task: Task, model: PreTrainedModel, groups: Groups, beta: flo
 
 def samplers(world: World) -> Found:
     """MC-PO with each sampler from five candidates at two β; with the kernel also from three and from one."""
-    methods = {
-        f"{sampler}, 5 candidates, beta {beta:g}": Method("mc_po", {"sampler": sampler, "beta": beta})
-        for beta in BETAS
-        for sampler in SAMPLERS
-    }
+    every = [(sampler, beta) for beta in BETAS for sampler in ("mc", "random", "max", "min")]
+    methods = {f"{s}, 5 candidates, beta {b:g}": Method("mc_po", {"sampler": s, "beta": b}) for s, b in every}
     found = compare(world, methods, ranked)
     rate = found["mc, 5 candidates, beta 0.1"].rate
     for n in (3, 1):
@@ -197,9 +190,7 @@ def samplers(world: World) -> Found:
 def negatives(world: World) -> Found:
     """MC-PO with one, two and three rejected responses, drawn by the kernel (MC-PO) or at random (RNCE)."""
     names = {"MC-PO": "mc", "RNCE": "random"}
-    methods = {
-        f"{name}, M = {m}": Method("mc_po", {"sampler": names[name], "m": m}) for name in names for m in (1, 2, 3)
-    }
+    methods = {f"{x}, M = {m}": Method("mc_po", {"sampler": names[x], "m": m}) for x in names for m in (1, 2, 3)}
     found = compare(world, methods, ranked)
     values = measured(found)
     reward = values["expected reward"]
@@ -209,10 +200,7 @@ def negatives(world: World) -> Found:
 
 
 def switch(answers: Tensor, generator: torch.Generator) -> Tensor:
-    """Each answer with two different symbols of it exchanged, a random such pair. Indices into `ANSWERS`, [P] → [P].
-
-    An answer of one symbol only stays as it is.
-    """
+    """Each answer with a random two different symbols of it, if it has such, exchanged. Indices, [P] → [P]."""
     symbols = ANSWERS[answers]
     first, second = torch.combinations(torch.arange(LENGTH)).unbind(1)
     differ = symbols[:, first] != symbols[:, second]
@@ -269,13 +257,9 @@ def distribution(data: Data, seeds: int, quick: bool) -> World:
 
 
 def fit(reference: Tensor, rows: Tensor, objective: str, steps: int) -> list[Tensor]:
-    """The policy, float64 [P, V], after every step of gradient descent from the reference, [P, V].
+    """The policy after every step of gradient descent from the reference, float64 [P, V] both.
 
-    Args:
-        reference: where it starts.
-        rows: int64 [P, K], responses of each prompt; for "swepo" the first half acceptable (reward 1, else 0).
-        objective: "mle" or "swepo".
-        steps: how many, of a size by which prompts don't depend on each other.
+    Of the responses `rows`, int64 [P, K], "swepo" takes the first half for acceptable (reward 1, else 0).
     """
     prompts, k = rows.shape
     table = reference.log().float().T.contiguous().requires_grad_()  # the head, [V, H = P]
@@ -296,10 +280,9 @@ def fit(reference: Tensor, rows: Tensor, objective: str, steps: int) -> list[Ten
 def bias(world: World) -> Found:
     """Bias of an attribute over k sampled responses per prompt: of their mean, and of policies fitted to them.
 
-    The theorem's proof is about the mean; that a trained policy takes on the samples' distribution is assumed. Maximum
-    likelihood does. SWEPO's gradient on the logits adds up to 0 over a group, so responses that were not sampled keep
-    their odds among each other; one that was sampled n times is pushed n times as hard, so n adds to its log-odds
-    instead of multiplying its odds.
+    A policy is a row of logits per prompt, so that any distribution can be represented. That it takes on the samples'
+    distribution is assumed by the theorem. Maximum likelihood does; SWEPO pushes a response that was sampled n times n
+    times as hard, so n adds to its log-odds instead of multiplying its odds.
     """
     prompts, steps = (4, 3) if world.quick else (64, STEPS)
     values: Values = {}

@@ -36,6 +36,7 @@ from .models import (
 from .worlds import REPLY, World
 
 Found = tuple[Values, dict[str, Any]]
+Measured = dict[str, float]
 ON_SEEN = ", on training pairs"
 FOUR: dict[str, Method] = {
     "MLE": ("mle", {}),
@@ -83,7 +84,7 @@ def compare(
 
 
 def merge(values: Values, more: Values, rename: Mapping[str, str]) -> None:
-    """Add to `values` those methods of `more` that `rename` has, under their new names."""
+    """Add to `values` the methods of `more` that `rename` has, under their new names."""
     for quantity, methods in more.items():
         values.setdefault(quantity, {}).update({new: methods[name] for name, new in rename.items()})
 
@@ -102,7 +103,7 @@ def four_losses(world: World) -> Found:
 
 
 def two_stages(world: World) -> Found:
-    """MLE or ExMATE, then DPO (after MLE also ExMATE), whose reference is the model after the first; and in one loss."""
+    """MLE or ExMATE, then DPO (after MLE also ExMATE) with the model after the first as reference; and in one loss."""
     values = compare(world, SUMS, world.rate)
     for name, seconds in (("MLE", ("DPO", "ExMATE")), ("ExMATE", ("DPO",))):
         firsts = [trained(world, i, start, FOUR[name], world.rate) for i, start in enumerate(world.starts)]
@@ -129,10 +130,7 @@ def coefficients(world: World) -> Found:
 
 @torch.no_grad()
 def right(model: PreTrainedModel, batch: Batch) -> float:
-    """Part of the prompts whose greedy answer is the chosen one.
-
-    Greedy decoding gives a text exactly where each of its tokens is the most likely one after those before it.
-    """
+    """Part of the prompts whose greedy answer is the chosen one; each of its tokens is the likeliest then."""
     chosen = chosen_only(batch)
     hidden = hf.hidden_states(model.eval(), chosen["input_ids"], chosen["attention_mask"])
     best, target = (hidden @ hf.read_head(model).weight.T).argmax(-1), hf.aligned_targets(chosen["labels"])
@@ -159,13 +157,7 @@ def each_rate(world: World) -> Found:
 
 
 def masked(pairs: Sequence[Pair], ratio: float, seed: int) -> list[Batch]:
-    """Batches of labelled responses from pairs of which all but a part lost one response, either with probability ½.
-
-    Args:
-        pairs: (preferred, dispreferred).
-        ratio: part of the pairs that stay whole.
-        seed: of which pairs, which response, and the order.
-    """
+    """Batches of labelled responses of pairs, of which a part, `ratio`, is whole; the others lost either response."""
     rng = random.Random(seed)
     order = list(range(len(pairs)))
     rng.shuffle(order)
@@ -186,7 +178,8 @@ def without_partners(world: World) -> Found:
     for name, ratio in {"start": 0.0, **{f"{ratio:.0%}": ratio for ratio in RATIOS}}.items():
         rated: dict[float, tuple[float, Values]] = {}
         for rate in world.rates if name != "start" else (0.0,):
-            valid, found = 0.0, {}
+            valid = 0.0
+            found: Values = {}
             for seed, start in enumerate(world.starts):
                 model = deepcopy(start)
                 if rate:
@@ -214,9 +207,7 @@ def answers(model: PreTrainedModel, world: World, length: int) -> Batch:
     return padded(list(zip(world.prompts, replies)), pad=world.pad)
 
 
-def moved(
-    model: PreTrainedModel, reference: PreTrainedModel, own: Batch, common: Batch
-) -> tuple[dict[str, float], Tensor]:
+def moved(model: PreTrainedModel, reference: PreTrainedModel, own: Batch, common: Batch) -> tuple[Measured, Tensor]:
     """Mean absolute shifts over a model's own answers, and the log p shift of each token of `common`, NaN if masked."""
     of_own, fixed = (shifts(scores(reference, b), scores(model, b), targets(model, b)) for b in (own, common))
     found = {

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rgpb.objectives import OBJECTIVES
 
 from .judge import Values
-from .models import IGNORE, LOG, Batch, add, size, tiny_llama, train
+from .models import IGNORE, LOG, Batch, add, tiny_llama, train
 from .worlds import Data, World
 
 SYMBOLS, LENGTH = 5, 4
@@ -111,7 +111,7 @@ def make_task(seed: int, quick: bool = False) -> Task:
     order = torch.randperm(len(ANSWERS), generator=draw)
     seen, judged, steps = (8, 4, 3) if quick else (480, 48, 1000)
     prompts, held_out = ANSWERS[order[:seen]], ANSWERS[order[seen : seen + judged]]
-    model = tiny_llama(SYMBOLS, seed, **size(quick))
+    model = tiny_llama(SYMBOLS, seed, quick)
     batches = []
     for _ in range(steps):
         asked = prompts[torch.randint(seen, (2 * PROMPTS_PER_STEP,), generator=draw)]
@@ -129,10 +129,7 @@ def make_batch(prompts: Tensor, answers: Tensor) -> Batch:
 
 
 def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
-    """K different answers to each prompt, the k-th from π_ref(y) exp(tilt_k · reward): as if by K models. [P, K].
-
-    The rewards have noise of standard deviation 1.
-    """
+    """K answers to each prompt, the k-th from π_ref(y) exp(tilt_k · reward), as if by K models; noise has sd 1."""
     draw = torch.Generator().manual_seed(seed)
     rewards, logps = true_rewards(task.prompts), task.logps.clone()
     drawn = []
@@ -159,17 +156,10 @@ def judge_policy(task: Task, logps: Tensor) -> Point:
 def align(
     task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None, points: int = 3
 ) -> tuple[list[Point], PreTrainedModel]:
-    """Train a copy of the reference for `task.steps` updates of 32 prompts each.
+    """Train a copy of the reference; how it was judged at the start and at `points` on the way, and the policy.
 
-    Args:
-        task, method, groups: as made.
-        rate: learning rate at the start; it falls to a tenth, so that the last update is no outlier.
-        seed: of the order of the prompts, and of what the objective draws.
-        choice: seed of `method.pick`; default: `seed`.
-        points: how often the policy is judged, the last time after the last update.
-
-    Returns:
-        The points on the way, the reference's at the front, and the policy.
+    The learning rate falls to a tenth, so that the last update is no outlier. `seed` is that of the order of the
+    prompts and of what the objective draws; `choice`, by default the same, that of `method.pick`.
     """
     (answers, rewards), model = groups, deepcopy(task.model)
     options = dict(method.options)
@@ -210,7 +200,7 @@ def best_rate(method: Method, make: Maker, quick: bool) -> float:
 
 
 def compare(world: World, methods: Mapping[str, Method], make: Maker, rate: float | None = None) -> dict[str, Trials]:
-    """Every method from the same references, on answers from `make`; each with its own best learning rate, or `rate`."""
+    """Every method from the same references, on answers from `make`, with `rate` or its own best learning rate."""
     found = {}
     for name, method in methods.items():
         found[name] = Trials(rate or best_rate(method, make, world.quick), [], [])

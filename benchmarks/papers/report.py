@@ -91,17 +91,17 @@ def page(folder: Path) -> str:
     lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
     lines += [*_table(counts), "", INTRODUCTION, *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
     for paper, full in PAPERS.items():
-        rows = [("claim", "place", "verdict", "numbers", "name")]
+        rows = [("claim", "place", "verdict", "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
             its = records[claim.name]
             numbers = [_part(part) for part in its["parts"]]
-            numbers += ["Beside: " + "; ".join(_told(one) for one in its["beside"]) + "."] if its["beside"] else []
-            rows.append((claim.text, claim.place, f"**{its['verdict']}**", " ".join(numbers), f"`{claim.name}`"))
+            numbers += [f"Beside: {_told(its['beside'])}."] if its["beside"] else []
+            name = f"`{claim.name}`; {claim.trial} in {claim.world}"
+            rows.append((claim.text, claim.place, f"**{its['verdict']}**", "<br>".join(numbers), name))
         lines += [f"## {full}", "", *_table(rows), ""]
     for title, named in (("Worlds: what is set up", WORLDS), ("Trials: what is trained and measured", TRIALS)):
-        users = {name: [f"`{c.name}`" for c in CLAIMS if name in (c.world, c.trial)] for name in named}
-        rows = [(f"`{name}`", (f.__doc__ or "").split("\n")[0], ", ".join(users[name])) for name, f in named.items()]
-        lines += [f"## {title}", "", *_table([("", "", "claims"), *rows]), ""]
+        what = [("name", "what"), *((f"`{name}`", (f.__doc__ or "").split("\n")[0]) for name, f in named.items())]
+        lines += [f"## {title}", "", *_table(what), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
@@ -110,14 +110,17 @@ def _count(records: Mapping[str, dict[str, Any]], paper: str) -> list[str]:
     return [str(its.count(verdict)) for verdict in VERDICTS]
 
 
-def _told(one: Sequence[str]) -> str:
-    return f"{one[0]} {one[1]}"
+def _told(told: Sequence[Sequence[str]], at: str = "") -> str:
+    return "; ".join(f"{what.removesuffix(at)}: {number}" for what, number, _ in told).replace(f"{at} less", " less")
 
 
 def _part(part: Mapping[str, Any]) -> str:
     """The numbers of a condition: all where it holds, else those that decided."""
-    told = "; ".join(_told(one) for one in part["told"] if one[2] in ("", part["verdict"]))
-    return f"At learning rate {part['at']}: {told} ({part['verdict']})." if part["at"] else f"{told}."
+    told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
+    if not part["at"]:
+        return f"{_told(told)}."
+    at = f" at {part['at']}"
+    return f"Learning rate {part['at']}, {part['verdict']}: {_told(told, at)}."
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from rgpb.data import read_preferences, texts_of, train_tokenizer
 from rgpb.demo import arithmetic_pairs
 
-from .models import END, LOG, PAD, Batch, Pair, Response, chosen_only, evaluate, padded, pair_batches, size, train
+from .models import END, LOG, PAD, Batch, Pair, Response, chosen_only, evaluate, padded, pair_batches, train
 from .models import tiny_llama as llama
 from .models import tiny_t5 as t5
 
@@ -33,11 +33,7 @@ VOCAB, PROMPT, REPLY = 1024, 32, 48  # of text: byte pairs; tokens of the prompt
 
 
 def need(data: Data, key: str) -> Path:
-    """The path of a data set.
-
-    Raises:
-        ValueError: not given, or not there. Names the option.
-    """
+    """The path of a data set; a `ValueError` that names the option where it isn't given, or isn't there."""
     if key not in data or not data[key].exists():
         raise ValueError(f"{OPTIONS[key]}: expected the path of this data set, got {data.get(key, 'none')}")
     return data[key]
@@ -106,7 +102,7 @@ def hh_rlhf(data: Data, seeds: int, quick: bool) -> World:
     texts: list[Response] = [([end], [*p, *c]) for pair in pairs(rows[:read]) for p, c in pair]
     known, held_out = pairs(rows[read:]), pairs(testing.rows[: 8 if quick else None])
     reading = [padded(texts[at : at + 16], pad=pad) for at in range(0, len(texts), 16)]
-    starts = [_read(llama(VOCAB, i, **size(quick)), reading, 3e-3, 3 if quick else 250) for i in range(seeds)]
+    starts = [_read(llama(VOCAB, i, quick), reading, 3e-3, 3 if quick else 250) for i in range(seeds)]
     learnt = known[validation:]
     batches = [pair_batches(learnt, 16, seed, pad=pad) for seed in range(seeds)]
     parts = (known[:validation], held_out, learnt[: len(held_out)])
@@ -122,12 +118,10 @@ FAVOURITES, LOYALTY = 4, 0.7  # words that go with a cue, and the probability of
 
 
 def dialogue(rng: random.Random, linked: bool = True, large: bool = False) -> Pair:
-    """A chosen and a rejected response: the same answer under its prompt and under one with another cue.
+    """The same answer under its prompt and under one with another cue.
 
-    Args:
-        rng: of all that is drawn.
-        linked: whether the answer goes with the cue; else with another one, drawn for itself.
-        large: reject an answer to the other cue, under the same prompt, instead.
+    Unless `linked`, the answer goes with a cue drawn for itself. `large`: rejected is an answer to the other cue, under
+    the same prompt, instead.
     """
     cue, other = rng.sample(range(CUES), 2)
     words = [2 + CUES + rng.randrange(WORDS) for _ in range(ASKED)]
@@ -155,7 +149,7 @@ def cue_in_prompt(data: Data, seeds: int, quick: bool, large: bool = False) -> W
     starts, pairs, batches = [], [], []
     for seed in range(seeds):
         rng = random.Random(seed)
-        start = t5(2 + CUES + 2 * WORDS, seed, **size(quick))
+        start = t5(2 + CUES + 2 * WORDS, seed, quick)
         texts = [[dialogue(rng, linked=False)[0] for _ in range(32)] for _ in range(2 if quick else 150)]
         starts.append(_read(start, [padded(text, encoder_decoder=True) for text in texts], 3e-3, len(texts)))
         pairs.append([dialogue(rng, large=large) for _ in range(4 if quick else 960)])
@@ -168,7 +162,7 @@ def cue_in_prompt(data: Data, seeds: int, quick: bool, large: bool = False) -> W
 
 
 def cue_in_answer(data: Data, seeds: int, quick: bool) -> World:
-    """The same dialogues, but the rejected response is another answer to the same prompt, one that suits another cue."""
+    """The same dialogues, but rejected is another answer to the same prompt, one that goes with another cue."""
     return cue_in_prompt(data, seeds, quick, large=True)
 
 
@@ -194,7 +188,7 @@ def sums(data: Data, seeds: int, quick: bool) -> World:
         coin = random.Random(seed)
         answers = [pair[coin.random() < 0.6] for pair in rest]
         reading = [padded(answers[at : at + 64]) for at in range(0, len(answers), 64)]
-        starts.append(_read(llama(2 + len(LETTERS), seed, **size(quick)), reading, 4e-3, 2 if quick else 400))
+        starts.append(_read(llama(2 + len(LETTERS), seed, quick), reading, 4e-3, 2 if quick else 400))
         pairs.append(rest[:count])
         batches.append(pair_batches(pairs[-1], 32, seed))
     return World(seeds, quick, starts, pairs, batches, valid, test, steps=2 if quick else 2 * len(batches[0]))
@@ -222,6 +216,6 @@ def alpaca_eval(data: Data, seeds: int, quick: bool) -> World:
         orders.append(torch.randperm(learnt, generator=draw))
         flat = [answers[g][k] for k in torch.randperm(6, generator=draw).tolist() for g in orders[-1].tolist()]
         reading = [padded(flat[i : i + 16], pad=pad) for i in range(0, len(flat), 16)]
-        starts.append(_read(llama(VOCAB, seed, **size(quick)), reading, 3e-3, 3 if quick else len(reading)))
+        starts.append(_read(llama(VOCAB, seed, quick), reading, 3e-3, 3 if quick else len(reading)))
     rewards = 10 * torch.tensor([row["rewards"] for row in rows])
     return World(seeds, quick, starts, pad=pad, answers=answers, rewards=rewards, orders=orders)
