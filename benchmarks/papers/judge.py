@@ -40,12 +40,12 @@ class Above(NamedTuple):
     def judge(self, values: Values) -> Told:
         """Verdict on the differences. Told are the differences or, where one name is empty, the other's own values."""
         found = values[self.quantity]
+        one = self.more or self.less
+        gaps = found[one] if self.more else [-x for x in found[one]]
+        what, shown = f"{self.quantity}, {one}", spread(found[one])
         if self.more and self.less:
             gaps = differences(found[self.more], found[self.less])
-            what, shown = f"{self.quantity}, {self.more} less {self.less}", spread(gaps, sign=True)
-        else:
-            gaps = found[self.more] if self.more else [-x for x in found[self.less]]
-            what, shown = f"{self.quantity}, {self.more or self.less}", spread(found[self.more or self.less])
+            what, shown = f"{what} less {self.less}", spread(gaps, sign=True)
         return Told(what, shown, decide([gap - self.by for gap in gaps]))
 
 

@@ -15,26 +15,13 @@ from transformers import PreTrainedModel
 
 import rgpb
 
+# isort: off
 from .judge import Values, differences
 from .models import LOG, Batch, add, padded, scores, train
 from .on_pairs import Found
 from .policies import (
-    ANSWERS,
-    LENGTH,
-    SYMBOLS,
-    Groups,
-    Method,
-    Task,
-    Trials,
-    align,
-    all_logps,
-    best_rate,
-    by_rank,
-    compare,
-    draw_groups,
-    make_task,
-    measured,
-    true_rewards,
+    ANSWERS, LENGTH, SYMBOLS, Groups, Method, Task, Trials, align, all_logps, best_rate, by_rank, compare,
+    draw_groups, make_task, measured, true_rewards,
 )  # fmt: skip
 from .worlds import Data, World
 

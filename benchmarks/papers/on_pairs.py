@@ -18,20 +18,10 @@ from transformers import PreTrainedModel
 from rgpb import hf
 from rgpb.analysis import percentile_shares, shifts
 
+# isort: off
 from .judge import Values
 from .models import (
-    IGNORE,
-    LOG,
-    Batch,
-    Method,
-    Pair,
-    add,
-    chosen_only,
-    evaluate,
-    padded,
-    scores,
-    targets,
-    train,
+    IGNORE, LOG, Batch, Method, Pair, add, chosen_only, evaluate, padded, scores, targets, train,
 )  # fmt: skip
 from .worlds import REPLY, World
 

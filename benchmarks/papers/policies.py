@@ -36,17 +36,14 @@ TUNING = 1000  # the seed of the task that learning rates are chosen on, no seed
 
 
 class Task(NamedTuple):
-    """What all methods of one seed share: the reference, prompts with training answers and those to judge policies on.
+    """What all methods of one seed share."""
 
-    `logps` [P, C] and `held_out_logps` [P', C] are log π_ref of every answer, float64; `steps` are updates of a run.
-    """
-
-    model: PreTrainedModel
-    prompts: Tensor
-    logps: Tensor
-    held_out: Tensor
-    held_out_logps: Tensor
-    steps: int
+    model: PreTrainedModel  # the reference
+    prompts: Tensor  # [P, L], those with training answers
+    logps: Tensor  # log π_ref of every answer to them, float64 [P, C]
+    held_out: Tensor  # [P', L], those that policies are judged on
+    held_out_logps: Tensor  # float64 [P', C]
+    steps: int  # updates of a run
 
 
 class Method(NamedTuple):
@@ -116,16 +113,15 @@ def make_task(seed: int, quick: bool = False) -> Task:
     for _ in range(steps):
         asked = prompts[torch.randint(seen, (2 * PROMPTS_PER_STEP,), generator=draw)]
         off = torch.multinomial(FIRST_DRAFT, asked.numel(), replacement=True, generator=draw).view_as(asked)
-        batches.append(make_batch(asked, (asked.flip(1) + off) % SYMBOLS))
+        batches.append(_batch(asked, (asked.flip(1) + off) % SYMBOLS))
     train(model, batches, "mle", lr=3e-3, steps=steps, schedule="cosine")
     known, judged_logps = all_logps(model, prompts), all_logps(model, held_out)
     return Task(model, prompts, known, held_out, judged_logps, 4 if quick else 90)
 
 
-def make_batch(prompts: Tensor, answers: Tensor) -> Batch:
-    """[B, L], [B, L] → input ids and labels [B, 2L]."""
-    ids = torch.cat([prompts, answers], 1)
-    return {"input_ids": ids, "labels": torch.cat([torch.full_like(prompts, IGNORE), answers], 1)}
+def _batch(prompts: Tensor, answers: Tensor) -> Batch:
+    labels = torch.cat([torch.full_like(prompts, IGNORE), answers], 1)
+    return {"input_ids": torch.cat([prompts, answers], 1), "labels": labels}
 
 
 def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
@@ -175,7 +171,7 @@ def align(
         rows, of_row = answers[some], some[:, None].expand(-1, answers.shape[1])
         if method.pick is not None:
             rows, of_row = rows.T, of_row.T  # [chosen; rejected]
-        batch = make_batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
+        batch = _batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
         batches.append(batch if method.pick is not None else {**batch, "rewards": rewards[some]})
     stops = {round(task.steps * (i + 1) / points) for i in range(points)}
     path = [judge_policy(task, task.held_out_logps)]
