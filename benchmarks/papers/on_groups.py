@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from statistics import fmean, stdev
@@ -20,7 +19,7 @@ from .judge import Values, differences
 from .models import LOG, Batch, add, padded, scores, train
 from .on_pairs import Found
 from .policies import (
-    ANSWERS, LENGTH, SYMBOLS, Groups, Method, Task, Trials, align, all_logps, best_rate, by_rank, compare,
+    ANSWERS, LENGTH, SYMBOLS, Groups, Method, Task, align, all_logps, best_rate, by_rank, compare,
     draw_groups, make_task, measured, true_rewards,
 )  # fmt: skip
 from .worlds import Data, World
@@ -63,15 +62,9 @@ def of_four(task: Task, seed: int) -> Groups:
     return draw_groups(task, FOUR_TILTS, seed)
 
 
-def rates_of(found: Mapping[str, Trials]) -> dict[str, Any]:
-    """The learning rates that were taken."""
-    return {"learning rate": {name: trials.rate for name, trials in found.items()}}
-
-
 def group_losses(world: World) -> Found:
     """DPO on pairs, InfoNCA and SWEPO on groups of four answers with noisy rewards."""
-    found = compare(world, GROUP_LOSSES, of_four)
-    return measured(found), rates_of(found)
+    return measured(compare(world, GROUP_LOSSES, of_four))
 
 
 def six_choices(world: World) -> Found:
@@ -87,7 +80,7 @@ def six_choices(world: World) -> Found:
             rewards = []
             for choice in range(2 if world.quick else 6):
                 order, rate = 100 * seed + reorder * choice, rates[method.objective]
-                path, _ = align(task, method, groups, rate=rate, seed=order, choice=100 * seed + choice, points=1)
+                path, _ = align(task, method, groups, rate=rate, seed=order, choice=100 * seed + choice)
                 rewards.append(path[-1].reward)
             add(values, name, {"expected reward": fmean(rewards), "sd of the expected reward": stdev(rewards)})
     return values, {"learning rate": rates}
@@ -163,7 +156,7 @@ def samplers(world: World) -> Found:
     for n in (3, 1):
         name = f"mc, {n} candidate{'s'[: n > 1]}, beta 0.1"
         found |= compare(world, {name: Method("mc_po")}, partial(ranked, candidates=n), rate)
-    values = measured(found)
+    values, rates = measured(found)
     for beta in BETAS:
         name = f"mc, 5 candidates, beta {beta:g}"
         for seed, model in enumerate(found[name].models):
@@ -171,7 +164,7 @@ def samplers(world: World) -> Found:
             weights = kernel_weights(task, model, ranked(task, seed), beta)
             even = math.exp(-float(torch.special.xlogy(weights, weights).sum(1).mean()))
             add(values, name, {EVEN: even})
-    return values, rates_of(found)
+    return values, rates
 
 
 def negatives(world: World) -> Found:
@@ -179,11 +172,11 @@ def negatives(world: World) -> Found:
     names = {"MC-PO": "mc", "RNCE": "random"}
     methods = {f"{x}, M = {m}": Method("mc_po", {"sampler": names[x], "m": m}) for x in names for m in (1, 2, 3)}
     found = compare(world, methods, ranked)
-    values = measured(found)
+    values, rates = measured(found)
     reward = values["expected reward"]
     gains = {name: differences(reward[f"{name}, M = 3"], reward[f"{name}, M = 1"]) for name in names}
     values["gain of expected reward from M = 1 to M = 3"] = gains
-    return values, rates_of(found)
+    return values, rates
 
 
 def switch(answers: Tensor, generator: torch.Generator) -> Tensor:
@@ -221,7 +214,7 @@ def switched_copy(world: World) -> Found:
     switched = Method("dpo", {"beta": 0.1}, first_and_last)
     found = compare(world, {"DPO(−), switched": switched, "DPO, any of 6": some, "MC-PO of 6": mc}, injected)
     found |= compare(world, {"DPO, any of 5": some, "MC-PO of 5": mc}, ranked)
-    values = measured(found)
+    values, rates = measured(found)
     reward = values["expected reward"]
     values["loss of expected reward by the switched copy"] = {
         "DPO": differences(reward["DPO, any of 5"], reward["DPO, any of 6"]),
@@ -235,7 +228,7 @@ def switched_copy(world: World) -> Found:
         true = true_rewards(task.prompts).gather(1, groups[0]).mean(0).tolist()
         for name, value in {"preferred": true[0], "switched": true[-1], "other candidates": fmean(true[1:-1])}.items():
             add(values, name, {"true reward": value})
-    return values, rates_of(found)
+    return values, rates
 
 
 def distribution(data: Data, seeds: int, quick: bool) -> World:

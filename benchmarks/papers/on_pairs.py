@@ -29,21 +29,17 @@ Found = tuple[Values, dict[str, Any]]
 Measured = dict[str, float]
 ON_SEEN = ", on training pairs"
 FOUR: dict[str, Method] = {
-    "MLE": ("mle", {}),
-    "unlikelihood": ("unlikelihood", {"alpha": 1.0}),
-    "ExMATE": ("exmate", {"beta": 1.0}),
+    "MLE": ("mle", {}), "unlikelihood": ("unlikelihood", {"alpha": 1.0}), "ExMATE": ("exmate", {"beta": 1.0}),
     "DPO": ("dpo", {"beta": 0.1}),
-}
+}  # fmt: skip
 SUMS: dict[str, Method] = {
     "MLE + DPO in one loss": ("mle + dpo", {"dpo.beta": 0.1}),
     "ExMATE + DPO in one loss": ("exmate + dpo", {"exmate.beta": 1.0, "dpo.beta": 0.1}),
 }
 MOVERS: dict[str, Method] = {
-    "BNF": ("bnf", {}),
-    "DPO": ("dpo", {"beta": 0.1}),
-    "IPO": ("ipo", {"tau": 0.1}),
+    "BNF": ("bnf", {}), "DPO": ("dpo", {"beta": 0.1}), "IPO": ("ipo", {"tau": 0.1}),
     "SimPO": ("simpo", {"beta": 2.0, "gamma": 0.5}),
-}
+}  # fmt: skip
 COLLAPSING: dict[str, Method] = {"NLL+PLL": ("nll_pll", {}), "DPO": ("dpo", {}), "BNF": ("bnf", {})}
 COEFFICIENTS = (0.1, 0.3, 1.0, 3.0)
 RATIOS = (0.0, 0.25, 0.5, 1.0)

@@ -150,9 +150,9 @@ def judge_policy(task: Task, logps: Tensor) -> Point:
 
 
 def align(
-    task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None, points: int = 3
+    task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None
 ) -> tuple[list[Point], PreTrainedModel]:
-    """Train a copy of the reference; how it was judged at the start and at `points` on the way, and the policy.
+    """Train a copy of the reference; how it was judged at the start and after each third, and the policy.
 
     The learning rate falls to a tenth, so that the last update is no outlier. `seed` is that of the order of the
     prompts and of what the objective draws; `choice`, by default the same, that of `method.pick`.
@@ -173,7 +173,7 @@ def align(
             rows, of_row = rows.T, of_row.T  # [chosen; rejected]
         batch = _batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
         batches.append(batch if method.pick is not None else {**batch, "rewards": rewards[some]})
-    stops = {round(task.steps * (i + 1) / points) for i in range(points)}
+    stops = [round(task.steps * third / 3) for third in (1, 2, 3)]
     path = [judge_policy(task, task.held_out_logps)]
 
     def look(step: int) -> None:
@@ -191,7 +191,7 @@ def best_rate(method: Method, make: Maker, quick: bool) -> float:
     """The learning rate whose policy has the highest expected reward at the end, in the task made for this choice."""
     task = make_task(TUNING, quick)
     groups = make(task, TUNING)
-    final = {rate: align(task, method, groups, rate=rate, seed=TUNING, points=1)[0][-1].reward for rate in RATES}
+    final = {rate: align(task, method, groups, rate=rate, seed=TUNING)[0][-1].reward for rate in RATES}
     return max(RATES, key=lambda rate: final[rate])
 
 
@@ -218,12 +218,12 @@ def reward_at(path: Sequence[Point], kl: float) -> float:
     return path[-1].reward
 
 
-def measured(found: Mapping[str, Trials]) -> Values:
-    """Of each method and the reference: expected reward and KL at the end, and the reward at the largest KL of all."""
+def measured(found: Mapping[str, Trials]) -> tuple[Values, dict[str, Any]]:
+    """Expected reward and KL at the end, and the reward at the largest KL that all reach; and the learning rates."""
     values: Values = {}
     for paths in zip(*(trials.paths for trials in found.values())):
         shared = min(max(point.kl for point in path) for path in paths)
         for name, path in {"reference": paths[0][:1], **dict(zip(found, paths))}.items():
             end, equal = path[-1], reward_at(path, shared)
             add(values, name, {"expected reward": end.reward, "KL from the reference": end.kl, "at equal KL": equal})
-    return values
+    return values, {"learning rate": {name: trials.rate for name, trials in found.items()}}

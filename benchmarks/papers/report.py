@@ -22,17 +22,6 @@ from .judge import VERDICTS, Values, every, judge, spread
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
 ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
-INTRODUCTION = """\
-Each row is a claim of one of the four papers, tried on the CPU with models of under a million parameters, on generated
-tasks or on public preference data. A verdict is computed from differences over paired seeds: a difference counts when
-its mean exceeds twice its standard error. It speaks of this size and these tasks: neither “holds” nor “does not hold”
-carries over to large models by itself. With four seeds twice the standard error is a lenient bar (chance passes it
-about once in seven, on either side), and nothing is corrected for the number of claims.
-
-To repeat one, from a checkout: `python -m benchmarks.papers --out DIR --only NAME`, with `--hh-rlhf DIR` or
-`--alpaca-eval FILE` where its world needs them; all take about an hour on one core. The numbers behind a row are in
-`benchmarks/results/papers/claims.jsonl`; `python -m benchmarks.papers --render DIR` draws them.
-"""
 
 
 def record(claim: Claim, values: Values, settings: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +78,7 @@ def page(folder: Path) -> str:
     lines = ["# The papers' claims, tried on small models", ""]
     held, failed, undecided = counts[-1][1:]
     lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
-    lines += [*_table(counts), "", INTRODUCTION, *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
+    lines += [*_table(counts), "", *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
     for paper, full in PAPERS.items():
         rows = [("claim", "place", "verdict", "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
