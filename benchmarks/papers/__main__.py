@@ -44,16 +44,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what was asked for.
-
-    Returns:
-        0, or 2 for bad arguments.
-    """
+    """Run what was asked for: 0, or 2 for bad arguments."""
     parser = make_parser()
     a = parser.parse_args(argv)
     known = {name for claim in CLAIMS for name in (claim.name, claim.world, claim.trial)}
     if unknown := sorted(set(a.only or ()) - known):
         parser.error(f"--only: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    if a.quick and a.out.resolve() == RESULTS:
+        parser.error("--quick: expected another folder as --out, got the project's own")
     if a.list:
         for claim in CLAIMS:
             print(f"{claim.name}: {claim.paper} {claim.place}: {claim.text} ({claim.trial} in {claim.world})")

@@ -37,10 +37,7 @@ Method = tuple[str, dict[str, Any]]  # an objective or a weighted sum, and its o
 
 
 def tiny_llama(vocab: int, seed: int, quick: bool = False) -> PreTrainedModel:
-    """A Llama with random weights, two layers of width 64 and 4 heads; the same for the same seed.
-
-    `quick`: one layer of width 16, to show that everything runs.
-    """
+    """A Llama with random weights, two layers of width 64, or one of 16 to be `quick`; the same for the same seed."""
     torch.manual_seed(seed)
     width, layers = (16, 1) if quick else (64, 2)
     config = LlamaConfig(
@@ -114,17 +111,9 @@ def targets(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def train(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    objective: str,
-    *,
-    ref_model: PreTrainedModel | None = None,
-    lr: float,
-    steps: int,
-    schedule: str = "constant",
-    each: Callable[[int], None] | None = None,
-    **options: Any,
-) -> list[float]:
+    model: PreTrainedModel, batches: Sequence[Batch], objective: str, *, ref_model: PreTrainedModel | None = None,
+    lr: float, steps: int, schedule: str = "constant", each: Callable[[int], None] | None = None, **options: Any,
+) -> list[float]:  # fmt: skip
     """AdamW (no weight decay, gradient norm clipped to 1) on the batches in turn, in place.
 
     The schedule is "constant", or "cosine" down to a tenth. `ref_model` is the reference, `each` is called after every
@@ -161,17 +150,15 @@ def train(
 def evaluate(model: PreTrainedModel, batch: Batch) -> dict[str, float]:
     """Of pairs [chosen; rejected] perplexity, agility (Tuan & Wang 2024, §6), likelihoods and accuracy by S̄; means."""
     responses = make_responses(scores(model, batch), targets(model, batch))
-    total, each = responses.logps(), perplexity(responses)
-    half = len(total) // 2
-    mean = each[:half].mean().item()
-    return {
-        "perplexity": mean,
-        "log perplexity": math.log(mean),
-        "agility": agility(responses).mean().item(),
-        "log p of chosen": total[:half].mean().item(),
-        "log p of rejected": total[half:].mean().item(),
-        "accuracy": (each[:half] < each[half:]).double().mean().item(),
+    (chosen, rejected), (good, bad) = responses.logps().chunk(2), perplexity(responses).chunk(2)
+    found = {
+        "perplexity": good,
+        "agility": agility(responses),
+        "log p of chosen": chosen,
+        "log p of rejected": rejected,
     }
+    means = {name: values.mean().item() for name, values in {**found, "accuracy": (good < bad).double()}.items()}
+    return {**means, "log perplexity": math.log(means["perplexity"])}
 
 
 def add(values: Values, method: str, measured: Mapping[str, float]) -> None:

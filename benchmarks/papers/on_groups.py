@@ -19,7 +19,7 @@ from .judge import Values, differences
 from .models import LOG, Batch, add, padded, scores, train
 from .on_pairs import Found
 from .policies import (
-    ANSWERS, LENGTH, SYMBOLS, Groups, Method, Task, align, all_logps, best_rate, by_rank, compare,
+    ANSWERS, LENGTH, SYMBOLS, Groups, Method, Task, align, all_logps, best_rate, compare,
     draw_groups, make_task, measured, true_rewards,
 )  # fmt: skip
 from .worlds import Data, World
@@ -136,9 +136,9 @@ def order_of_answers(world: World) -> Found:
 
 def ranked(task: Task, seed: int, candidates: int = 5) -> Groups:
     """The best of seven answers as judged, then the worst `candidates` of the five that rank third to seventh."""
-    answers, rewards = by_rank(draw_groups(task, SEVEN_TILTS, seed))
-    kept = [0, *range(len(SEVEN_TILTS) - candidates, len(SEVEN_TILTS))]
-    return answers[:, kept], rewards[:, kept]
+    answers, rewards = draw_groups(task, SEVEN_TILTS, seed)
+    order = rewards.argsort(1, descending=True)[:, [0, *range(7 - candidates, 7)]]
+    return answers.gather(1, order), rewards.gather(1, order)
 
 
 def kernel_weights(task: Task, model: PreTrainedModel, groups: Groups, beta: float) -> Tensor:
@@ -275,25 +275,17 @@ def bias(world: World) -> Found:
         mean = (acceptable * attribute).sum(1)
         deviation = (acceptable * (attribute - mean[:, None]) ** 2).sum(1).sqrt().max().item()
 
-        def off(found: Tensor, mean: Tensor = mean) -> float:
-            return float((found - mean).abs().mean())
-
-        def of_policy(policy: Tensor, attribute: Tensor = attribute, mean: Tensor = mean) -> float:
-            return off((policy * attribute).sum(1), mean)
+        def of(policy: Tensor, attribute: Tensor = attribute, mean: Tensor = mean) -> float:
+            return float(((policy * attribute).sum(1) - mean).abs().mean())
 
         for k in COUNTS:
             LOG.info("bias, seed %d, k = %d", seed, k)
             some, others = (torch.multinomial(p, k, replacement=True, generator=draw) for p in (acceptable, other))
-            sampled = off(attribute.gather(1, some).mean(1))
-            trained = [of_policy(one) for one in fit(reference, torch.cat([some, others], 1), "swepo", steps)]
-            found = {
-                "reference": of_policy(reference),
-                "sample mean": sampled,
-                "mle": of_policy(fit(reference, some, "mle", steps)[-1]),
-                "swepo, early": trained[min(EARLY, steps) - 1],
-                "swepo": trained[-1],
-                "swepo, best stop": min(trained),
-            }
+            sampled = float((attribute.gather(1, some).mean(1) - mean).abs().mean())
+            trained = [of(one) for one in fit(reference, torch.cat([some, others], 1), "swepo", steps)]
+            found = {"reference": of(reference), "sample mean": sampled, "swepo": trained[-1]}
+            found |= {"swepo, early": trained[min(EARLY, steps) - 1], "swepo, best stop": min(trained)}
+            found["mle"] = of(fit(reference, some, "mle", steps)[-1])
             add(values, f"k = {k}", {f"bias, {name}": value for name, value in found.items()})
             add(values, f"k = {k}", {"bound σ_max/√k less bias, sample mean": deviation / math.sqrt(k) - sampled})
     return values, {}

@@ -65,10 +65,10 @@ class Point(NamedTuple):
 
 
 class Trials(NamedTuple):
-    """Runs of one method: its learning rate, and per seed the points on the way and the policy."""
+    """Runs of one method, per seed."""
 
-    rate: float
-    paths: list[list[Point]]
+    rate: float  # learning rate
+    paths: list[list[Point]]  # on the way
     models: list[PreTrainedModel]
 
 
@@ -136,12 +136,6 @@ def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
     return answers, rewards.gather(1, answers) + torch.randn(answers.shape, generator=draw)
 
 
-def by_rank(groups: Groups) -> Groups:
-    """Each group's answers from the best to the worst, as judged. [P, K]."""
-    order = groups[1].argsort(1, descending=True)
-    return groups[0].gather(1, order), groups[1].gather(1, order)
-
-
 def judge_policy(task: Task, logps: Tensor) -> Point:
     """From log π of every answer to the held-out prompts, [P', C]."""
     reward = (logps.exp() * true_rewards(task.held_out)).sum(1).mean()
@@ -180,10 +174,8 @@ def align(
         if step in stops:
             path.append(judge_policy(task, all_logps(model, task.held_out)))
 
-    train(
-        model, batches, method.objective,
-        ref_model=task.model, lr=rate, steps=task.steps, schedule="cosine", each=look, **options,
-    )  # fmt: skip
+    options |= {"ref_model": task.model, "lr": rate, "steps": task.steps, "schedule": "cosine", "each": look}
+    train(model, batches, method.objective, **options)
     return path, model
 
 

@@ -74,7 +74,10 @@ def save(folder: Path, records: Sequence[dict[str, Any]]) -> None:
 def page(folder: Path) -> str:
     """The text of docs/claims.md from a folder's lines and its notes.txt: counts, how to read it, a table by paper."""
     records, notes = load(folder), folder / "notes.txt"
-    counts = [("", *VERDICTS), *((p, *_count(records, p)) for p in PAPERS), ("all", *_count(records, ""))]
+    found = [(CLAIMS[ORDER[name]].paper, its["verdict"]) for name, its in records.items()]
+    counts: list[Sequence[str]] = [("", *VERDICTS)]
+    counts += [(paper, *(str(found.count((paper, verdict))) for verdict in VERDICTS)) for paper in PAPERS]
+    counts += [("all", *(str([v for _, v in found].count(verdict)) for verdict in VERDICTS))]
     lines = ["# The papers' claims, tried on small models", ""]
     held, failed, undecided = counts[-1][1:]
     lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
@@ -92,11 +95,6 @@ def page(folder: Path) -> str:
         what = [("name", "what"), *((f"`{name}`", (f.__doc__ or "").split("\n")[0]) for name, f in named.items())]
         lines += [f"## {title}", "", *_table(what), ""]
     return "\n".join(lines[:-1]) + "\n"
-
-
-def _count(records: Mapping[str, dict[str, Any]], paper: str) -> list[str]:
-    its = [one["verdict"] for name, one in records.items() if paper in ("", CLAIMS[ORDER[name]].paper)]
-    return [str(its.count(verdict)) for verdict in VERDICTS]
 
 
 def _told(told: Sequence[Sequence[str]], at: str = "") -> str:
