@@ -7,7 +7,6 @@ rate, each of those listed. What is "told beside" decides nothing.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -68,14 +67,9 @@ def parse(text: str, at: str = "") -> list[Part]:
     return parts
 
 
-def _claims() -> tuple[Claim, ...]:
-    with Path(__file__).with_name("claims.tsv").open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))[1:]
-    return tuple(
-        Claim(name, paper, place, world, trial, text,
-              [part for at in rates.split() or [""] for part in parse(where, at)], parse(beside))
-        for name, paper, place, world, trial, rates, text, where, beside in rows
-    )  # fmt: skip
-
-
-CLAIMS = _claims()
+_ROWS = [line.split("\t") for line in Path(__file__).with_name("claims.tsv").read_text(encoding="utf-8").splitlines()]
+CLAIMS = tuple(
+    Claim(name, paper, place, world, trial, text,
+          [part for at in rates.split() or [""] for part in parse(where, at)], parse(beside))
+    for name, paper, place, world, trial, rates, text, where, beside in _ROWS[1:]
+)  # fmt: skip

@@ -24,8 +24,7 @@ from .policies import (
 )  # fmt: skip
 from .worlds import Data, World
 
-FOUR_TILTS = (0.0, 0.1, 0.2, 0.3)  # four models of rising quality
-SEVEN_TILTS = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4)
+SEVEN = (-0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 0.4)  # tilts
 EVEN = "even candidates that the kernel's weights are like"
 BETAS = (0.1, 1.0)  # at 0.1 the kernel's weights are nearly even
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -57,25 +56,20 @@ GROUP_LOSSES = {
 }
 
 
-def of_four(task: Task, seed: int) -> Groups:
-    """Four answers to each prompt."""
-    return draw_groups(task, FOUR_TILTS, seed)
-
-
 def group_losses(world: World) -> Found:
     """DPO on pairs, InfoNCA and SWEPO on groups of four answers with noisy rewards."""
-    return measured(compare(world, GROUP_LOSSES, of_four))
+    return measured(compare(world, GROUP_LOSSES, draw_groups))
 
 
 def six_choices(world: World) -> Found:
     """Six choices of DPO's rejected answer and six orders of the prompts; SWEPO takes all answers, so only orders."""
     dpo, swepo = GROUP_LOSSES["DPO, best and random"], GROUP_LOSSES["SWEPO, p = 1"]
-    rates = {method.objective: best_rate(method, of_four, world.quick) for method in (dpo, swepo)}
+    rates = {method.objective: best_rate(method, draw_groups, world.quick) for method in (dpo, swepo)}
     runs = {"DPO, choice and order": (dpo, 1), "DPO, choice alone": (dpo, 0), "SWEPO, p = 1, order": (swepo, 1)}
     values: Values = {}
     for seed in range(world.seeds):
         task = make_task(seed, world.quick)
-        groups = of_four(task, seed)
+        groups = draw_groups(task, seed)
         for name, (method, reorder) in runs.items():
             rewards = []
             for choice in range(2 if world.quick else 6):
@@ -136,7 +130,7 @@ def order_of_answers(world: World) -> Found:
 
 def ranked(task: Task, seed: int, candidates: int = 5) -> Groups:
     """The best of seven answers as judged, then the worst `candidates` of the five that rank third to seventh."""
-    answers, rewards = draw_groups(task, SEVEN_TILTS, seed)
+    answers, rewards = draw_groups(task, seed, SEVEN)
     order = rewards.argsort(1, descending=True)[:, [0, *range(7 - candidates, 7)]]
     return answers.gather(1, order), rewards.gather(1, order)
 
@@ -199,11 +193,6 @@ def injected(task: Task, seed: int) -> Groups:
     return torch.cat([answers, noise], 1), torch.cat([rewards, rewards_of_noise], 1)
 
 
-def first_and_last(answers: Tensor, rewards: Tensor, generator: torch.Generator) -> Tensor:
-    """Preferred and switched answer. [P, K] → [P, 2]."""
-    return answers[:, [0, -1]]
-
-
 def switched_copy(world: World) -> Found:
     """MC-PO and DPO with and without a sixth candidate: the preferred answer with two of its symbols switched.
 
@@ -211,7 +200,7 @@ def switched_copy(world: World) -> Found:
     the symbols matters, so the switched answer is also a worse one: "true reward" says how much.
     """
     mc, some = Method("mc_po", {"beta": 0.1}), Method("mc_po", {"beta": 0.1, "sampler": "random"})
-    switched = Method("dpo", {"beta": 0.1}, first_and_last)
+    switched = Method("dpo", {"beta": 0.1}, lambda answers, rewards, generator: answers[:, [0, -1]])
     found = compare(world, {"DPO(−), switched": switched, "DPO, any of 6": some, "MC-PO of 6": mc}, injected)
     found |= compare(world, {"DPO, any of 5": some, "MC-PO of 5": mc}, ranked)
     values, rates = measured(found)
@@ -260,9 +249,8 @@ def fit(reference: Tensor, rows: Tensor, objective: str, steps: int) -> list[Ten
 def bias(world: World) -> Found:
     """Bias of an attribute over k sampled responses per prompt: of their mean, and of policies fitted to them.
 
-    A policy is a row of logits per prompt, so that any distribution can be represented. That it takes on the samples'
-    distribution is assumed by the theorem. Maximum likelihood does; SWEPO pushes a response that was sampled n times n
-    times as hard, so n adds to its log-odds instead of multiplying its odds.
+    A policy is a row of logits per prompt, so it can be any distribution; the theorem assumes that it becomes that of
+    the samples.
     """
     prompts, steps = (4, 3) if world.quick else (64, STEPS)
     values: Values = {}

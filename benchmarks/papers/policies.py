@@ -124,7 +124,7 @@ def _batch(prompts: Tensor, answers: Tensor) -> Batch:
     return {"input_ids": torch.cat([prompts, answers], 1), "labels": labels}
 
 
-def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
+def draw_groups(task: Task, seed: int, tilts: Sequence[float] = (0.0, 0.1, 0.2, 0.3)) -> Groups:
     """K answers to each prompt, the k-th from π_ref(y) exp(tilt_k · reward), as if by K models; noise has sd 1."""
     draw = torch.Generator().manual_seed(seed)
     rewards, logps = true_rewards(task.prompts), task.logps.clone()
@@ -134,13 +134,6 @@ def draw_groups(task: Task, tilts: Sequence[float], seed: int) -> Groups:
         logps.scatter_(1, drawn[-1], -torch.inf)
     answers = torch.cat(drawn, 1)
     return answers, rewards.gather(1, answers) + torch.randn(answers.shape, generator=draw)
-
-
-def judge_policy(task: Task, logps: Tensor) -> Point:
-    """From log π of every answer to the held-out prompts, [P', C]."""
-    reward = (logps.exp() * true_rewards(task.held_out)).sum(1).mean()
-    kl = (logps.exp() * (logps - task.held_out_logps)).sum(1).mean()
-    return Point(float(reward), float(kl))
 
 
 def align(
@@ -167,13 +160,16 @@ def align(
             rows, of_row = rows.T, of_row.T  # [chosen; rejected]
         batch = _batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
         batches.append(batch if method.pick is not None else {**batch, "rewards": rewards[some]})
-    stops = [round(task.steps * third / 3) for third in (1, 2, 3)]
-    path = [judge_policy(task, task.held_out_logps)]
+    stops = [round(task.steps * third / 3) for third in range(4)]
+    path: list[Point] = []
 
     def look(step: int) -> None:
         if step in stops:
-            path.append(judge_policy(task, all_logps(model, task.held_out)))
+            logps = all_logps(model, task.held_out) if step else task.held_out_logps
+            reward = (logps.exp() * true_rewards(task.held_out)).sum(1).mean()
+            path.append(Point(float(reward), float((logps.exp() * (logps - task.held_out_logps)).sum(1).mean())))
 
+    look(0)
     options |= {"ref_model": task.model, "lr": rate, "steps": task.steps, "schedule": "cosine", "each": look}
     train(model, batches, method.objective, **options)
     return path, model

@@ -86,7 +86,11 @@ def page(folder: Path) -> str:
         rows = [("claim", "place", "verdict", "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
             its = records[claim.name]
-            numbers = [_part(part) for part in its["parts"]]
+            numbers = []
+            for part in its["parts"]:  # of a condition all numbers where it holds, else those that decided
+                told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
+                under = f"Learning rate {part['at']}, {part['verdict']}: " if part["at"] else ""
+                numbers.append(f"{under}{_told(told, ' at ' + part['at'])}.")
             numbers += [f"Beside: {_told(its['beside'])}."] if its["beside"] else []
             name = f"`{claim.name}`; {claim.trial} in {claim.world}"
             rows.append((claim.text, claim.place, f"**{its['verdict']}**", "<br>".join(numbers), name))
@@ -101,23 +105,13 @@ def _told(told: Sequence[Sequence[str]], at: str = "") -> str:
     return "; ".join(f"{what.removesuffix(at)}: {number}" for what, number, _ in told).replace(f"{at} less", " less")
 
 
-def _part(part: Mapping[str, Any]) -> str:
-    """The numbers of a condition: all where it holds, else those that decided."""
-    told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
-    if not part["at"]:
-        return f"{_told(told)}."
-    at = f" at {part['at']}"
-    return f"Learning rate {part['at']}, {part['verdict']}: {_told(told, at)}."
-
-
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table, header first."""
     cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     return ["| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:])]
 
 
-def picture(its: Mapping[str, Any]) -> Figure:
-    """A panel for each quantity of a claim: mean ± standard error of each method, a dot for each seed that is kept."""
+def _picture(its: Mapping[str, Any]) -> Figure:
     claim = CLAIMS[ORDER[its["claim"]]]
     wanted = [
         name for name in dict.fromkeys(p.quantity for p in (*claim.parts, *claim.beside)) if name in its["values"]
@@ -141,7 +135,7 @@ def picture(its: Mapping[str, Any]) -> Figure:
 
 
 def render(folder: Path, into: Path) -> None:
-    """Draw <claim>.png for each line of a folder."""
+    """Draw <claim>.png for each line of a folder: a panel for each quantity, mean ± standard error, a dot a seed."""
     into.mkdir(parents=True, exist_ok=True)
     for name, its in load(folder).items():
-        picture(its).savefig(into / f"{name}.png", dpi=110)
+        _picture(its).savefig(into / f"{name}.png", dpi=110)
