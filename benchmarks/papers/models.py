@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,12 +112,12 @@ def targets(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def train(
     model: PreTrainedModel, batches: Sequence[Batch], objective: str, *, ref_model: PreTrainedModel | None = None,
-    lr: float, steps: int, schedule: str = "constant", each: Callable[[int], None] | None = None, **options: Any,
+    lr: float, steps: int, schedule: str = "constant", **options: Any,
 ) -> list[float]:  # fmt: skip
     """AdamW (no weight decay, gradient norm clipped to 1) on the batches in turn, in place.
 
-    The schedule is "constant", or "cosine" down to a tenth. `ref_model` is the reference, `each` is called after every
-    step with its number from 1, `options` are the objective's and `group_size`. Returns the loss of each step.
+    The schedule is "constant", or "cosine" down to a tenth. `ref_model` is the reference, `options` are the objective's
+    and `group_size`. Returns the loss of each step.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     specs = [OBJECTIVES[part.split("*")[-1].strip()] for part in objective.split("+")]
@@ -141,8 +141,6 @@ def train(
             optimiser.param_groups[0]["lr"] = lr * factor
         optimiser.step()
         losses.append(loss.item())
-        if each is not None:
-            each(step + 1)
     LOG.info("%s at %g: %d steps, last loss %.3f", objective, lr, steps, losses[-1])
     return losses
 

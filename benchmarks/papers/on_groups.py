@@ -74,8 +74,8 @@ def six_choices(world: World) -> Found:
             rewards = []
             for choice in range(2 if world.quick else 6):
                 order, rate = 100 * seed + reorder * choice, rates[method.objective]
-                path, _ = align(task, method, groups, rate=rate, seed=order, choice=100 * seed + choice)
-                rewards.append(path[-1].reward)
+                policy = align(task, method, groups, rate=rate, seed=order, choice=100 * seed + choice)
+                rewards.append(policy.reward)
             add(values, name, {"expected reward": fmean(rewards), "sd of the expected reward": stdev(rewards)})
     return values, {"learning rate": rates}
 
@@ -153,9 +153,9 @@ def samplers(world: World) -> Found:
     values, rates = measured(found)
     for beta in BETAS:
         name = f"mc, 5 candidates, beta {beta:g}"
-        for seed, model in enumerate(found[name].models):
+        for seed, policy in enumerate(found[name].policies):
             task = make_task(seed, world.quick)
-            weights = kernel_weights(task, model, ranked(task, seed), beta)
+            weights = kernel_weights(task, policy.model, ranked(task, seed), beta)
             even = math.exp(-float(torch.special.xlogy(weights, weights).sum(1).mean()))
             add(values, name, {EVEN: even})
     return values, rates
@@ -209,10 +209,10 @@ def switched_copy(world: World) -> Found:
         "DPO": differences(reward["DPO, any of 5"], reward["DPO, any of 6"]),
         "MC-PO": differences(reward["MC-PO of 5"], reward["MC-PO of 6"]),
     }
-    for seed, model in enumerate(found["MC-PO of 6"].models):
+    for seed, policy in enumerate(found["MC-PO of 6"].policies):
         task = make_task(seed, world.quick)
         groups = injected(task, seed)
-        share = float(kernel_weights(task, model, groups, 0.1)[:, -1].mean())
+        share = float(kernel_weights(task, policy.model, groups, 0.1)[:, -1].mean())
         add(values, "MC-PO of 6", {"the switched copy's share of the draws": share})
         true = true_rewards(task.prompts).gather(1, groups[0]).mean(0).tolist()
         for name, value in {"preferred": true[0], "switched": true[-1], "other candidates": fmean(true[1:-1])}.items():

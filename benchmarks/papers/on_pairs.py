@@ -130,12 +130,9 @@ def each_rate(world: World) -> Found:
         test = world.test[seed]
         count = (chosen_only(test)["labels"] >= 0).sum(1).double().mean().item()
         before = evaluate(start, test)["log p of chosen"] / count
-        runs = {f"{name} at {rate:g}": (name, rate) for name in COLLAPSING for rate in world.rates}
+        runs = {f"{name} at {rate:g}": (COLLAPSING[name], rate) for name in COLLAPSING for rate in world.rates}
         for name in ("start", *runs):
-            model = start
-            if name in runs:
-                loss, rate = runs[name]
-                model = trained(world, seed, start, COLLAPSING[loss], rate)
+            model = trained(world, seed, start, *runs[name]) if name in runs else start
             logp = evaluate(model, test)["log p of chosen"] / count
             found = {"log p per token of chosen": logp, "change of log p per token of chosen": logp - before}
             add(values, name, {**found, "sums answered rightly": right(model, test)})

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
-from itertools import pairwise, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -57,19 +57,20 @@ class Method(NamedTuple):
     pick: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
 
 
-class Point(NamedTuple):
-    """Of a policy: expected true reward and KL(π‖π_ref), on held-out prompts."""
+class Policy(NamedTuple):
+    """A trained model, judged on held-out prompts."""
 
-    reward: float
-    kl: float
+    model: PreTrainedModel
+    reward: float  # expected true reward
+    kl: float  # KL(π‖π_ref)
+    before: float  # the reference's expected true reward
 
 
 class Trials(NamedTuple):
     """Runs of one method, per seed."""
 
     rate: float  # learning rate
-    paths: list[list[Point]]  # on the way
-    models: list[PreTrainedModel]
+    policies: list[Policy]
 
 
 Groups = tuple[Tensor, Tensor]  # answers, indices into `ANSWERS`, int64 [P, K], and rewards as a noisy judge gives them
@@ -136,10 +137,8 @@ def draw_groups(task: Task, seed: int, tilts: Sequence[float] = (0.0, 0.1, 0.2, 
     return answers, rewards.gather(1, answers) + torch.randn(answers.shape, generator=draw)
 
 
-def align(
-    task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None
-) -> tuple[list[Point], PreTrainedModel]:
-    """Train a copy of the reference; how it was judged at the start and after each third, and the policy.
+def align(task: Task, method: Method, groups: Groups, *, rate: float, seed: int, choice: int | None = None) -> Policy:
+    """Train a copy of the reference.
 
     The learning rate falls to a tenth, so that the last update is no outlier. `seed` is that of the order of the
     prompts and of what the objective draws; `choice`, by default the same, that of `method.pick`.
@@ -160,26 +159,18 @@ def align(
             rows, of_row = rows.T, of_row.T  # [chosen; rejected]
         batch = _batch(task.prompts[of_row.reshape(-1)], ANSWERS[rows.reshape(-1)])
         batches.append(batch if method.pick is not None else {**batch, "rewards": rewards[some]})
-    stops = [round(task.steps * third / 3) for third in range(4)]
-    path: list[Point] = []
-
-    def look(step: int) -> None:
-        if step in stops:
-            logps = all_logps(model, task.held_out) if step else task.held_out_logps
-            reward = (logps.exp() * true_rewards(task.held_out)).sum(1).mean()
-            path.append(Point(float(reward), float((logps.exp() * (logps - task.held_out_logps)).sum(1).mean())))
-
-    look(0)
-    options |= {"ref_model": task.model, "lr": rate, "steps": task.steps, "schedule": "cosine", "each": look}
+    options |= {"ref_model": task.model, "lr": rate, "steps": task.steps, "schedule": "cosine"}
     train(model, batches, method.objective, **options)
-    return path, model
+    logps, true = all_logps(model, task.held_out), true_rewards(task.held_out)
+    reward, before = (float((x.exp() * true).sum(1).mean()) for x in (logps, task.held_out_logps))
+    return Policy(model, reward, float((logps.exp() * (logps - task.held_out_logps)).sum(1).mean()), before)
 
 
 def best_rate(method: Method, make: Maker, quick: bool) -> float:
     """The learning rate whose policy has the highest expected reward at the end, in the task made for this choice."""
     task = make_task(TUNING, quick)
     groups = make(task, TUNING)
-    final = {rate: align(task, method, groups, rate=rate, seed=TUNING)[0][-1].reward for rate in RATES}
+    final = {rate: align(task, method, groups, rate=rate, seed=TUNING).reward for rate in RATES}
     return max(RATES, key=lambda rate: final[rate])
 
 
@@ -187,31 +178,21 @@ def compare(world: World, methods: Mapping[str, Method], make: Maker, rate: floa
     """Every method from the same references, on answers from `make`, with `rate` or its own best learning rate."""
     found = {}
     for name, method in methods.items():
-        found[name] = Trials(rate or best_rate(method, make, world.quick), [], [])
+        found[name] = Trials(rate or best_rate(method, make, world.quick), [])
         for seed in range(world.seeds):
             LOG.info("%s, seed %d", name, seed)
             task = make_task(seed, world.quick)
-            path, model = align(task, method, make(task, seed), rate=found[name].rate, seed=seed)
-            found[name].paths.append(path)
-            found[name].models.append(model)
+            policy = align(task, method, make(task, seed), rate=found[name].rate, seed=seed)
+            found[name].policies.append(policy)
     return found
 
 
-def reward_at(path: Sequence[Point], kl: float) -> float:
-    """The expected reward where the policy's KL divergence first reached `kl`, by linear interpolation."""
-    for a, b in pairwise(path):
-        if b.kl >= kl:
-            share = (kl - a.kl) / (b.kl - a.kl) if b.kl > a.kl else 1.0
-            return a.reward + share * (b.reward - a.reward)
-    return path[-1].reward
-
-
 def measured(found: Mapping[str, Trials]) -> tuple[Values, dict[str, Any]]:
-    """Expected reward and KL at the end, and the reward at the largest KL that all reach; and the learning rates."""
+    """Expected reward and KL of each method and of the reference; and the learning rates."""
     values: Values = {}
-    for paths in zip(*(trials.paths for trials in found.values())):
-        shared = min(max(point.kl for point in path) for path in paths)
-        for name, path in {"reference": paths[0][:1], **dict(zip(found, paths))}.items():
-            end, equal = path[-1], reward_at(path, shared)
-            add(values, name, {"expected reward": end.reward, "KL from the reference": end.kl, "at equal KL": equal})
+    for name, trials in found.items():
+        for policy in trials.policies:
+            if name == next(iter(found)):
+                add(values, "reference", {"expected reward": policy.before, "KL from the reference": 0.0})
+            add(values, name, {"expected reward": policy.reward, "KL from the reference": policy.kl})
     return values, {"learning rate": {name: trials.rate for name, trials in found.items()}}
