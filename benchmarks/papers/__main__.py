@@ -5,8 +5,6 @@ one world and trial, are done or left together; those that have their lines are 
 DIR/claims.md where DIR isn't the project's own, is made of all lines.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys
@@ -23,8 +21,8 @@ from .claims import CLAIMS, TRIALS, WORLDS
 from .report import RESULTS, load, page, record, render, save
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what was asked for: 0, or 2 for bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.papers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,12 +38,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--render", type=Path, metavar="DIR", help="only draw a picture of each claim's results into this folder")
     add("--quick", action="store_true", help="tiny models that learn nothing, to see that everything runs")
     add("--quiet", action="store_true", help="show no progress")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what was asked for: 0, or 2 for bad arguments."""
-    parser = make_parser()
     a = parser.parse_args(argv)
     known = {name for claim in CLAIMS for name in (claim.name, claim.world, claim.trial)}
     if unknown := sorted(set(a.only or ()) - known):

@@ -5,8 +5,6 @@ slope (`judge`). " / " stands between alternatives, each of which has to hold; 0
 rate, each of those listed. What is "told beside" decides nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product

@@ -4,8 +4,6 @@ Methods of one seed start from the same model and see the same data, so what two
 seed. A difference counts when its mean exceeds twice its standard error.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev

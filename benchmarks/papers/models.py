@@ -6,8 +6,6 @@ A batch is a padded one for `rgpb.hf` ([chosen; rejected] for pairs), with what 
 Dimensions: B responses, T padded length.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import random

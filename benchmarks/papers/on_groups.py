@@ -1,7 +1,5 @@
 """Trials on groups of answers, of SWEPO and MC-PO: what is trained in a world and measured. As `on_pairs`."""
 
-from __future__ import annotations
-
 import math
 from copy import deepcopy
 from functools import partial
@@ -146,14 +144,14 @@ def samplers(world: World) -> Found:
     every = [(sampler, beta) for beta in BETAS for sampler in ("mc", "random", "max", "min")]
     methods = {f"{s}, 5 candidates, beta {b:g}": Method("mc_po", {"sampler": s, "beta": b}) for s, b in every}
     found = compare(world, methods, ranked)
-    rate = found["mc, 5 candidates, beta 0.1"].rate
+    rate, _ = found["mc, 5 candidates, beta 0.1"]
     for n in (3, 1):
         name = f"mc, {n} candidate{'s'[: n > 1]}, beta 0.1"
         found |= compare(world, {name: Method("mc_po")}, partial(ranked, candidates=n), rate)
     values, rates = measured(found)
     for beta in BETAS:
         name = f"mc, 5 candidates, beta {beta:g}"
-        for seed, policy in enumerate(found[name].policies):
+        for seed, policy in enumerate(found[name][1]):
             task = make_task(seed, world.quick)
             weights = kernel_weights(task, policy.model, ranked(task, seed), beta)
             even = math.exp(-float(torch.special.xlogy(weights, weights).sum(1).mean()))
@@ -209,7 +207,7 @@ def switched_copy(world: World) -> Found:
         "DPO": differences(reward["DPO, any of 5"], reward["DPO, any of 6"]),
         "MC-PO": differences(reward["MC-PO of 5"], reward["MC-PO of 6"]),
     }
-    for seed, policy in enumerate(found["MC-PO of 6"].policies):
+    for seed, policy in enumerate(found["MC-PO of 6"][1]):
         task = make_task(seed, world.quick)
         groups = injected(task, seed)
         share = float(kernel_weights(task, policy.model, groups, 0.1)[:, -1].mean())

@@ -3,8 +3,6 @@
 A trial returns numbers per seed, by quantity and method, and the settings that are its own.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping, Sequence

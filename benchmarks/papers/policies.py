@@ -8,8 +8,6 @@ answers to a prompt, a policy's expected reward and its KL divergence from the r
 Dimensions: P prompts, L symbols of a prompt or an answer, C = 625 answers, K answers of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
@@ -66,13 +64,7 @@ class Policy(NamedTuple):
     before: float  # the reference's expected true reward
 
 
-class Trials(NamedTuple):
-    """Runs of one method, per seed."""
-
-    rate: float  # learning rate
-    policies: list[Policy]
-
-
+Trials = tuple[float, list[Policy]]  # a method's learning rate, and its policy for each seed
 Groups = tuple[Tensor, Tensor]  # answers, indices into `ANSWERS`, int64 [P, K], and rewards as a noisy judge gives them
 Maker = Callable[[Task, int], Groups]
 
@@ -178,21 +170,20 @@ def compare(world: World, methods: Mapping[str, Method], make: Maker, rate: floa
     """Every method from the same references, on answers from `make`, with `rate` or its own best learning rate."""
     found = {}
     for name, method in methods.items():
-        found[name] = Trials(rate or best_rate(method, make, world.quick), [])
-        for seed in range(world.seeds):
-            LOG.info("%s, seed %d", name, seed)
-            task = make_task(seed, world.quick)
-            policy = align(task, method, make(task, seed), rate=found[name].rate, seed=seed)
-            found[name].policies.append(policy)
+        LOG.info("%s", name)
+        at = rate or best_rate(method, make, world.quick)
+        tasks = [make_task(seed, world.quick) for seed in range(world.seeds)]
+        its = [align(task, method, make(task, seed), rate=at, seed=seed) for seed, task in enumerate(tasks)]
+        found[name] = at, its
     return found
 
 
 def measured(found: Mapping[str, Trials]) -> tuple[Values, dict[str, Any]]:
     """Expected reward and KL of each method and of the reference; and the learning rates."""
     values: Values = {}
-    for name, trials in found.items():
-        for policy in trials.policies:
+    for name, (_, policies) in found.items():
+        for policy in policies:
             if name == next(iter(found)):
                 add(values, "reference", {"expected reward": policy.before, "KL from the reference": 0.0})
             add(values, name, {"expected reward": policy.reward, "KL from the reference": policy.kl})
-    return values, {"learning rate": {name: trials.rate for name, trials in found.items()}}
+    return values, {"learning rate": {name: rate for name, (rate, _) in found.items()}}

@@ -3,8 +3,6 @@
 A number over the seeds is a list or, of runs that kept no more than that, the text "mean ± standard error".
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -42,11 +40,7 @@ def record(claim: Claim, values: Values, settings: dict[str, Any]) -> dict[str, 
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a folder by claim, in the table's order; none where there is no file.
-
-    Raises:
-        ValueError: a line that isn't one of a claim.
-    """
+    """The lines of a folder by claim, in the table's order; a `ValueError` for a line that isn't one of a claim."""
     path, found = folder / FILE, {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
         try:
@@ -55,9 +49,8 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("unknown claim or verdict")
             found[its["claim"]] = its
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"out: expected a claim and its verdict in line {number} of {path}, got {error}"
-            ) from error
+            where = f"line {number} of {path}"
+            raise ValueError(f"out: expected a claim and its verdict in {where}, got {error}") from error
     return {name: found[name] for name in ORDER if name in found}
 
 

@@ -4,8 +4,6 @@ A world is made by a function of data sets (option → path), the number of seed
 to learn anything. Seeds draw the weights of the start, generated data and the order of the pairs.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import random
