@@ -1,4 +1,4 @@
-"""The scripts on the papers' claims: how a verdict comes about, what is written, and a quick run."""
+"""The papers' claims: the table, how a verdict comes about, what is kept and resumed, and claims from end to end."""
 
 import json
 import math
@@ -12,47 +12,39 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from benchmarks.papers import bnf_shifts, claim, models, rgpb_small_difference
+from benchmarks.papers import judge, models, on_groups, on_pairs, report
 from benchmarks.papers.__main__ import main
-from benchmarks.papers.bnf_unpaired import masked
-from benchmarks.papers.claim import VERDICTS, Claim, Finding, claims_table, decide, differences, every, read, write
+from benchmarks.papers.claims import CLAIMS, PAPERS, TRIALS, WORLDS, parse
+from benchmarks.papers.judge import FAILS, HOLDS, OPEN, VERDICTS, Above, Slope, decide, differences, every
 
 ROOT = Path(__file__).parents[1]
-FINDING = Finding(
-    Claim("rgpb_recipe", "RGPB", "§6.4", "One | two."), VERDICTS[1], "It fell by 3.",
-    [["", "perplexity"], ["MLE", "2.5 ± 0.1"]], {"seeds": 3, "rates": [1e-3], "model": {"width": 64}},
-)  # fmt: skip
-
-
-def figure():
-    return claim.bars({"perplexity": {"MLE": [1.0, 2.0], "collapsed": [math.inf, 3.0]}})
+BY_NAME = {claim.name: claim for claim in CLAIMS}
+QUICK = ["--quick", "--seeds", "2", "--quiet", "--out"]
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=6))
 def test_a_difference_counts_beyond_two_standard_errors(values):
     mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
-    expected = VERDICTS[2] if abs(mean) <= 2 * error else VERDICTS[0 if mean > 0 else 1]
+    expected = OPEN if abs(mean) <= 2 * error else HOLDS if mean > 0 else FAILS
     assert decide(values) == expected
-    flipped = {VERDICTS[0]: VERDICTS[1], VERDICTS[1]: VERDICTS[0], VERDICTS[2]: VERDICTS[2]}
-    assert decide([-x for x in values]) == flipped[expected]
+    assert decide([-x for x in values]) == {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}[expected]
 
 
 def test_decide_at_the_edges():
-    assert decide([5.0]) == VERDICTS[2]  # one seed has no spread
-    assert decide([0.0, 0.0, 0.0]) == VERDICTS[2]
-    assert decide([1.0, 1.0]) == VERDICTS[0]
-    assert decide([math.inf, 1.0]) == VERDICTS[0]
-    assert decide([math.inf, -1.0]) == VERDICTS[2]
+    assert decide([5.0]) == OPEN  # one seed has no spread
+    assert decide([0.0, 0.0, 0.0]) == OPEN
+    assert decide([1.0, 1.0]) == HOLDS
+    assert decide([math.inf, 1.0]) == HOLDS
+    assert decide([math.inf, -1.0]) == OPEN
     for bad in ([], [1.0, math.nan]):
         with pytest.raises(ValueError, match="differences: expected one number per seed"):
             decide(bad)
 
 
 def test_every_part_has_to_hold():
-    holds, fails, open_ = VERDICTS
-    assert every([holds, holds]) == holds
-    assert every([holds, open_]) == open_
-    assert every([open_, fails, holds]) == fails
+    assert every([HOLDS, HOLDS]) == HOLDS
+    assert every([HOLDS, OPEN]) == OPEN
+    assert every([OPEN, FAILS, HOLDS]) == FAILS
     for bad in ([], ["maybe"]):
         with pytest.raises(ValueError, match="verdicts: expected"):
             every(bad)
@@ -64,87 +56,140 @@ def test_differences_of_collapsed_runs():
         differences([1.0], [1.0, 2.0])
 
 
-def test_write_and_read(tmp_path):
-    other = FINDING._replace(claim=Claim("bnf_x", "BNF", "Table 6", "Three."))
-    write(other, tmp_path, figure())
-    write(FINDING, tmp_path, figure())
-    assert read(tmp_path) == [FINDING, other]  # by paper
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{name}.{suffix}" for name in ("bnf_x", "rgpb_recipe") for suffix in ("json", "md", "png")
+def test_above_is_judged_by_seed():
+    values = {"p": {"A": [3.0, 5.0, 4.0], "B": [1.0, 2.0, 3.0], "C": [-2.0, -2.5, -1.5]}}
+    assert Above("p", "A", "B").judge(values) == ("p, A less B", "+2 ± 0.58", HOLDS)
+    assert Above("p", "B", "A").judge(values).verdict == FAILS
+    assert Above("p", "A", "B", by=2.0).judge(values).verdict == OPEN
+    assert Above("p", "", "C", by=1.0).judge(values) == ("p, C", "-2 ± 0.29", HOLDS)  # C < −1
+    assert Above("p", "C", by=-1.0).judge(values).verdict == FAILS  # C > −1
+
+
+def test_a_slope_is_judged_by_its_interval():
+    def curve(power):
+        return {f"k = {k}": [c * k**power * (1 + 0.02 * (-1) ** k) for c in (1.0, 2.0)] for k in (1, 2, 3, 8)}
+
+    slope, error = judge.fit_slope(curve(-0.5))
+    assert slope == pytest.approx(-0.5, abs=2 * error)
+    assert 0 < error < 0.05
+    values = {"half": curve(-0.5), "none": curve(0.0), "floor": {"k = 1": [1.0, -1.0]}}
+    assert Slope("half", -0.5).judge(values).verdict == HOLDS
+    assert Slope("none", -0.5).judge(values).verdict == FAILS
+    assert Slope("none", 0.0).judge(values).verdict == OPEN
+    assert Slope("half", -0.5, "floor").judge(values).verdict == FAILS
+
+
+def test_cells_of_the_table():
+    assert parse("p / q: A@ > 0 / B by -1/2", "0.1") == [
+        Above(quantity, "A at 0.1", less, -0.5, "0.1") for quantity in "pq" for less in ("", "B")
+    ]
+    assert parse("bias, a ~ -0.5, floor; p: 0 > A") == [Slope("bias, a", -0.5, "floor"), Above("p", "", "A")]
+    assert parse("") == []
+    with pytest.raises(ValueError, match=r"claims\.tsv: expected"):
+        parse("p: A")
+
+
+def test_the_table_is_complete():
+    assert len(BY_NAME) == len(CLAIMS) == 38
+    assert {claim.paper for claim in CLAIMS} == set(PAPERS)
+    assert {claim.world for claim in CLAIMS} == set(WORLDS)
+    assert {claim.trial for claim in CLAIMS} == set(TRIALS)
+    assert all(claim.parts and claim.text and claim.place for claim in CLAIMS)
+
+
+def test_results_are_complete_and_docs_are_made_of_them():
+    kept = report.load(report.RESULTS)
+    assert list(kept) == list(BY_NAME)
+    for name, its in kept.items():
+        assert its["verdict"] == every([part["verdict"] for part in its["parts"]]), name
+        assert its["values"], name
+        assert its["provenance"]["commit"], name
+        for part in its["parts"]:
+            assert part["told"], name
+    assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == report.page(report.RESULTS)
+    held, failed, undecided = (sum(its["verdict"] == verdict for its in kept.values()) for verdict in VERDICTS)
+    front = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8").splitlines()[2]
+    assert front == f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**"
+
+
+def test_what_is_kept_and_drawn(tmp_path):
+    claim = BY_NAME["swepo_weighting"]
+    names = {"SWEPO, p = 0": [1.0, 1.0], "SWEPO, p = 1": [math.inf, 3.0], "SWEPO, p = 2": [2.0, 3.0]}
+    made = report.record(claim, {"expected reward": names}, {"seeds": 2})
+    report.save(tmp_path, [made])
+    report.save(
+        tmp_path,
+        [
+            report.record(
+                BY_NAME["swepo_positives"],
+                {"expected reward": {**names, "SWEPO, one against all, p = 0": [0.0, 0.1]}},
+                {},
+            )
+        ],
     )
-    page = (tmp_path / "rgpb_recipe.md").read_text(encoding="utf-8")
-    assert "**does not hold**: It fell by 3." in page
-    assert "| MLE | 2.5 ± 0.1 |" in page
-    assert '* model: {"width": 64}' in page
-    provenance = json.loads((tmp_path / "bnf_x.json").read_text(encoding="utf-8"))["provenance"]
-    assert provenance["torch"] == torch.__version__
-    assert provenance["date"] in (tmp_path / "bnf_x.md").read_text(encoding="utf-8")
+    kept = report.load(tmp_path)
+    assert list(kept) == ["swepo_positives", "swepo_weighting"]  # in the table's order
+    its = kept["swepo_weighting"]
+    assert its["verdict"] == HOLDS
+    assert its["values"]["expected reward"]["SWEPO, p = 1"] == ["inf", 3.0]
+    assert its["parts"][0]["told"][1] == ["expected reward, SWEPO, p = 2 less SWEPO, p = 0", "+1.5 ± 0.5", HOLDS]
+    assert its["provenance"]["torch"] == torch.__version__
+    text = report.page(tmp_path)
+    assert "**2 hold, 0 do not hold, 0 can't be decided at this size.**" in text
+    assert "expected reward, SWEPO, p = 2 less SWEPO, p = 0: +1.5 ± 0.5" in text
+    report.render(tmp_path, tmp_path / "pictures")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"{name}.png" for name in kept}
+    (tmp_path / report.FILE).write_text(json.dumps({**its, "verdict": "surely"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="out: expected a claim and its verdict in line 1"):
+        report.load(tmp_path)
 
 
-def test_what_write_and_read_refuse(tmp_path):
-    with pytest.raises(ValueError, match="verdict: expected one of"):
-        write(FINDING._replace(verdict="surely"), tmp_path, figure())
-    with pytest.raises(ValueError, match="rows: expected rows of one length"):
-        write(FINDING._replace(rows=[["a"], ["b", "c"]]), tmp_path, figure())
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "x.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="out: expected the JSON of a finding"):
-        read(tmp_path)
-
-
-def test_claims_table():
-    table = claims_table([FINDING])
-    (row,) = (line for line in table.splitlines() if "One" in line)
-    results = "../benchmarks/results/papers/rgpb_recipe"
-    links = f"[script](../benchmarks/papers/rgpb_recipe.py), [table]({results}.md), [picture]({results}.png)"
-    assert row == rf"| One \| two. | RGPB §6.4 | **does not hold** | It fell by 3. | {links} |"
-
-
-def test_docs_are_made_of_the_results():
-    results = ROOT / "benchmarks" / "results" / "papers"
-    findings, notes = read(results), (results / "notes.txt").read_text(encoding="utf-8").strip()
-    assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == claims_table(findings, notes)
-    scripted = {c.name for module in claim.modules().values() for c in module.CLAIMS}
-    assert {finding.claim.name for finding in findings} <= scripted
-    for finding in findings:
-        assert finding.claim in [c for module in claim.modules().values() for c in module.CLAIMS]
-
-
-def test_names_are_unique_and_papers_known():
-    claims = [c for module in claim.modules().values() for c in module.CLAIMS]
-    assert len({c.name for c in claims}) == len(claims)
-    assert {c.paper for c in claims} <= set(claim.PAPERS)
-
-
-def test_the_fastest_script(tmp_path):
-    findings = rgpb_small_difference.run(tmp_path, {}, seeds=2, quick=True, progress=False)
-    assert [finding.claim for finding in findings] == list(rgpb_small_difference.CLAIMS)
-    assert sorted(read(tmp_path)) == sorted(findings)
-    again = rgpb_small_difference.run(tmp_path / "again", {}, seeds=2, quick=True, progress=False)
-    assert again == findings  # same seeds, same numbers
-
-
-def test_command(tmp_path, capsys):
-    write(FINDING, tmp_path / "out", figure())
-    arguments = ["--out", str(tmp_path / "out"), "--docs", str(tmp_path / "docs" / "claims.md")]
-    second = FINDING._replace(claim=FINDING.claim._replace(name="rgpb_second_stage"))
-    write(second, tmp_path / "out", figure())
-    assert main([*arguments, "--only", "rgpb_recipe"]) == 0  # both claims of the script are there
-    assert "rgpb_recipe: done" in capsys.readouterr().err
-    assert (tmp_path / "docs" / "claims.md").read_text(encoding="utf-8") == claims_table(
-        [FINDING, second], "", tmp_path / "out", tmp_path / "docs"
-    )
+def test_command_runs_skips_and_refuses(tmp_path, capsys):
+    """Two claims that are tried together, end to end: no training, then a second time."""
+    arguments = [*QUICK, str(tmp_path), "--only"]
+    assert main([*arguments, "swepo_bias"]) == 0
+    first = (tmp_path / report.FILE).read_text(encoding="utf-8")
+    assert list(report.load(tmp_path)) == ["swepo_bias", "swepo_bias_sample"]
+    assert (tmp_path / "claims.md").read_text(encoding="utf-8") == report.page(tmp_path)
+    assert main([*arguments, "bias"]) == 0
+    assert "bias in distribution: done" in capsys.readouterr().err
+    assert main([*arguments, "distribution", "--again"]) == 0
+    again = (tmp_path / report.FILE).read_text(encoding="utf-8")
+    for one, other in zip(first.splitlines(), again.splitlines()):
+        assert json.loads(one)["values"] == json.loads(other)["values"]  # same seeds, same numbers
     with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "--only", "rgpb_recipe", "--again"])
+        main([*arguments, "rgpb_recipe"])
     assert "--hh-rlhf: expected the path of this data set, got none" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main([*arguments, "--only", "nonsense"])
+        main([*arguments, "nonsense"])
+    assert main(["--list"]) == 0
+    assert capsys.readouterr().out.count("\n") == len(CLAIMS)
+
+
+def test_sums_from_end_to_end(tmp_path):
+    """Models are trained, and each claim of the trial gets its line, from values of all its methods."""
+    assert main([*QUICK, str(tmp_path), "--only", "bnf_unpaired"]) == 0
+    kept = report.load(tmp_path)
+    assert list(kept) == ["bnf_pairing_ratio", "bnf_unpaired"]
+    values = kept["bnf_unpaired"]["values"]["log p of chosen"]
+    assert list(values) == ["start", "0%", "25%", "50%", "100%"]
+    assert all(len(seeds) == 2 and seeds != values["start"] for name, seeds in values.items() if name != "start")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "trial"), sorted({(c.world, c.trial) for c in CLAIMS if c.world not in ("hh_rlhf", "alpaca_eval")})
+)
+def test_every_claim_without_a_data_set_runs(tmp_path, world, trial):
+    claims = [claim for claim in CLAIMS if (claim.world, claim.trial) == (world, trial)]
+    assert main([*QUICK, str(tmp_path), "--only", *(claim.name for claim in claims)]) == 0
+    assert set(report.load(tmp_path)) == {claim.name for claim in claims}
 
 
 def test_small_models_learn_and_are_measured():
     pairs = [((([2, 3], [4, 5, 1])), ([2, 3], [6, 1])), (([3, 2], [5, 1]), ([3, 2], [7, 7, 1]))]
     for encoder_decoder, make in ((False, models.tiny_llama), (True, models.tiny_t5)):
-        model, twin = (make(8, 0, hidden=16, layers=1) for _ in range(2))
+        model, twin = (make(8, 0, quick=True) for _ in range(2))
         (batch,) = models.pair_batches(pairs, 2, 0, encoder_decoder=encoder_decoder)
         before = models.evaluate(model, batch)
         assert models.evaluate(twin, batch) == before
@@ -152,16 +197,15 @@ def test_small_models_learn_and_are_measured():
         losses = models.train(model, seen, "mle", lr=1e-2, steps=20)
         after = models.evaluate(model, batch)
         assert losses[-1] < losses[0]
-        assert after.perplexity < before.perplexity
-        assert after.agility > before.agility
-        again = models.train(twin, seen, "mle", lr=1e-2, steps=20)
-        assert again == losses
+        assert after["perplexity"] < before["perplexity"]
+        assert after["agility"] > before["agility"]
+        assert models.train(twin, seen, "mle", lr=1e-2, steps=20) == losses
 
 
 def test_measured_against_the_models_own_logits():
-    model = models.tiny_llama(9, 0, hidden=16, layers=1)
+    model = models.tiny_llama(9, 0, quick=True)
     pairs = [(([2, 3], [4, 5, 1]), ([2, 3], [6, 1])), (([3], [5, 1]), ([3], [7, 7, 8, 1]))]
-    batch = {**models.padded([p[0] for p in pairs] + [p[1] for p in pairs]), "label": torch.arange(4) < 2}
+    batch = models.padded([p[0] for p in pairs] + [p[1] for p in pairs])
     means, totals = [], []
     for prompt, reply in [p[0] for p in pairs] + [p[1] for p in pairs]:
         with torch.no_grad():
@@ -169,22 +213,29 @@ def test_measured_against_the_models_own_logits():
         per_token = [logits[len(prompt) + i - 1, token].item() for i, token in enumerate(reply)]
         means.append(fmean(per_token))
         totals.append(sum(per_token))
-    found = models.evaluate(model, batch)
     probabilities = [math.exp(x) for x in means]
-    expected = (
-        fmean(math.exp(-x) for x in means[:2]), fmean(probabilities[:2]) - fmean(probabilities[2:]),
-        fmean(totals[:2]), fmean(totals[2:]), fmean(float(a > b) for a, b in zip(means[:2], means[2:])),
-    )  # fmt: skip
-    assert found == pytest.approx(expected, rel=1e-5)
+    perplexity = fmean(math.exp(-x) for x in means[:2])
+    assert models.evaluate(model, batch) == pytest.approx(
+        {
+            "perplexity": perplexity,
+            "log perplexity": math.log(perplexity),
+            "agility": fmean(probabilities[:2]) - fmean(probabilities[2:]),
+            "log p of chosen": fmean(totals[:2]),
+            "log p of rejected": fmean(totals[2:]),
+            "accuracy": fmean(float(a > b) for a, b in zip(means[:2], means[2:])),
+        },
+        rel=1e-5,
+    )
 
 
 def test_shifts_are_those_of_the_models_own_logits():
-    model, reference = (models.tiny_llama(9, seed, hidden=16, layers=1) for seed in (0, 1))
-    batch = models.padded([([2, 3], [4, 5, 1]), ([3], [5, 6, 7, 8])])
-    found = bnf_shifts.measure(model, reference, batch, batch)
-    likelihood, logit, tokens = [], [], []
+    model, reference = (models.tiny_llama(9, seed, quick=True) for seed in (0, 1))
+    pairs = (([2, 3], [4, 5, 1]), ([3], [5, 6, 7, 8]))
+    batch = models.padded(pairs)
+    found, tokens = on_pairs.moved(model, reference, batch, batch)
+    likelihood, logit, shifts = [], [], []
     with torch.no_grad():
-        for prompt, reply in (([2, 3], [4, 5, 1]), ([3], [5, 6, 7, 8])):
+        for prompt, reply in pairs:
             new, old = (
                 m(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1] for m in (model, reference)
             )
@@ -192,24 +243,32 @@ def test_shifts_are_those_of_the_models_own_logits():
             shift = (new.log_softmax(-1) - old.log_softmax(-1))[at]
             likelihood.append(shift.sum().abs().item())
             logit.append((new - old)[at].abs().mean().item())
-            tokens.append(shift)
-    assert found.likelihood == pytest.approx(fmean(likelihood), rel=1e-4)
-    assert found.logit_per_token == pytest.approx(fmean(logit), rel=1e-4)
-    torch.testing.assert_close(found.tokens[~found.tokens.isnan()].float(), torch.cat(tokens), rtol=1e-4, atol=1e-5)
+            shifts.append(shift)
+    assert found["abs. shift of log p per answer"] == pytest.approx(fmean(likelihood), rel=1e-4)
+    assert found["abs. logit shift per token"] == pytest.approx(fmean(logit), rel=1e-4)
+    torch.testing.assert_close(tokens[~tokens.isnan()].float(), torch.cat(shifts), rtol=1e-4, atol=1e-5)
     values = torch.arange(100.0)
-    assert bnf_shifts.outer(values, values) == pytest.approx(0.2)
-    assert bnf_shifts.outer(values.clamp(20, 80), values) == 0.0
+    assert on_pairs.outer(values, values) == pytest.approx(0.2)
+    assert on_pairs.outer(values.clamp(20, 80), values) == 0.0
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.0, 40), (0.25, 50), (0.5, 60), (1.0, 80)])
 def test_masking_leaves_one_of_each_pair(ratio, count):
     pairs = [(([i], [2 * i, 1]), ([i], [2 * i + 1, 1])) for i in range(2, 42)]
-    batches = masked(pairs, ratio, 0)
     kept = [
         (row[0].item(), row[1].item(), label.item())
-        for batch in batches
+        for batch in on_pairs.masked(pairs, ratio, 0)
         for row, label in zip(batch["input_ids"], batch["label"])
     ]
     assert len(kept) == len(set(kept)) == count
     assert {prompt for prompt, _, _ in kept} == set(range(2, 42))
     assert all(label == (token % 2 == 0) for _, token, label in kept)
+
+
+def test_switching_exchanges_two_different_symbols():
+    answers = torch.arange(len(on_groups.ANSWERS))
+    switched = on_groups.switch(answers, torch.Generator().manual_seed(0))
+    before, after = on_groups.ANSWERS[answers], on_groups.ANSWERS[switched]
+    torch.testing.assert_close(before.sort(1).values, after.sort(1).values)
+    one_symbol = (before == before[:, :1]).all(1)
+    assert torch.equal((before != after).sum(1), torch.where(one_symbol, 0, 2))

@@ -1,0 +1,134 @@
+"""What is kept of a claim, one line of JSON each; and what is made of it: docs/claims.md, and a picture per claim.
+
+A number over the seeds is a list or, of runs that kept no more than that, the text "mean ± standard error".
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rgpb.bench.measure import provenance
+
+from .claims import CLAIMS, PAPERS, TRIALS, WORLDS, Claim
+from .judge import VERDICTS, Values, every, judge, spread
+
+RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
+FILE = "claims.jsonl"
+ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
+
+
+def record(claim: Claim, values: Values, settings: dict[str, Any]) -> dict[str, Any]:
+    """The line of a claim: verdict, deciding numbers, all values per seed, what else came out, and where it was run."""
+    parts = judge(claim.parts, values)
+    return {
+        "claim": claim.name,
+        "verdict": every([verdict for _, verdict, _ in parts]),
+        "parts": [{"at": at, "verdict": verdict, "told": told} for at, verdict, told in parts],
+        "beside": [part.judge(values)._replace(verdict="") for part in claim.beside],
+        "values": {
+            quantity: {name: [x if math.isfinite(x) else str(x) for x in its] for name, its in methods.items()}
+            for quantity, methods in values.items()
+        },
+        "settings": settings,
+        "provenance": provenance("cpu"),
+    }
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a folder by claim, in the table's order; a `ValueError` for a line that isn't one of a claim."""
+    path, found = folder / FILE, {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+        try:
+            its = json.loads(line)
+            if its["claim"] not in ORDER or its["verdict"] not in VERDICTS:
+                raise ValueError("unknown claim or verdict")
+            found[its["claim"]] = its
+        except (KeyError, TypeError, ValueError) as error:
+            where = f"line {number} of {path}"
+            raise ValueError(f"out: expected a claim and its verdict in {where}, got {error}") from error
+    return {name: found[name] for name in ORDER if name in found}
+
+
+def save(folder: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Put lines in the place of the same claims' in the folder's file, which is replaced as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**load(folder), **{its["claim"]: its for its in records}}
+    lines = [json.dumps(kept[name], ensure_ascii=False, allow_nan=False) for name in ORDER if name in kept]
+    partial = folder / f"{FILE}.partial"
+    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(partial, folder / FILE)
+
+
+def page(folder: Path) -> str:
+    """The text of docs/claims.md from a folder's lines and its notes.txt: counts, how to read it, a table by paper."""
+    records, notes = load(folder), folder / "notes.txt"
+    found = [(CLAIMS[ORDER[name]].paper, its["verdict"]) for name, its in records.items()]
+    counts: list[Sequence[str]] = [("", *VERDICTS)]
+    counts += [(paper, *(str(found.count((paper, verdict))) for verdict in VERDICTS)) for paper in PAPERS]
+    counts += [("all", *(str([v for _, v in found].count(verdict)) for verdict in VERDICTS))]
+    lines = ["# The papers' claims, tried on small models", ""]
+    held, failed, undecided = counts[-1][1:]
+    lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
+    lines += [*_table(counts), "", *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
+    for paper, full in PAPERS.items():
+        rows = [("claim", "place", "verdict", "numbers", "name; trial in world")]
+        for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
+            its = records[claim.name]
+            numbers = []
+            for part in its["parts"]:  # of a condition all numbers where it holds, else those that decided
+                told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
+                under = f"Learning rate {part['at']}, {part['verdict']}: " if part["at"] else ""
+                numbers.append(f"{under}{_told(told, ' at ' + part['at'])}.")
+            numbers += [f"Beside: {_told(its['beside'])}."] if its["beside"] else []
+            name = f"`{claim.name}`; {claim.trial} in {claim.world}"
+            rows.append((claim.text, claim.place, f"**{its['verdict']}**", "<br>".join(numbers), name))
+        lines += [f"## {full}", "", *_table(rows), ""]
+    for title, named in (("Worlds: what is set up", WORLDS), ("Trials: what is trained and measured", TRIALS)):
+        what = [("name", "what"), *((f"`{name}`", (f.__doc__ or "").split("\n")[0]) for name, f in named.items())]
+        lines += [f"## {title}", "", *_table(what), ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _told(told: Sequence[Sequence[str]], at: str = "") -> str:
+    return "; ".join(f"{what.removesuffix(at)}: {number}" for what, number, _ in told).replace(f"{at} less", " less")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, header first."""
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:])]
+
+
+def _picture(its: Mapping[str, Any]) -> Figure:
+    claim = CLAIMS[ORDER[its["claim"]]]
+    wanted = [
+        name for name in dict.fromkeys(p.quantity for p in (*claim.parts, *claim.beside)) if name in its["values"]
+    ]
+    panels = {name: its["values"][name] for name in wanted or its["values"]}
+    height = 1.2 + 0.22 * max(len(methods) for methods in panels.values())
+    figure = Figure(figsize=(4.6 * len(panels), height), layout="constrained")
+    for axes, (quantity, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for place, found in enumerate(methods.values()):
+            dots = [] if isinstance(found, str) else [float(x) for x in found if math.isfinite(float(x))]
+            text = found if isinstance(found, str) else spread(dots) if dots else "nan"
+            mean, _, error = text.partition(" ± ")
+            axes.errorbar(float(mean), place, xerr=float(error or 0), fmt="|", color="tab:blue", capsize=3)
+            axes.plot(dots, [place] * len(dots), ".", color="black")
+        axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{quantity}; mean ± standard error", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{its['claim']}: {its['verdict']}", fontsize=9)
+    return figure
+
+
+def render(folder: Path, into: Path) -> None:
+    """Draw <claim>.png for each line of a folder: a panel for each quantity, mean ± standard error, a dot a seed."""
+    into.mkdir(parents=True, exist_ok=True)
+    for name, its in load(folder).items():
+        _picture(its).savefig(into / f"{name}.png", dpi=110)
