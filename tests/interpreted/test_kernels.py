@@ -88,3 +88,21 @@ def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
     scores = Statistics(*(s.detach().to(acc) for s in truth))
     r = triton_tiles.gradients(x, w, y, scores, upstream, epilogue, e, config=config)
     close(e.double() if r is None else e.double() * r[:, None], gradient, acc, None if stored == acc else stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_merge_of_more_tiles_than_a_block(dtype):
+    """130 tiles are three blocks, with the largest maximum in the last and tiles without a possible token between."""
+    tiles, rows = 130, 3
+    top = torch.randn(tiles, rows, dtype=dtype) * 5 + torch.arange(tiles)[:, None] / 10
+    total = torch.rand(tiles, rows, dtype=dtype) + 0.1
+    mean = -torch.rand(tiles, rows, dtype=dtype)
+    total[40:50] = mean[40:50] = 0
+    lse_other, h_o, whole = triton_tiles.merge(triton_tiles.Partials(top, total, mean), None, True)
+    t, s, m = (x.double() for x in (top, total, mean))
+    most = t.masked_fill(s == 0, -torch.inf).amax(0)
+    weight = torch.where(s > 0, (t - most).exp(), 0)
+    wanted = (weight * s).sum(0)
+    close(lse_other, most + wanted.log(), dtype)
+    close(whole, wanted, dtype)
+    close(h_o, wanted.log() - (weight * (m + (t - most) * s)).sum(0) / wanted, dtype)
