@@ -17,7 +17,7 @@ PYTEST = $(RUN) pytest -n 2
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
 PARTS = full-torch full-interpreted full-compiled full-newest
 
-.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations lint bench clean
+.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations docs pictures generated lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
@@ -51,7 +51,17 @@ receipts: $(VENV)/.ready  ## compile every kernel and write down registers, spil
 mutations: $(VENV)/.ready  ## put faults into the sources one at a time, to see that the fast tests notice: runs/mutations.tsv
 	$(VENV)/bin/python tests/mutations.py
 
-# Filled in at merging: docs (the site, strict), pictures (of the README, from committed results), stub (rgpb/fused.pyi)
+docs: $(VENV)/.ready  ## the documents as a site, under build/site
+	$(VENV)/bin/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict --quiet
+
+pictures: $(VENV)/.ready  ## draw the committed results: of benchmarks beside their JSON, of the papers' claims in runs/claims
+	$(VENV)/bin/rgpb bench --render benchmarks/results/cpu-*/*/*.json
+	$(RUN) benchmarks.papers --render runs/claims
+
+generated: $(VENV)/.ready  ## what is written from the code: the losses' stub, tables of the documents
+	$(VENV)/bin/python tools/stub.py
+	$(VENV)/bin/python docs/generate.py
 
 # A copy of the package with the C++ kernels built for the sanitizers, before the other one on the path
 SANITIZED = $(abspath $(VENV))/sanitized
@@ -69,6 +79,7 @@ lint: $(VENV)/.ready
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/python tools/stub.py --check
 
 bench: $(VENV)/.ready  ## fused against naive PyTorch and the bare products on this machine
 	$(VENV)/bin/rgpb bench --out benchmarks/results/local

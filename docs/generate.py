@@ -11,7 +11,6 @@ in the documents is typed by hand, unless the sentence says where it was read.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import json
 import re
@@ -22,8 +21,9 @@ from typing import Any
 
 from rgpb import cli
 from rgpb.bench.plan import HEADS, predictions
+from rgpb.bench.tables import Row as BenchRow
 from rgpb.engine.plan import RATES
-from rgpb.objectives import OBJECTIVES, Objective
+from rgpb.objectives import OBJECTIVES, Objective, describe_options
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,7 +57,12 @@ Row = dict[str, Any]
 
 
 def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    """A run's JSON; what a row leaves out is None, or "" for a note."""
+    made = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    if "rows" in made:
+        left_out = {field: BenchRow._field_defaults.get(field) for field in BenchRow._fields}
+        made["rows"] = [{**left_out, **row} for row in made["rows"]]
+    return made
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> str:
@@ -398,8 +403,15 @@ def decisions() -> str:
 
 def options_of(spec: Objective) -> list[tuple[str, str, str]]:
     """(name, default, range in words or "") of each option of an objective."""
-    parameters = list(inspect.signature(spec.function).parameters.values())[1:]
-    return [(parameter.name, repr(parameter.default), "") for parameter in parameters]
+    return [(option.name, option.default, brief(option.range)) for option in describe_options(spec)]
+
+
+def brief(allowed: str) -> str:
+    """A range in signs: "a number of at least 0 and below 0.5" → "≥ 0, < 0.5"."""
+    signs = {"a number ": "", "a whole number ": "whole, ", "of at least ": "≥ ", "above ": "> ", "below ": "< "}
+    for words, sign in signs.items():
+        allowed = allowed.replace(words, sign)
+    return allowed.replace(" and ", ", ")
 
 
 def needs(spec: Objective) -> str:

@@ -80,9 +80,8 @@ class Call(NamedTuple):
 
 
 def _encode(call: Call) -> str:
-    fields = [f"{name!r}: {tuple(value)!r}" if name == "chunks" else f"{name!r}: {value!r}"
-              for name, value in zip(Call._fields, call)]  # fmt: skip
-    return "{" + ", ".join(fields) + "}"
+    fields: dict[str, object] = {**call._asdict(), "chunks": tuple(call.chunks)}
+    return "{" + ", ".join(f"{name!r}: {value!r}" for name, value in fields.items()) + "}"
 
 
 _encode_once = lru_cache(256)(_encode)

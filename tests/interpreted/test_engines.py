@@ -281,7 +281,7 @@ def test_offsets_beyond_32_bits():
 
 def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
     from rgpb.bench import tune
-    from rgpb.bench.cases import Shape
+    from rgpb.bench.contest import Shape
     from rgpb.kernels import configs
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
