@@ -36,7 +36,7 @@ MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
 # The same where a CPU only scores, and a chunk is as wide as COLUMNS.
 MAX_SCORED = 2048
 # Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
-# longer (docs/cpu.md). At least MASS_TILE.
+# longer (docs/performance.md). At least MASS_TILE.
 COLUMNS = 512
 # Entries of the vocabulary in one finished slice of dW.
 MAX_SLICE = {"cpu": 2048, "cuda": 16384}
