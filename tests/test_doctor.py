@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from rgpb import logprob
+from rgpb import kernels
 from rgpb.bench import doctor, measure
 from rgpb.cli import main
 from rgpb.kernels import cpp_rows, torch_rows
@@ -22,7 +22,7 @@ def quick(monkeypatch):
     """Rates that take no time; only PyTorch's operations are checked."""
     monkeypatch.setattr(doctor, "product_rate", lambda dtype, device: 123e9)
     monkeypatch.setattr(doctor, "copy_rate", lambda device: 45e9)
-    monkeypatch.setattr(doctor, "kernels", lambda device: [("torch", "chunked")])
+    monkeypatch.setattr(doctor, "kernels", lambda device: ["torch"])
     monkeypatch.setattr(doctor, "devices", lambda: [CPU])
 
 
@@ -35,12 +35,12 @@ def test_all_is_well(capsys, monkeypatch):
     """As it is called: every implementation that is here, and rates that are measured."""
     assert main(["doctor"]) == 0
     lines = lines_of(capsys)
-    here = [pair for device in doctor.devices() for pair in doctor.kernels(device)]
+    here = [impl for device in doctor.devices() for impl in doctor.kernels(device)]
     checks = [line for line in lines if line[-1:] == ["ok"]]
-    assert [line[1:4] for line in checks] == [[*pair, dtype] for pair in here for dtype in doctor.DTYPES]
+    assert [line[1:3] for line in checks] == [[impl, dtype] for impl in here for dtype in doctor.DTYPES]
     for line in checks:
-        assert all(0 < float(error) < 1e-2 for error in line[4:9])
-        assert float(line[9]) < 60
+        assert all(0 < float(error) < 1e-2 for error in line[3:8])
+        assert float(line[8]) < 60
     (rates,) = [line for line in lines if line[:1] == ["cpu"] and len(line) == 4 and line[1] not in ("auto", "cpp")]
     assert all(float(rate.replace(",", "")) > 0 for rate in rates[1:])
     assert " ".join(lines[-1]).startswith(f"All is well: {len(checks)} of {len(checks)} checks passed")
@@ -75,9 +75,9 @@ def test_a_wrong_kernel_fails(name, monkeypatch):
     impl = name.partition(",")[0]
     if impl == "cpp" and cpp_rows.missing() is not None:
         pytest.skip(cpp_rows.missing())
-    assert doctor.self_check(CPU, impl, "chunked", "fp32").status == "ok"
+    assert doctor.self_check(CPU, impl, "fp32").status == "ok"
     spoil(monkeypatch, *WRONG[name])
-    assert doctor.self_check(CPU, impl, "chunked", "fp32").status == "FAILED"
+    assert doctor.self_check(CPU, impl, "fp32").status == "FAILED"
 
 
 def test_a_failed_check_is_the_exit_code(quick, capsys, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_failed_check_is_the_exit_code(quick, capsys, monkeypatch):
     assert main(["doctor"]) == 1
     lines = lines_of(capsys)
     assert [line[-1] for line in lines if line[:2] == ["cpu", "torch"] and len(line) > 3] == ["FAILED"] * 2
-    assert " ".join(lines[-1]) == "NOT well: 2 of 2 checks failed: cpu torch chunked fp32, cpu torch chunked bf16"
+    assert " ".join(lines[-1]) == "NOT well: 2 of 2 checks failed: cpu torch fp32, cpu torch bf16"
 
 
 def test_an_exception_is_a_finding(quick, capsys, monkeypatch):
@@ -97,18 +97,18 @@ def test_an_exception_is_a_finding(quick, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown.count("error: RuntimeError: no such instruction") == 2
     assert "and a trace" not in shown
-    assert "NOT well: 2 of 2 checks failed: cpu torch chunked fp32, cpu torch chunked bf16" in shown
+    assert "NOT well: 2 of 2 checks failed: cpu torch fp32, cpu torch bf16" in shown
 
 
 def test_what_can_run_where(monkeypatch):
-    monkeypatch.setattr(logprob, "INTERPRETED", False)
-    monkeypatch.setattr(logprob, "HAS_TRITON", True)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "HAS_TRITON", True)
     monkeypatch.setattr(cpp_rows, "missing", lambda: None)
-    assert doctor.kernels(CPU) == [("cpp", "chunked"), ("torch", "chunked")]
-    assert doctor.kernels(CUDA) == [("triton", "chunked"), ("triton", "tiled"), ("torch", "chunked")]
-    monkeypatch.setattr(logprob, "HAS_TRITON", False)
+    assert doctor.kernels(CPU) == ["cpp", "torch"]
+    assert doctor.kernels(CUDA) == ["triton", "tiled", "torch"]
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
     monkeypatch.setattr(cpp_rows, "missing", lambda: "a reason")
-    assert doctor.kernels(CPU) == doctor.kernels(CUDA) == [("torch", "chunked")]
+    assert doctor.kernels(CPU) == doctor.kernels(CUDA) == ["torch"]
 
 
 @pytest.mark.parametrize("with_rich", [True, False])
@@ -118,7 +118,7 @@ def test_why_the_others_cannot_run(with_rich, quick, capsys, monkeypatch):
     else:
         for name in ("rich.box", "rich.console", "rich.table"):
             monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(logprob, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     monkeypatch.setattr(cpp_rows, "missing", lambda: "they weren't built for [this] torch")
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

@@ -402,7 +402,7 @@ def test_what_groups_refuse() -> None:
         hf.loss(model, batch, "mc_po", ref=ref, group_size=4, m=4)
     with pytest.raises(ValueError, match="ref: expected the reference's scores for mc_po, got None"):
         hf.loss(model, batch, "mc_po", group_size=4)
-    with pytest.raises(ValueError, match="sampler: expected one of .*, got 'best'"):
+    with pytest.raises(ValueError, match="expected sampler to be .*, got 'best'"):
         hf.loss(model, batch, "mc_po", ref=ref, group_size=4, sampler="best")
     with pytest.raises(ValueError, match=r"rewards: expected shape \[G, K\] for 8 responses, got \[3, 4\]"):
         hf.loss(model, batch, "swepo", ref=ref, rewards=torch.zeros(3, 4))

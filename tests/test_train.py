@@ -614,7 +614,7 @@ class TestRefusals:
             ({"loss": "mc_po", "loss_option": {"m": 1.5}}, "loss_option: expected m to be a int for mc_po, got 1.5"),
             ({"loss": "mc_po", "loss_option": {"m": 2}}, "m: expected a whole number from 1 to 1, .* got 2"),
             ({"loss": "bco", "loss_option": {"delta": "x"}}, "expected delta to be a float for bco, got 'x'"),
-            ({"loss": "swepo", "loss_option": {"mode": "x"}}, "mode: expected one of .*, got 'x'"),
+            ({"loss": "swepo", "loss_option": {"mode": "x"}}, "loss_option: swepo: expected mode to be .*, got 'x'"),
         ],
     )
     def test_settings(self, data, tmp_path, changes, message):

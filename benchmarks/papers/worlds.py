@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rgpb.demo import arithmetic_pairs
 from rgpb.train.rows import read_preferences
 from rgpb.train.tokens import texts_of, train_tokenizer
-from rgpb.demo import arithmetic_pairs
 
 from .models import END, LOG, PAD, Batch, Pair, Response, chosen_only, evaluate, padded, pair_batches, train
 from .models import tiny_llama as llama

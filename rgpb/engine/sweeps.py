@@ -457,7 +457,7 @@ def head_gradient(
             if db is not None:
                 matmul.mm(e.t(), ones_or(r, e), db, accumulate=span.start > 0)
         sums.keep(part, count, dw, db)
-        del weight, dw  # the next slice is not held beside this one
+        del chunk, weight, dw  # the next slice is not held beside this one
     return sums.finished()
 
 
