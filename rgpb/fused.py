@@ -26,17 +26,17 @@ from rgpb.engine.skipping import Skipped
 from rgpb.engine.sweeps import loss as single_pass
 from rgpb.engine.sweeps import score
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, repeat, token_scores
+from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
 from rgpb.logprob import call_tensors, linear_logprob
 from rgpb.metrics import metrics
-from rgpb.objectives import OBJECTIVES, check_options, drawn, resolve, unit_values
+from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
 from rgpb.validation import (
-    REDUCTIONS,
     Reference,
     check_groups,
     check_how,
     check_inputs,
     check_label,
+    check_units,
     make_call,
     make_layout,
     reference_scores,
@@ -113,15 +113,9 @@ def fused_loss(
     head = check_inputs(hidden, head, target)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     spec = resolve(objective)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     options = check_options(spec, options)
     layout = make_layout(target, cu_seqlens, ignore_index)
-    if spec.unit == "pair" and layout.responses % 2:
-        raise ValueError(
-            f"target: expected an even number of responses, stacked [chosen; rejected], for {spec.name}, "
-            f"got {layout.responses}"
-        )
+    check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     scored = partial(linear_logprob, ignore_index=ignore_index, impl=how.impl, workspace=workspace)
@@ -129,15 +123,9 @@ def fused_loss(
     responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward)  # type: ignore[arg-type]
     if spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1:
         with torch.no_grad():
-            candidates = responses._replace(policy=scored(hidden, head, target).flat())
-            keep = drawn(spec, candidates, options)
-        # what wasn't drawn has no token any more, so it costs nothing, and a second draw has no choice
-        target = torch.where(_of_response(keep, layout, target), target, ignore_index)
-        layout = make_layout(target, cu_seqlens, ignore_index)
-        ref_sums = None if ref_sums is None else torch.where(keep, ref_sums, 0.0)
-        responses = responses._replace(ref_sums=ref_sums, layout=layout)
-        # all that is left is taken, so nothing is left to chance
-        options |= {"sampler": "max"} if "sampler" in (spec.options or {}) else {}
+            candidates = scored(hidden, head, target).flat()
+        target, options, responses = _only_drawn(spec, candidates, target, ignore_index, options, responses)
+        layout = responses.layout
     options = {name: value for name, value in options.items() if not isinstance(value, torch.Generator)}
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduction, entropy=spec.entropy,
@@ -168,6 +156,25 @@ def fused_loss(
         skipped = Skipped.read(report if len(report) else hidden.new_zeros(target.numel() + 1).float())
         measured |= {"skipped/bound": skipped.bound.view(target.shape), "skipped/share": skipped.share}
     return value, measured
+
+
+def _only_drawn(
+    spec: Objective, candidates: TokenScores, target: Tensor, ignore_index: int, options: dict[str, Any],
+    responses: Responses,
+) -> tuple[Tensor, dict[str, Any], Responses]:  # fmt: skip
+    """The same without what the objective doesn't draw: that has no token any more, so it costs nothing.
+
+    candidates: scores of all responses, flat [P], without gradient.
+    """
+    keep = drawn(spec, responses._replace(policy=candidates), options)
+    layout, sums = responses.layout, responses.ref_sums
+    kept = _of_response(keep, layout, target)
+    mask = kept.reshape(-1) if layout.mask is None else layout.mask & kept.reshape(-1)
+    layout = layout._replace(tokens=torch.where(keep, layout.tokens, 0), mask=mask)
+    # a second draw has no choice, so nothing is left to chance
+    options = {**options, **({"sampler": "max"} if "sampler" in (spec.options or {}) else {})}
+    sums = None if sums is None else torch.where(keep, sums, 0.0)
+    return torch.where(kept, target, ignore_index), options, responses._replace(ref_sums=sums, layout=layout)
 
 
 def _loss_tensors(hidden: Tensor, head: LMHead, target: Tensor, responses: Responses) -> Tensors:

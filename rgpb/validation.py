@@ -302,6 +302,17 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
     return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths), mask)
 
 
+def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
+    """Refuse responses that make no whole pairs, and an unknown reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if spec.unit == "pair" and layout.responses % 2:
+        raise ValueError(
+            f"target: expected an even number of responses, stacked [chosen; rejected], for {spec.name}, "
+            f"got {layout.responses}"
+        )
+
+
 def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
     """The label as float64 ±1 [B]."""
     if label is None:
