@@ -15,9 +15,9 @@ INTERPRET = TRITON_INTERPRET=1
 PYTEST = $(RUN) pytest -n 2
 
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
-PARTS = full-torch full-interpreted full-compiled full-newest
+PARTS = docs full-torch full-interpreted full-compiled full-newest
 
-.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations docs pictures generated lint bench clean
+.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo

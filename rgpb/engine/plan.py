@@ -147,6 +147,7 @@ class Chunks(NamedTuple):
 
     Attributes:
         rows: of a sweep over all of V.
+        scored_rows: the same where nothing is pulled back.
         summed_rows: the same beside a float32 sum of dW, for a single pass of several chunks with a 16-bit head.
         slices: (columns, rows) of a sweep that finishes dW slice by slice, widest slices first.
         converted: rows of the weight converted to the operands' dtype at a time; 0 where none has to be.
@@ -157,6 +158,7 @@ class Chunks(NamedTuple):
     """
 
     rows: int
+    scored_rows: int
     summed_rows: int
     slices: tuple[tuple[int, int], ...]
     converted: int
@@ -393,7 +395,8 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
     sample = 0
     if s.ordered:
         sample, _ = row_chunk(s._replace(impl="torch", ordered=False), workspace, ANY)
-    rows, _ = row_chunk(s, workspace, ANY, score_only=path == "forward")
+    scored, _ = row_chunk(s, workspace, ANY, score_only=True)
+    rows = scored if path == "forward" else row_chunk(s, workspace, ANY)[0]
     summed = rows
     if path == "single" and s.accumulate:
         try:
@@ -405,7 +408,7 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
         slices = [(step, rows) for step in _wide_slices(s) if (rows := _slice_rows(s, workspace, step, ANY)[0])]
         step, row, column = _narrow_slice(s, workspace)
         slices.append((step, _rows_that_fit(workspace, step * column, row, step, ANY, s)[0]))
-    return Chunks(rows, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
+    return Chunks(rows, scored, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
 
 
 def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> Plan:

@@ -43,8 +43,9 @@ from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
 from rgpb.objectives import resolve
 
 
-def fill(into: Statistics, scores: Statistics, rows: Rows) -> None:
-    for column, value in zip(into, scores):
+def fill(into: Statistics, found: Statistics, rows: Rows) -> None:
+    """Put the statistics of `rows` in their places."""
+    for column, value in zip(into, found):
         if column is not None:
             column[rows] = value
 
@@ -110,12 +111,13 @@ def _score(tensors: Tensors, call: Call) -> Scored:
             order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
             p = p.ordered(order)
         skip = call.tolerance is not None
-        scores, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
+        statistics, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
         if call.accumulate:
             accumulated = torch.zeros_like(p.hidden)
         masses = p.hidden.new_zeros((len(p.target), mass_tiles(p.weight)) if skip else 0, dtype=p.acc_dtype)
-        rows = min(call.chunks.rows, kept.count)
-        products = Products(p, rows, score_only=not (call.accumulate or skip))
+        score_only = not (call.accumulate or skip)
+        rows = min(call.chunks.scored_rows if score_only else call.chunks.rows, kept.count)
+        products = Products(p, rows, score_only)
         for chunk in kept.chunks(rows):
             given, tile = products.chunk(chunk), plan.MASS_TILE if skip else None
             if call.accumulate:
@@ -125,12 +127,12 @@ def _score(tensors: Tensors, call: Call) -> Scored:
                 products.hidden_rows(accumulated, chunk, *products.set.pull_back(given, weighed, found, upstream))
             else:
                 found, mass = products.set.score(given, call.entropy, tile)
-            fill(scores, found, chunk)
+            fill(statistics, found, chunk)
             if mass is not None:
                 masses[chunk] = mass
     report = p.hidden.new_full((len(p.target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)
-    h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if scores.h_o is None else scores.h_o
-    return Scored(scores.z_y, scores.lse_other, h_o, accumulated, masses, order, report)
+    h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if statistics.h_o is None else statistics.h_o
+    return Scored(statistics.z_y, statistics.lse_other, h_o, accumulated, masses, order, report)
 
 
 def _score_fake(t: Tensors, call: Call) -> Scored:
@@ -282,7 +284,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         check_rows(p, kept)
         entropy = objective.spec.entropy
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
-        scores = empty_statistics(p, entropy)
+        statistics = empty_statistics(p, entropy)
         dhidden = torch.zeros_like(p.hidden) if call.needs[0] else None
         products = Products(p, most)
         head = HeadSum(p, products, *call.needs[1:], one_chunk=kept.count <= most)
@@ -296,7 +298,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
                 objective.total.add_(value.double().sum())
-                fill(scores, found, rows)
+                fill(statistics, found, rows)
                 pull_back(rows, e, None)
                 continue
             blocks = split_rows(rows, most)
@@ -306,17 +308,17 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     found, _, weighed = products.set.weigh(chunk, entropy)
                 else:
                     found, _ = products.set.score(chunk, entropy)
-                fill(scores, found, block)
-            upstream = coefficients(scores.at(rows))
+                fill(statistics, found, block)
+            upstream = coefficients(statistics.at(rows))
             for block, part in zip(blocks, spans(len(upstream.g_zy), most)):
                 if len(blocks) > 1:
                     chunk = products.chunk(block)
                     found, _, weighed = products.set.weigh(chunk, entropy)
-                pull_back(block, *products.set.pull_back(chunk, weighed, scores.at(block), upstream.at(part)))
+                pull_back(block, *products.set.pull_back(chunk, weighed, statistics.at(block), upstream.at(part)))
         dweight, dbias = head.finished()
-    h_o = scores.z_y.new_empty(0) if scores.h_o is None else scores.h_o
+    h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     gradients = [p.hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
-    return Loss(objective.total.to(scores.z_y.dtype), scores.z_y, scores.lse_other, h_o, *gradients)
+    return Loss(objective.total.to(statistics.z_y.dtype), statistics.z_y, statistics.lse_other, h_o, *gradients)
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
