@@ -27,7 +27,7 @@ from rgpb.engine.sweeps import loss as single_pass
 from rgpb.engine.sweeps import score
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
-from rgpb.logprob import call_tensors, linear_logprob
+from rgpb.logprob import linear_logprob
 from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
 from rgpb.validation import (
@@ -136,7 +136,7 @@ def fused_loss(
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
         value, statistics = made.loss, made[1:4]
     else:
-        found = score(call_tensors(hidden, head, target), call)
+        found = score(Tensors.of(hidden, head, target), call)
         value, statistics, report = None, found[:3], found.report
     z_y, lse_other, h_o = statistics[0], statistics[1], statistics[2] if spec.entropy else None
     if h_o is not None and not spec.entropy_grad:
@@ -183,7 +183,7 @@ def _loss_tensors(hidden: Tensor, head: LMHead, target: Tensor, responses: Respo
     lengths = layout.lengths
     if lengths is None:
         lengths = torch.full_like(layout.tokens, target.shape[1])
-    return call_tensors(
+    return Tensors.of(
         hidden, head, target, lengths=lengths, label=responses.label, rewards=responses.rewards,
         ref_logp=None if ref is None else ref.logp, ref_log_odds=None if ref is None else ref.log_odds,
         ref_sums=responses.ref_sums,

@@ -72,13 +72,7 @@ def linear_logprob(
     head = check_inputs(hidden, head, target)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     call = make_call(hidden, head, how, ignore_index, entropy=entropy, entropy_grad=entropy)
-    found = score(call_tensors(hidden, head, target), call)
+    found = score(Tensors.of(hidden, head, target), call)
     h_o = found.h_o if entropy else None
     scores = token_scores(found.z_y, found.lse_other, h_o, mask=target.reshape(-1) != ignore_index, entropy=entropy)
     return TokenScores(*(None if x is None else x.view(target.shape) for x in scores))  # type: ignore[arg-type]
-
-
-def call_tensors(hidden: Tensor, head: LMHead, target: Tensor, **more: Tensor | None) -> Tensors:
-    """The tensors of a call, flat: hidden [P, H], target [P]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return Tensors(flat, head.weight, head.bias, target.reshape(-1), **more)

@@ -10,7 +10,6 @@ from rgpb import LMHead, TokenScores, fused_loss, linear_logprob
 from rgpb.engine.call import Call, Tensors
 from rgpb.engine.sweeps import Scored
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
-from rgpb.logprob import call_tensors
 from rgpb.objectives import resolve
 from rgpb.validation import How, make_call
 
@@ -86,7 +85,7 @@ def test_operators_pass_opcheck(given):
     hidden, weight, bias, target, ref = given
     head = LMHead(weight, bias, 5.0, 0.5)
     rows, how = B * T, How(impl="torch", workspace=1 << 20)
-    tensors = call_tensors(hidden, head, target)
+    tensors = Tensors.of(hidden, head, target)
     tensors = tensors._replace(hidden=tensors.hidden.detach().requires_grad_())  # a leaf
     opcheck(torch.ops.rgpb.score, tensors.pack(make_call(hidden, head, how, -100, entropy=True, entropy_grad=True)))
     label, sums = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), ref.logp.sum(1).double()

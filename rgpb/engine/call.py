@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.plan import Chunks
+from rgpb.head import LMHead
 
 
 class Call(NamedTuple):
@@ -134,6 +135,11 @@ class Tensors(NamedTuple):
     g_ho: Tensor | None = None
     masses: Tensor | None = None
     order: Tensor | None = None
+
+    @staticmethod
+    def of(hidden: Tensor, head: LMHead, target: Tensor, **more: Tensor | None) -> Tensors:
+        """Those of a call, flat; hidden [..., H], target [...]."""
+        return Tensors(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), **more)
 
     def pack(self, call: Call) -> tuple[list[Tensor], str]:
         """An operator's arguments: those that are there, and the call that names them."""

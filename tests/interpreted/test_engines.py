@@ -29,7 +29,6 @@ from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, re
 from rgpb.engine import plan as planning
 from rgpb.fused import bnf_loss, dpo_loss
 from rgpb.kernels import matmul
-from rgpb.logprob import call_tensors
 from rgpb.validation import How, make_call
 
 IMPLS = ("triton", "tiled")
@@ -126,7 +125,7 @@ def test_gradients_of_every_score(head, impl):
 def test_operators_pass_opcheck(impl):
     hidden, head, target, _ = batch((1, 6, 70, 4))
     h, how = hidden.detach().view(6, 4).requires_grad_(), How(impl, workspace=1 << 20)
-    tensors = call_tensors(h, head, target)._replace(hidden=h)  # a leaf
+    tensors = Tensors.of(h, head, target)._replace(hidden=h)  # a leaf
     torch.library.opcheck(torch.ops.rgpb.score, tensors.pack(make_call(h, head, how, -100)._replace(accumulate=False)))
     static = ("test_schema", "test_autograd_registration", "test_faketensor")  # the others compare, and NaN ≠ NaN
     skip = make_call(h, head, how._replace(grad_tolerance=0.1, sort_vocab=True), -100)._replace(accumulate=False)
