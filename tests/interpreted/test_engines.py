@@ -27,6 +27,7 @@ from engine_suite import (
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
 from rgpb.engine import plan as planning
+from rgpb.engine.call import Tensors
 from rgpb.fused import bnf_loss, dpo_loss
 from rgpb.kernels import matmul
 from rgpb.validation import How, make_call
