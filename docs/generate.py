@@ -114,7 +114,7 @@ def summary() -> str:
         memory = ours["extra_bytes"] / naive["extra_bytes"]
         both = f"{ours['over_naive']:.2f} × time, {memory:.2f} × memory"
         lines.append((job(ours), f"{ms(naive)}, {mib(naive)}", f"**{ms(ours)}, {mib(ours)}**", both))
-    return table((shape(rows[0]), "naive PyTorch", "rgpb", "rgpb of naive"), lines)
+    return table((shape(rows[0]), "naive PyTorch", "rgpb", "rgpb ÷ naive"), lines)
 
 
 def measured(*names: str) -> str:
