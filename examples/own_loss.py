@@ -3,14 +3,19 @@
 Robust DPO (Chowdhury et al. 2024, Eq. 12) for preference labels of which a part ε is wrong.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 
 from rgpb import OBJECTIVES, fused_loss, linear_logprob, objective, pairs
+from rgpb.objectives import Between, Positive
 
 
 @objective(couples="pair", ref="sums")
-def robust_dpo(responses, *, beta=0.1, epsilon=0.1):
+def robust_dpo(
+    responses, *, beta: Annotated[float, Positive()] = 0.1, epsilon: Annotated[float, Between(0, 0.5, "[)")] = 0.1
+):
     """(−(1 − ε) log σ(m) + ε log σ(−m)) / (1 − 2ε), m = β (Δ_w − Δ_l). [B/2]"""
     chosen, rejected = pairs(responses.log_ratios())
     margin = beta * (chosen - rejected)
