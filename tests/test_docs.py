@@ -81,13 +81,20 @@ def loss_moves(names: dict[str, Any], printed: str) -> None:
     assert names["losses"][-1] < 0.9 * math.log(2)
 
 
+def trains_and_evaluates(names: dict[str, Any], printed: str) -> None:
+    """The loop's loss moves, and so does that of the trainer's own evaluation."""
+    loss_moves(names, printed)
+    assert names["trainer"].state.global_step == 3
+    assert 0 < names["after"] < names["before"] < math.inf
+
+
 def first_is_nan(names: dict[str, Any], printed: str) -> None:
     naive, ours = printed.split("tensor")[1:3]
     assert naive.count("nan") == 6
     assert "nan" not in ours
 
 
-SHOWN = {"README.md": loss_moves, "docs/integrate.md": loss_moves, "docs/numerics.md": first_is_nan}
+SHOWN = {"README.md": loss_moves, "docs/integrate.md": trains_and_evaluates, "docs/numerics.md": first_is_nan}
 
 
 @pytest.mark.parametrize("name", PAGES)
