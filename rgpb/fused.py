@@ -30,10 +30,12 @@ from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
 from rgpb.logprob import linear_logprob
 from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
+from rgpb.objectives.registry import RESERVED
 from rgpb.validation import (
     Reference,
     check_groups,
     check_how,
+    check_ignore_index,
     check_inputs,
     check_label,
     check_units,
@@ -112,6 +114,7 @@ def fused_loss(
     """
     head = check_inputs(hidden, head, target)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
+    ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
     layout = make_layout(target, cu_seqlens, ignore_index)
@@ -269,13 +272,15 @@ class FusedLoss(nn.Module):
             `RunningMean` among them (bco's `delta`) is a submodule, so `state_dict` holds it.
 
     Raises:
-        ValueError: an unknown objective.
+        ValueError: an unknown objective or option, or a value out of its range.
     """
 
     def __init__(self, objective: str | Callable[..., Tensor] | Mapping[str, float], **options: Any):
         super().__init__()
         self.objective, self.options = objective, options
-        self.name = resolve(objective).name
+        spec = resolve(objective)
+        check_options(spec, {name: x for name, x in options.items() if name not in RESERVED})
+        self.name = spec.name
         modules = {name.replace(".", "_"): x for name, x in options.items() if isinstance(x, nn.Module)}
         if modules:
             self.running = nn.ModuleDict(modules)

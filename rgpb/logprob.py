@@ -15,7 +15,7 @@ from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.engine.sweeps import score
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores, token_scores
-from rgpb.validation import check_how, check_inputs, make_call
+from rgpb.validation import check_how, check_ignore_index, check_inputs, make_call
 
 
 def linear_logprob(
@@ -71,6 +71,7 @@ def linear_logprob(
     """
     head = check_inputs(hidden, head, target)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
+    ignore_index = check_ignore_index(ignore_index)
     call = make_call(hidden, head, how, ignore_index, entropy=entropy, entropy_grad=entropy)
     found = score(Tensors.of(hidden, head, target), call)
     h_o = found.h_o if entropy else None

@@ -1,7 +1,8 @@
-"""The only door: arguments → checked tensors and the `Call`; every ValueError about them is raised here.
+"""The door: arguments → checked tensors and the `Call`; every ValueError about tensors and how is raised here.
 
-What only a sweep can see (a target outside the vocabulary, hidden states that aren't finite) is refused by the sweep,
-in `engine/sweeps.py`, so that it costs no synchronisation of its own.
+Options are checked where they are declared, in `objectives/registry.py`. What only a sweep can see (a target outside
+the vocabulary, hidden states that aren't finite) is refused by the sweep, in `engine/sweeps.py`, so that it costs no
+synchronisation of its own.
 
 Dimensions: B responses, T padded length, N packed length, P positions (B · T or N), V vocabulary, H hidden size,
 G groups, K responses of a group.
@@ -9,6 +10,8 @@ G groups, K responses of a group.
 
 from __future__ import annotations
 
+import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -87,8 +90,26 @@ def _without_engine(device: torch.device, impl: str, engine: str) -> str:
         if impl == "tiled":
             raise ValueError("engine: expected 'tiled' with impl='tiled', got 'chunked'")
         meant = resolve_impl("auto", device)[0] if impl == "auto" else impl
-    warnings.warn(f"engine={engine!r} is deprecated: give impl={meant!r}", DeprecationWarning, stacklevel=4)
+    warnings.warn(f"engine={engine!r} is deprecated: give impl={meant!r}", DeprecationWarning, stacklevel=_caller())
     return meant
+
+
+def _caller() -> int:
+    """The `stacklevel` of the first frame that isn't this package's, for a warning in the function that asks."""
+    if torch.compiler.is_compiling():
+        return 1
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "rgpb":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    """As a plain int."""
+    try:
+        return operator.index(ignore_index)
+    except TypeError as error:
+        raise ValueError(f"ignore_index: expected a whole number, got {ignore_index!r}") from error
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -211,7 +232,7 @@ def make_call(
         tolerance=tolerance if skip else None,
         sort_vocab=how.sort_vocab and skip,
         objective=spec.name if single and spec is not None else "",
-        options=tuple(sorted(options.items())) if single else (),
+        options=tuple((name, options[name]) for name in sorted(options)) if single else (),
         mean=reduction == "mean",
         group_size=group_size or 0,
         needs=(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad),
@@ -257,11 +278,16 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHea
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-    if head.softcap is not None and not 1e-30 < head.softcap < 1e30:
-        raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {head.softcap}")
-    if not isinstance(head.scale, float | int) or not abs(head.scale) < 1e30:
-        raise ValueError(f"head.scale: expected a finite number, got {head.scale}")
-    return head
+    softcap, scale = head.softcap, head.scale
+    if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
+        raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")
+    if not _is_number(scale) or not abs(scale) < 1e30:
+        raise ValueError(f"head.scale: expected a finite number, got {scale}")
+    return head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale))
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
 
 
 def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None:
@@ -322,7 +348,8 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     if not isinstance(label, Tensor):
         raise ValueError(f"label: expected a tensor, got {type(label).__name__}")
     if not spec.label and is_registered(spec):
-        raise ValueError(f"label: expected None, since {spec.name} has no use for it, got {list(label.shape)}")
+        beside = ", which takes the chosen for +1 and the rejected for −1 by itself" if spec.parts else ""
+        raise ValueError(f"label: expected None, since {spec.name} has no use for it{beside}, got {list(label.shape)}")
     if label.shape != (responses,):
         raise ValueError(f"label: expected shape [B={responses}], got {list(label.shape)}")
     if label.is_complex():
@@ -332,7 +359,8 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     if label.dtype == torch.bool:
         return label.double() * 2 - 1
     if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
-        raise ValueError(f"label: expected bool or values of ±1, got {label[label.abs() != 1][:4].tolist()}")
+        wrong = label[label.abs() != 1][:4].tolist()
+        raise ValueError(f"label: expected bool or values of ±1, got {wrong}; for labels of 0 and 1 give label.bool()")
     return label.double()
 
 

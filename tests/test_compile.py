@@ -155,3 +155,34 @@ def test_small_autograd_works_under_a_dispatch_mode(given):
     with FlopCounterMode(display=False):
         counted = bnf(*given)
     torch.testing.assert_close(counted, eager, rtol=0, atol=0)
+
+
+def options_of_dpo(hidden, weight, target, beta=0.1, softcap=None, scale=1.0, ignore_index=-100, workspace=1 << 20):
+    ref = torch.full(target.shape, -2.0)
+    head = LMHead(weight, None, softcap, scale)
+    return dpo_loss(hidden, head, target, ref=ref, beta=beta, ignore_index=ignore_index, workspace=workspace)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "given",
+    [
+        [(), ()],
+        [(0.1,), (0.2,), (0.35,)],
+        [(0.1, 30.0), (0.1, 20.0), (0.1, 15.5)],
+        [(0.1, None, 0.5, -1, 1 << 20), (0.1, None, 0.25, -7, 1 << 21), (0.1, None, 0.125, -3, 1 << 19)],
+    ],
+    ids=["shapes", "beta", "softcap", "scale, ignore_index, workspace"],
+)
+def test_a_compiler_takes_what_changes_from_call_to_call(given):
+    """What it has a symbol for becomes a number in the call's text."""
+    torch._dynamo.reset()
+    dynamic = True if given[0] == () else None
+    compiled = torch.compile(options_of_dpo, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for length, more in enumerate(given, 5):
+        vocab = 13 if dynamic is None else 12 + length
+        hidden, weight = torch.randn(4, length, H), torch.randn(vocab, H, requires_grad=True)
+        target = torch.randint(vocab, (4, length))
+        made, wanted = (step(hidden, weight, target, *more) for step in (compiled, options_of_dpo))
+        torch.testing.assert_close(made, wanted)
+        torch.testing.assert_close(torch.autograd.grad(made, weight), torch.autograd.grad(wanted, weight))

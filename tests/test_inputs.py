@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -355,3 +356,57 @@ def test_documented_signatures_show_what_is_needed():
     assert inspect.signature(dpo_loss).parameters["beta"].default == 0.1
     assert "ref" not in inspect.signature(mle_loss).parameters
     assert re.search(r"Eq\. 4 and 6", bnf_loss.__doc__ or "")
+
+
+def test_options_that_are_equal_but_not_the_same():
+    """True is 1 and −0.0 is 0.0 to a dictionary; a call tells them apart."""
+
+    @objective("told_apart", couples="pair")
+    def told_apart(responses, *, mode=None, x=0.0):
+        chosen, rejected = pairs(responses.logps())
+        return (rejected - chosen) * (10 if mode is True else 1) * math.copysign(1.0, x)
+
+    given = good()
+    try:
+        for first, second in (({"mode": 1}, {"mode": True}), ({"x": 0.0}, {"x": -0.0})):
+            for options in (first, second):
+                one, two = (
+                    fused_loss(given["hidden"], given["head"], given["target"], objective=kind, path=path, **options)
+                    for kind, path in (("told_apart", "single"), (told_apart, "two_pass"))
+                )
+                torch.testing.assert_close(one, two)
+    finally:
+        del OBJECTIVES["told_apart"]
+
+
+def test_numbers_of_other_kinds():
+    """numpy's are taken for what they are; what is no number is refused by name."""
+    import numpy
+
+    given = good()
+    hidden, weight, target = given["hidden"], given["head"], given["target"]
+    plain = mle_loss(hidden, LMHead(weight, None, 30.0, 0.5), target)
+    head = LMHead(weight, None, numpy.float32(30.0), numpy.float64(0.5))
+    assert mle_loss(hidden, head, target, ignore_index=numpy.int64(-100)) == plain
+    for wrong in ("30", True):
+        with pytest.raises(ValueError, match=r"head\.softcap: expected a positive number"):
+            mle_loss(hidden, LMHead(weight, softcap=wrong), target)
+    with pytest.raises(ValueError, match="ignore_index: expected a whole number, got 'a'"):
+        mle_loss(hidden, weight, target, ignore_index="a")
+
+
+def test_the_old_engine_argument():
+    """The same result, and a warning that points at the caller; what contradicts `impl` is refused."""
+    given = good()
+    tensors = given["hidden"], given["head"], given["target"]
+    for loss in (mle_loss, linear_logprob):
+        with pytest.warns(DeprecationWarning, match="engine='chunked' is deprecated") as warned:
+            made = loss(*tensors, engine="chunked")
+        assert warned[0].filename == __file__
+        torch.testing.assert_close(made, loss(*tensors))
+    with pytest.raises(ValueError, match="engine: expected 'chunked' with impl='torch'"):
+        mle_loss(*tensors, impl="torch", engine="tiled")
+    with pytest.raises(ValueError, match="path: expected 'auto' or 'single'"):
+        mle_loss(*tensors, path="frozen")
+    with pytest.raises(ValueError, match="options of dpo: expected .*did you mean 'beta'"):
+        FusedLoss("dpo", bta=0.1)

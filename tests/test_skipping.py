@@ -9,6 +9,7 @@ from covering import covering
 from rgpb import LMHead, fused_loss, linear_logprob, objective, reference
 from rgpb.engine import plan
 from rgpb.fused import dpo_loss, mle_loss
+from rgpb.kernels import cpp_rows
 from rgpb.objectives import OBJECTIVES
 
 TILE, B, T, V, H = 16, 4, 9, 150, 12  # a last tile that isn't whole
@@ -212,3 +213,25 @@ def test_memory_stays_inside_the_workspace(tokens, width, vocab, workspace, sort
 
     per_token, per_entry = tokens * (64 + 40 * -(-vocab // TILE)), vocab * 40 * sort_vocab
     assert peak_memory(run, "cpu").extra <= workspace + per_token + per_entry
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("sort_vocab", [False, True])
+def test_a_tile_without_any_row_and_a_second_backward(impl, sort_vocab):
+    """Nothing of a tile counts: its part of dW is 0. The masses are as they were when the backward runs again."""
+    if impl == "cpp" and cpp_rows.missing():
+        pytest.skip(cpp_rows.missing())
+    hidden = (30 * torch.randn(2, 8, H, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(V, H, dtype=torch.float64)
+    weight[:64] *= 1e-3
+    weight.requires_grad_()
+    target = torch.randint(100, V, (2, 8))
+    loss, metrics = mle_loss(
+        hidden, weight, target, grad_tolerance=1e-3, sort_vocab=sort_vocab, impl=impl, return_metrics=True
+    )
+    first, second = (torch.autograd.grad(loss, [hidden, weight], retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first[0], second[0])  # the second is formed again
+    assert torch.equal(first[1], second[1])
+    assert metrics["skipped/share"] > 0.3
+    if not sort_vocab:
+        assert not first[1][:TILE].any()

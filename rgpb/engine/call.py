@@ -72,7 +72,8 @@ class Call(NamedTuple):
 
     def encode(self) -> str:
         """As text: a Python literal, field by field. `parse` reads it."""
-        return _encode(self) if torch.compiler.is_compiling() else _encode_once(self)
+        fields: dict[str, object] = {**self._asdict(), "chunks": tuple(self.chunks)}
+        return "{" + ", ".join(f"{name!r}: {_constant(value)!r}" for name, value in fields.items()) + "}"
 
     @staticmethod
     def parse(text: str) -> Call:
@@ -80,12 +81,17 @@ class Call(NamedTuple):
         return _parse(text)
 
 
-def _encode(call: Call) -> str:
-    fields: dict[str, object] = {**call._asdict(), "chunks": tuple(call.chunks)}
-    return "{" + ", ".join(f"{name!r}: {value!r}" for name, value in fields.items()) + "}"
+def _constant(value: Any) -> Any:
+    """`value`; what a compiler has for a symbol becomes the number it stands for, since a text has no symbols."""
+    if not torch.compiler.is_compiling():
+        return value
+    if isinstance(value, tuple):
+        return tuple([_constant(part) for part in value])
+    if value is None or isinstance(value, bool | str):
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # only where a compiler has it loaded already
 
-
-_encode_once = lru_cache(256)(_encode)
+    return guard_scalar(value)
 
 
 @lru_cache(256)
@@ -97,7 +103,8 @@ def _parse(text: str) -> Call:
 def encodable(options: dict[str, Any]) -> bool:
     """Whether `Call` can carry them: what a literal can say."""
     return all(
-        type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)) for value in options.values()
+        type(value) in (bool, int, str) or (type(value) is float and -math.inf < value < math.inf)
+        for value in options.values()
     )
 
 

@@ -5,7 +5,7 @@ One unit of work is a product of 2 · N · V · H flops. Naive PyTorch does 3 an
 | path       | units | runs                                                                                          |
 |------------|-------|-----------------------------------------------------------------------------------------------|
 | `forward`  | 1     | no gradient is asked for                                                                      |
-| `single`   | 3 (2) | gradients made while a chunk of logits is at hand (2: only one of hidden and weight needs one) |
+| `single`   | 3 (2) | gradients made while a chunk of logits is at hand (2 if the hidden states need none)          |
 | `frozen`   | 2     | head without gradient: the forward accumulates O = Σ q_k w_k, the backward only scales it       |
 | `two_pass` | 4 (3) | `frozen`, then the logits again for dW, each slice of it finished at once                      |
 

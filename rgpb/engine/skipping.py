@@ -72,7 +72,7 @@ def choose(
     step = max(1, min(BLOCK, p.call.workspace // BLOCK_ENTRY) // max(masses.shape[1], 1))
     for start in range(0, len(target), step):
         rows = slice(start, start + step)
-        cost = masses[rows].double().mul_((g * slack)[rows, None])
+        cost = masses[rows].to(torch.float64, copy=True).mul_((g * slack)[rows, None])
         tile = torch.where(kept[rows], target[rows] // plan.MASS_TILE, 0)[:, None]
         own = torch.where(g_y[rows, None] == 0, cost.gather(1, tile), torch.inf)  # NaN is kept
         cost.scatter_(1, tile, own)

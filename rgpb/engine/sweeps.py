@@ -216,7 +216,10 @@ def order_by_mass(p: Problem, kept: Kept) -> Tensor:
     rows = min(SAMPLE_ROWS, p.call.chunks.sample_rows, kept.count)
     some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
     positions = some if kept.index is None else kept.index[some]
-    products = Products(p._replace(call=p.call._replace(impl="torch")), rows)
+    call = p.call._replace(impl="torch")
+    if p.weight.dtype == call.dtype:  # only slices in another order are gathered into a copy
+        call = call._replace(chunks=call.chunks._replace(converted=0))
+    products = Products(p._replace(call=call), rows)
     chunk = products.chunk(positions)
     z = TorchRows().logits(chunk)
     apply_(z, chunk.epilogue)
@@ -451,16 +454,24 @@ def head_gradient(
         dw, db = sums.room(part, count)
         for span in even_spans(count, most):
             rows = kept.rows((span.start, span.stop)) if chosen is None else chosen[span]
-            x = p.hidden[rows].to(p.call.dtype)
-            chunk = sums.chunk(x, p.target[rows], part, weight)
-            e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
-            if dw is not None:
-                matmul.mm(e.t(), times(x, r).to(e.dtype), dw, accumulate=span.start > 0)
-            if db is not None:
-                matmul.mm(e.t(), ones_or(r, e), db, accumulate=span.start > 0)
+            add_slice(p, sums, rows, part, weight, statistics, upstream, dw, db, first=span.start == 0)
         sums.keep(part, count, dw, db)
-        del chunk, weight, dw  # the next slice is not held beside this one
+        del weight, dw  # the next slice is not held beside this one
     return sums.finished()
+
+
+def add_slice(
+    p: Problem, sums: HeadSlices, rows: Rows, part: slice, weight: Tensor, statistics: Statistics, upstream: Upstream,
+    dw: Tensor | None, db: Tensor | None, first: bool,
+) -> None:  # fmt: skip
+    """The share of `rows` in a slice of dW [S, H] and db [S, 1], written where it is the first, else added."""
+    x = p.hidden[rows].to(p.call.dtype)
+    chunk = sums.chunk(x, p.target[rows], part, weight)
+    e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
+    if dw is not None:
+        matmul.mm(e.t(), times(x, r).to(e.dtype), dw, accumulate=not first)
+    if db is not None:
+        matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
 
 
 def hidden_gradient(p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream) -> Tensor:
