@@ -227,10 +227,9 @@ def plot(report: Report, path: Path) -> None:
         left.set_xlabel("ms: median, and from the 20 to the 80 % quantile")
         left.set_title(f"{title}\ntime of forward and backward, or of scores alone", fontsize=10, loc="left")
         sizes = [(row.extra_bytes or 0) / 2**20 for row in rows]
-        middle.set_xscale("log")
         bars(middle, rows, sizes, sizes)
         middle.set_yticklabels([])
-        middle.set_xlabel("MiB (logarithmic)")
+        middle.set_xlabel("MiB")
         middle.set_title("memory beyond inputs and gradients", fontsize=10, loc="left")
         for axes in right:
             memory_over_tokens(axes, report.points, rows[0])
@@ -256,9 +255,8 @@ def jobs_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def bars(axes: Any, rows: Sequence[Row], values: Sequence[float], ends: Sequence[float]) -> None:
     """A bar for each row, its value behind its end, and through each job's a dashed line where naive PyTorch's ends."""
-    log = axes.get_xscale() == "log"
     axes.barh(range(len(rows)), values, color=[COLOURS.get(row.impl, OTHERS) for row in rows], height=0.75)
-    axes.set_xlim(0.7 * min(value for value in values if value > 0) if log else 0, max(ends) * (2.5 if log else 1.2))
+    axes.set_xlim(0, 1.2 * max(ends) or 1.0)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=9)
     start = 0
