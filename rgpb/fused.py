@@ -213,6 +213,8 @@ def _loss(name: str) -> Callable[..., Any]:
                 f"{name}_loss() takes {3 + spec.label} positional arguments but {3 + len(labels)} were given"
             )
         if labels:
+            if "label" in keywords:
+                raise TypeError(f"{name}_loss() got multiple values for argument 'label'")
             keywords["label"] = labels[0]
         return fused_loss(hidden, head, target, objective=name, **keywords)
 

@@ -25,7 +25,7 @@ from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
 from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, Plan, Sizes, chunks, of_impl, plan, sizes
 from rgpb.head import LMHead, as_head
-from rgpb.kernels import IMPLEMENTATIONS, resolve_impl
+from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
@@ -85,6 +85,8 @@ def _without_engine(device: torch.device, impl: str, engine: str) -> str:
             raise ValueError(
                 f"engine: expected 'chunked' with impl={impl!r}, since the tile kernels are Triton's, got 'tiled'"
             )
+        if (reason := why_not("tiled", device)) is not None:
+            raise ValueError(f"engine: expected 'chunked' or None, since {reason}; got 'tiled'")
         meant = "tiled"
     elif engine == "chunked":
         if impl == "tiled":

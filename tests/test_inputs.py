@@ -101,6 +101,10 @@ CASES = {
         r"hidden: expected shape \[\.\.\., H=6\]",
     ),
     "target list": (lambda: {"target": [[0] * T] * B}, "target: expected a tensor, got list"),
+    "label device": (
+        lambda: {"label": torch.ones(B, dtype=torch.bool, device="meta")},
+        "label: expected device cpu as hidden, got meta",
+    ),
     "label list": (lambda: {"label": [1, 1, -1, -1]}, "label: expected a tensor, got list"),
     "head module": (
         lambda: {"head": torch.nn.Linear(H, V)},
@@ -226,6 +230,11 @@ def test_registering_again_replaces():
         twice = fused_loss(given["hidden"], given["head"], given["target"], objective="of_this_test")
         once = mle_loss(given["hidden"], given["head"], given["target"], length_normalize=False)
         torch.testing.assert_close(twice, 2 * once)
+        total = fused_loss(given["hidden"], given["head"], given["target"], objective="of_this_test + 0.5*mle")
+        again = objective("of_this_test")(lambda responses: responses.logps())
+        assert again is not None
+        changed = fused_loss(given["hidden"], given["head"], given["target"], objective="of_this_test + 0.5*mle")
+        torch.testing.assert_close(total - changed, twice + once, rtol=1e-5, atol=1e-5)
     finally:
         del OBJECTIVES["of_this_test"]
 

@@ -51,6 +51,8 @@ def test_wheel_holds_the_kernels_inside_the_package(source, tmp_path):
     )
     assert Path(where) == tmp_path / "installed" / "rgpb" / "kernels" / "cpp_rows.py"
     assert missing == "None"
+    for name in ("py.typed", "fused.pyi"):
+        assert (tmp_path / "installed" / "rgpb" / name).exists(), name
 
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "

@@ -425,6 +425,8 @@ def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> P
             request.
     """
     request = Request(tokens, **asked)
+    if request.couples not in ("token", "pair", "group", "batch"):
+        raise ValueError(f"couples: expected 'token', 'pair', 'group' or 'batch', got {request.couples!r}")
     if request.sort_vocab:
         head = head.gathered()
     made, refused = [], []
