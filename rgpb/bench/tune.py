@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rgpb.bench.contest import Shape
 from rgpb.bench.measure import interleaved
-from rgpb.kernels.types import Epilogue, Statistics, Upstream
+from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 SHAPE = Shape(2048, 4096, 32768)  # rows of a chunk of a large head; a quarter of its vocabulary says as much
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest entry
@@ -155,9 +155,8 @@ def token_loss(given: Inputs, loss: str = "nll") -> Kernel:
     ref = (torch.nn.functional.logsigmoid(lam_ref), lam_ref) if loss == "bnf" else None
 
     def run(config: Any) -> Tensor:
-        return triton_rows.token_loss_(
-            given.z, given.y, loss, given.one, ref, PLAIN, loss == "bnf", e, given.room, config=config
-        )[2]  # fmt: skip
+        terms = TokenTerms(loss, given.one, ref, loss == "bnf")
+        return triton_rows.token_loss_(given.z, given.y, terms, PLAIN, e, given.room, config=config)[2]
 
     g = torch.sigmoid(-lam) if ref is None else torch.sigmoid(-lam) * (lam - lam_ref).clamp(max=0).exp()
     return Kernel(run, given.dlogits(g[:, None]), given.z.numel() * (8 + e.itemsize))
