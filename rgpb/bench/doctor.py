@@ -108,7 +108,7 @@ def self_check(device: torch.device, impl: str, dtype: str) -> Check:
 
 
 def _interpreted(device: torch.device, impl: str) -> bool:
-    return impl == "triton" and device.type == "cpu"
+    return impl in ("triton", "tiled") and device.type == "cpu"
 
 
 def _to_cpu(made: Result) -> Result:
