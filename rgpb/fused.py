@@ -32,7 +32,7 @@ from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
 from rgpb.objectives.registry import RESERVED
 from rgpb.validation import (
-    Reference,
+    Reference as Reference,  # public from here, also for type checkers
     check_groups,
     check_how,
     check_ignore_index,

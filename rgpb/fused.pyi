@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from rgpb.head import LMHead
-from rgpb.validation import Reference
+from rgpb.validation import Reference as Reference
 from typing import Literal, overload
 from rgpb.objectives import RunningMean
 
