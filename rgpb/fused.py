@@ -33,6 +33,8 @@ from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve
 from rgpb.objectives.registry import RESERVED
 from rgpb.validation import (
     Reference as Reference,  # public from here, also for type checkers
+)
+from rgpb.validation import (
     check_groups,
     check_how,
     check_ignore_index,
