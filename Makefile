@@ -11,8 +11,8 @@ NEWEST = $(VENV)/.triton-$(TRITON_NEWEST)
 ON_NEWEST = PYTHONPATH=$(abspath $(VENV))/triton-newest
 INTERPRET = TRITON_INTERPRET=1
 
-# One thread each: tests/conftest.py. pytest ends with 5 where all tests are deselected
-PYTEST = $(RUN) pytest -n 2
+# One thread each: tests/conftest.py; tests of several ranks stay on one worker. pytest ends with 5 where all tests are deselected
+PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
 PARTS = docs full-torch full-interpreted full-compiled full-newest

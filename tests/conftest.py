@@ -44,6 +44,23 @@ def poisoned_empty():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(n)`: n processes of torch.distributed (tests/ranks.py), the same ones for all tests of a worker."""
+    from ranks import Ranks
+
+    pools = {}
+
+    def of(world):
+        if world not in pools or not pools[world].alive:
+            pools[world] = Ranks(world)
+        return pools[world]
+
+    yield of
+    for pool in pools.values():
+        pool.close()
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the tests marked full; whole products of parameters")
     parser.addoption("--write-receipts", action="store_true", help="keep what test_targets.py finds: `make receipts`")
