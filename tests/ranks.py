@@ -26,7 +26,7 @@ class Ranks:
     def __init__(self, world: int):
         self.world = world
         context = multiprocessing.get_context("spawn")
-        store = tempfile.NamedTemporaryFile(prefix="ranks-", delete=False).name
+        store = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "store")
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -41,7 +41,7 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, args, keywords))
         answers, deadline = [], time.monotonic() + PATIENCE
-        for rank, pipe in enumerate(self.pipes):
+        for pipe in self.pipes:
             try:
                 said = (
                     pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else (False, "no answer: it hangs")
