@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # As configs call them: Gemma, RecurrentGemma, xLSTM; Cohere, Falcon-H1, Muse; Granite and MiniCPM-3, Inkling.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -75,16 +75,21 @@ def read_head(model: nn.Module) -> LMHead:
         held = "" if weight is None else f" with a weight of type {type(weight).__name__}"
         raise ValueError(f"model: expected a plain nn.Linear as head of {name}, got {found}{held}")
     weight, bias = linear.weight, linear.bias
-    if weight.dtype not in _FLOATS or weight.dim() != 2 or weight.is_meta:
+    if weight.dtype not in FLOATS or weight.dim() != 2 or weight.is_meta:
         found = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"model: expected a float weight [V, H] on a device as head of {name}, got {found}")
     final = getattr(model, "final_logits_bias", None)  # BART and its relatives: a buffer [1, V]
     if final is not None:
         final = final.to(weight).view(-1)
         bias = final if bias is None else bias + final
+    return LMHead(weight, bias, *declared_scaling(model))
+
+
+def declared_scaling(model: PreTrainedModel) -> tuple[float | None, float]:
+    """Soft-cap and scale as the config of a model, or of its text model, has them."""
     config = model.config.get_text_config()
     caps = (getattr(config, attribute, None) for attribute in _SOFTCAPS)
-    return LMHead(weight, bias, next((cap for cap in caps if cap is not None), None), _scale(config))
+    return next((cap for cap in caps if cap is not None), None), _scale(config)
 
 
 def _scale(config: Any) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import inspect
+import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -196,15 +200,16 @@ def test_the_head_is_read_not_copied() -> None:
 
 
 def test_no_logits_are_formed() -> None:
-    """Past the one check, the head module is never called."""
+    """Past the one check, the head's module gives the model logits of no position."""
     for name in ("llama", "t5", "bart"):
         model = build(name)
         batch = padded(model)
+        sizes: list[int] = []
+        model.get_output_embeddings().register_forward_hook(lambda *call, sizes=sizes: sizes.append(call[2].numel()))
         hf.check_head(model)
-        calls: list[str] = []
-        model.get_output_embeddings().register_forward_hook(lambda *_, name=name, calls=calls: calls.append(name))
+        sizes.clear()
         hf.token_scores(model, batch).logp.sum().backward()
-        assert calls == []
+        assert sizes == [0]
 
 
 def test_loss_is_fused_loss_on_the_same_batch() -> None:
@@ -455,7 +460,6 @@ def test_check_head_passes_and_leaves_no_trace(name: str) -> None:
     [
         ("cohere", "_MULTIPLIERS", {}),
         ("granite", "_DIVISORS", {}),
-        ("minicpm3", "_DIVISORS", {}),
         ("gemma2", "_SOFTCAPS", {}),
         # logits far below the cap: only the scaled-up half of the check can see this one
         ("gemma2", "_SOFTCAPS", {"final_logit_softcapping": 30.0, "untrained": True, "initializer_range": 2e-3}),
@@ -481,9 +485,8 @@ def test_an_unknown_head_is_caught() -> None:
     config = transformers.LlamaConfig(**GROUPED)
     with pytest.raises(ValueError, match=r"Louder \(family llama\) does more"):
         hf.check_head(Louder(config))
-    bert = transformers.BertConfig(**SIZES, is_decoder=True)  # a transform stands between the two
-    with pytest.raises(ValueError, match=r"BertLMHeadModel \(family bert\) does more"):
-        hf.check_head(transformers.BertLMHeadModel(bert))
+    bert = transformers.BertConfig(**SIZES, is_decoder=True)  # a transform between the two belongs to the hidden states
+    hf.check_head(transformers.BertLMHeadModel(bert))
 
 
 def test_heads_that_are_not_plainly_linear_are_refused() -> None:
@@ -508,7 +511,7 @@ def test_heads_that_are_not_plainly_linear_are_refused() -> None:
             LMHead.from_model(model)
     with pytest.raises(ValueError, match=r"head of LlamaModel.*got builtins\.NoneType"):
         LMHead.from_model(build("llama").model)
-    with pytest.raises(ValueError, match="expected a bare transformers PreTrainedModel, got Sequential"):
+    with pytest.raises(ValueError, match="expected a transformers PreTrainedModel, wrapped or not, got Sequential"):
         hf.check_head(nn.Sequential(build("llama")))
 
 
@@ -675,38 +678,150 @@ def test_sixteen_bits_and_autocast() -> None:
 
 
 def test_adapters_inside_the_model_take_part() -> None:
-    """A PEFT model: the transformers model inside, some of its layers replaced."""
-
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base = base.requires_grad_(False)
-            self.down, self.up = nn.Linear(H, 2, bias=False), nn.Linear(2, H, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.base(x) + self.up(self.down(x))
-
-    class Peft(nn.Module):
-        def __init__(self, model: PreTrainedModel, prompts: bool) -> None:
-            super().__init__()
-            self.model = model
-            self.active_peft_config = type("Config", (), {"is_prompt_learning": prompts})
-
-        def get_base_model(self) -> PreTrainedModel:
-            return self.model
-
-    inner = build("llama").requires_grad_(False)
-    plain = hf.token_scores(inner, padded(inner)).logp
-    projection = inner.model.layers[0].self_attn.q_proj
-    inner.model.layers[0].self_attn.q_proj = Adapter(projection)
-    model = Peft(inner, prompts=False)
-    scores = hf.token_scores(model, padded(inner)).logp
+    model = build("llama")
+    plain = hf.token_scores(model, padded(model)).logp.detach()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0, 0.3)
+    scores = hf.token_scores(adapted, padded(model)).logp
     assert (scores - plain).abs().max() > 1e-4
     scores.sum().backward()
-    trained = [key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
-    assert {key.split(".")[-2] for key in trained} == {"down", "up"}
+    trained = [key for key, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert {key.split(".")[-3] for key in trained} == {"lora_A", "lora_B"}
+    with torch.no_grad():
+        base = hf.loss(adapted, padded(model), "kto", label=torch.tensor([True, False, True]), ref="base")
+        same = hf.loss(adapted, padded(model), "kto", label=torch.tensor([True, False, True]), ref=plain)
+    torch.testing.assert_close(base, same)
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="prompt learning"):
-        hf.token_scores(Peft(inner, prompts=True), padded(inner))
+        hf.token_scores(peft.get_peft_model(build("llama"), prompts), padded(model))
+
+
+def test_adapters_that_act_in_the_forward_of_peft_alone() -> None:
+    """aLoRA's offsets and `adapter_names` are set there. The logits of the PEFT model itself decide."""
+    model = build("llama")
+    batch = padded(model)
+    token = int(batch["input_ids"][0, 3])
+    batch["input_ids"][:, 2] = token
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "k_proj"]}
+    for more in ({"alora_invocation_tokens": [token]}, {}):
+        adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(**options, **more)).eval()
+        names: dict[str, Any] = {}
+        if not more:
+            adapted.add_adapter("two", peft.LoraConfig(**options))
+            names = {"adapter_names": ["default", "__base__", "two"]}
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "lora_" in key:
+                    parameter.normal_(0, 0.5)
+            own = own_logps(adapted, batch | names)
+            scores = hf.token_scores(adapted, batch | names).logp
+        torch.testing.assert_close(scores[targets(model, batch) != IGNORE], own.float(), rtol=0, atol=2e-5)
+
+
+def test_unknown_keys_of_a_batch_are_refused() -> None:
+    model = build("llama")
+    batch = padded(model)
+    batch["attention_masc"] = batch.pop("attention_mask")
+    with pytest.raises(ValueError, match=r"got 'attention_masc'; did you mean 'attention_mask'\?"):
+        hf.token_scores(model, batch)
+
+
+def test_the_router_loss_is_added_as_the_model_does() -> None:
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**GROUPED, **more)).eval()
+    batch = padded(model)
+    own = model(**batch)
+    loss = hf.loss(model, batch, {"mle": 1.0}, length_normalize=False)
+    tokens = (targets(model, batch) != IGNORE).sum()
+    ours = (loss - 0.1 * own.aux_loss) * len(batch["labels"]) / tokens + 0.1 * own.aux_loss
+    torch.testing.assert_close(ours, own.loss)
+    loss.backward()
+    gate = next(parameter for key, parameter in model.named_parameters() if "gate.weight" in key)
+    assert gate.grad is not None
+    assert gate.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"reduction: expected 'mean'.*got 'none'"):
+        hf.loss(model, batch, "mle", reduction="none")
+
+
+def test_what_changes_later_is_checked_again() -> None:
+    model = build("llama")
+    batch = padded(model)
+    before = hf.token_scores(model, batch).logp
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,))
+    scores = hf.token_scores(model, batch).logp
+    torch.testing.assert_close(scores[targets(model, batch) != IGNORE], own_logps(model, batch).float())
+    hook.remove()
+    hook = model.lm_head.register_forward_hook(lambda _, args, z: z * 1.5)  # changes logits, which nobody would see
+    with pytest.raises(ValueError, match="does more"):
+        hf.token_scores(model, batch)
+    hook.remove()
+    torch.testing.assert_close(hf.token_scores(model, batch).logp, before)
+    model.config.final_logit_softcapping = 0.5  # read by nothing in Llama
+    torch.testing.assert_close(hf.token_scores(model, batch).logp, before)
+
+
+def test_copies_and_pickles_of_an_attached_model() -> None:
+    model = build("llama")
+    batch = padded(model)
+    hf.attach(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (model, copied, loaded):
+        scores = hf.token_scores(other, batch).logp
+        torch.testing.assert_close(scores[targets(other, batch) != IGNORE], own_logps(other, batch).float())
+    assert inspect.signature(model.forward) == inspect.signature(build("llama").forward)
+
+
+def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"num_key_value_heads": 2, **{k: v for k, v in GROUPED.items() if k != "num_key_value_heads"}}
+    siglip = transformers.SiglipVisionConfig(**vision, image_size=16, patch_size=8)
+    capped = transformers.Gemma2Config(**text, head_dim=8, final_logit_softcapping=1.5)
+    scaled = transformers.GraniteConfig(**text, logits_scaling=8.0)
+    for model in (
+        transformers.PaliGemmaForConditionalGeneration(
+            transformers.PaliGemmaConfig(text_config=capped, vision_config=siglip, projection_dim=H)
+        ),
+        transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=scaled, vision_config=siglip)),
+    ):
+        with torch.no_grad():
+            model.eval().get_output_embeddings().weight.normal_(0, 0.5)
+        batch = padded(model)
+        ours = hf.token_scores(model, batch).logp[targets(model, batch) != IGNORE]
+        torch.testing.assert_close(ours, own_logps(model, batch).float())
+
+
+@pytest.mark.compile
+def test_compiled_models_run_compiled() -> None:
+    for whole in (False, True):
+        graphs: list[int] = []
+
+        def count(graph: torch.fx.GraphModule, inputs: Any, graphs: list[int] = graphs) -> Any:
+            graphs.append(len(graph.graph.nodes))
+            return graph
+
+        torch._dynamo.reset()
+        model = build("llama")
+        expected = hf.token_scores(model, padded(model))
+        compiled: Any = model
+        if whole:
+            compiled = torch.compile(model, backend=count)
+        else:
+            model.compile(backend=count)
+        for _ in range(3):
+            scores = hf.token_scores(compiled, padded(model))
+        torch.testing.assert_close(scores.logp, expected.logp)
+        assert max(graphs) > 50, graphs  # the layers, not scraps of them
+        assert len(graphs) <= 6, graphs  # and once
 
 
 def test_documented_example() -> None:

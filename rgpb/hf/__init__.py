@@ -28,15 +28,15 @@ With "sdpa" and "eager" attention it builds an [N, N] mask for that; flash atten
 0.6931
 """
 
-from rgpb.head import read_head
 from rgpb.hf.batches import IGNORE, aligned_targets, pack
-from rgpb.hf.checks import check_head
+from rgpb.hf.checks import evaluating
 from rgpb.hf.forward import loss, token_scores
-from rgpb.hf.models import evaluating, hidden_states
+from rgpb.hf.models import attach, check_head, hidden_states, read_head
 
 __all__ = [
     "IGNORE",
     "aligned_targets",
+    "attach",
     "check_head",
     "evaluating",
     "hidden_states",

@@ -5,14 +5,18 @@ Dimensions: B responses, T positions of a padded batch, N of a packed one, R res
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
 from rgpb.head import described
+from rgpb.hf.wrappers import around
 from rgpb.layout import repeat
+from rgpb.objectives.registry import suggest
 
 IGNORE = -100
 
@@ -64,6 +68,23 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     packed["cu_seqlens"] = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
     packed["position_ids"] = restarting_positions(packed["cu_seqlens"])
     return packed
+
+
+def check_keys(inputs: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse what no forward on the way to the model's takes: transformers swallows it without a word."""
+    known: set[str] = set()
+    for at in around(model):
+        parameters = inspect.signature(getattr(type(at), "forward", at.forward)).parameters
+        known |= {name for name in parameters if name not in ("self", "args", "kwargs")}
+        known |= set(getattr(at, "special_peft_forward_args", ()))
+    known |= set(TransformersKwargs.__annotations__)
+    unknown = [name for name in inputs if name not in known and name != "use_cache"]
+    if unknown:
+        near = "".join(suggest(name, known) for name in unknown[:1])
+        raise ValueError(
+            f"batch: expected keys that the forward of {described(model)} takes, "
+            f"got {', '.join(map(repr, unknown))}{near}"
+        )
 
 
 def rows_of(batch: Mapping[str, Any], rows: Tensor, count: int, cu_seqlens: Tensor | None) -> dict[str, Any]:

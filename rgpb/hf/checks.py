@@ -2,79 +2,135 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rgpb.head import LMHead, described, read_head, unwrap
+from rgpb.head import LMHead, declared_scaling, described
+from rgpb.hf.attach import Attached, Results, Step
 from rgpb.hf.batches import check_bounds, restarting_positions
-from rgpb.hf.models import evaluating, hidden_states
+from rgpb.hf.heads import view
+from rgpb.hf.wrappers import sharded_by
 
-_LOUD = 50.0  # the size `check_head` raises logits to, so that any soft-cap in use bends them visibly
+_LOUD = 50.0  # the size that logits are raised to, so that any soft-cap in use bends them visibly
 
-# What a model has passed, so that each check runs once: "head", "packing" with its attention implementation.
-_passed: WeakKeyDictionary[PreTrainedModel, set[str]] = WeakKeyDictionary()
+# Hooks and forwards from here move, gather or cast weights and leave what the head computes as it is.
+_NEUTRAL = ("accelerate.", "deepspeed.", "torch.", "transformers.distributed.", "rgpb.")
 
 
-def check_head(model: nn.Module) -> None:
-    """Compare the model's own logits with those of `hidden_states` and `read_head`, on three tokens.
+class _Probe(Step):
+    """Lets the head make its logits of an amplified input, and keeps what `LMHead` would make them of.
 
-    Catches a family whose head does more than `LMHead` holds. Compares twice: as things are, and with
-    the head's input scaled up until the logits reach 50, since a soft-cap leaves small logits nearly as they
-    are. Runs in evaluation mode without gradients, and puts every module's training flag back. `token_scores`
-    and `loss` call this once for each model.
+    Attributes:
+        linear: W x + b of the amplified input.
+        eps: of the coarsest dtype that took part.
+    """
 
-    Args:
-        model: as for `hidden_states`.
+    linear: Tensor
+    eps: float
+
+    def __init__(self, model: PreTrainedModel, gain: float):
+        super().__init__(lambda head, x: Results())
+        self.model, self.gain = model, gain
+
+    def inside(self, head: nn.Module, x: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        x = x * self.gain
+        held = view(head, self.model)
+        self.results = Results()
+        made = logits(x)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(held.weight.dtype)
+        if x.shape[-1] != held.weight.shape[1]:
+            found = f"{x.shape[-1]} in its hidden states and {held.weight.shape[1]} in its head"
+            raise ValueError(f"model: expected one hidden size in {described(self.model)}, got {found}")
+        self.linear = nn.functional.linear(x, held.weight, held.bias)
+        self.eps = max(torch.finfo(t.dtype).eps for t in (x, held.weight, self.linear, made))
+        return made
+
+
+def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None, float]:
+    """Compare the model's own logits with those of its head as `LMHead` holds it, on three tokens.
+
+    A multimodal family may ignore the soft-cap or scale of its text model's config, and some scale the head's input
+    instead of the logits: what the logits show is taken. Compares twice, as things are and with the head's input scaled
+    up until the logits reach 50, since a soft-cap leaves small logits nearly as they are. Runs without gradients, in
+    evaluation mode, and puts every module's training flag back.
+
+    Returns:
+        Soft-cap and scale. Kept until something changes that they depend on.
 
     Raises:
-        ValueError: the two disagree by more than rounding. Names the family and the largest difference.
+        ValueError: no soft-cap and scale explain the logits; or it would have to run a model whose parameters are on
+            several ranks.
     """
-    model = unwrap(model)
-    head, name = read_head(model), described(model)
+    head = attached.take(model)
+    declared = declared_scaling(model)
+    key = ("head", *_behaviour(model, attached, head), declared)
+    if key in attached.passed:
+        return attached.passed[key]
+    name = described(model)
+    if (how := sharded_by(model)) is not None:
+        raise ValueError(
+            f"model: expected {name} attached before it is wrapped in {how}, or unchanged since, got neither; its head "
+            "can't be checked now: call rgpb.hf.attach(model) first, then wrap"
+        )
+    candidates = dict.fromkeys((cap, scale) for cap in (declared[0], None) for scale in (declared[1], 1.0))
     inputs = {"input_ids": probe_ids(model, 3)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
     gain = 1.0
-    linear: nn.Linear = model.get_output_embeddings()
-    amplify = linear.register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
-    try:
-        with evaluating(model):
-            hidden = hidden_states(model, **inputs)
-            if hidden.shape[-1] != head.weight.shape[1]:
-                found = f"{hidden.shape[-1]} in its hidden states and {head.weight.shape[1]} in its head"
-                raise ValueError(f"model: expected one hidden size in {name}, got {found}")
-            size = _dense(hidden, head._replace(softcap=None)).abs().max().item()
-            for gain in (1.0, max(1.0, _LOUD / max(size, 1e-3))):
-                ours, own = _dense(hidden * gain, head), model(**inputs, use_cache=False).logits
-                if own.shape != ours.shape:
-                    found = f"{tuple(own.shape)}"
-                    raise ValueError(f"model: expected logits {tuple(ours.shape)} of {name}, got {found}")
-                difference = (own.double() - ours.double()).abs().max().item()
-                eps = max(torch.finfo(tensor.dtype).eps for tensor in (hidden, head.weight, ours, own))
-                if not difference <= 16 * eps * max(size * gain, 1.0):
-                    raise ValueError(
-                        f"model: {name} does more to its hidden states or logits than LMHead holds: its "
-                        f"logits differ by up to {difference:.3g} from those of its hidden states and head "
-                        f"(softcap {head.softcap}, scale {head.scale:.6g}, logits up to {size * gain:.3g})"
-                    )
-    finally:
-        amplify.remove()
-    _passed.setdefault(model, set()).add("head")
+    with evaluating(model):
+        for _ in range(2):
+            probe = _Probe(model, gain)
+            own = attached.through(model, probe, {**inputs, "use_cache": False})["logits"]
+            if own.shape != probe.linear.shape:
+                raise ValueError(
+                    f"model: expected logits {tuple(probe.linear.shape)} of {name}, got {tuple(own.shape)}"
+                )
+            off = {}
+            for cap, scale in candidates:
+                off[cap, scale] = (own.double() - _shaped(probe.linear.double(), cap, scale)).abs().max().item()
+            size = (probe.linear.double() * declared[1]).abs().max().item()
+            fits = {c: None for c in candidates if off[c] <= 16 * probe.eps * max(size, 1.0)}
+            if not fits:
+                cap, scale = min(off, key=lambda c: off[c] if off[c] == off[c] else torch.inf)
+                raise ValueError(
+                    f"model: {name} does more to its hidden states or logits than LMHead holds: its logits differ by "
+                    f"up to {off[cap, scale]:.3g} from those of its hidden states and head, at best "
+                    f"(softcap {cap}, scale {scale:.6g}, logits up to {size:.3g})"
+                )
+            candidates = fits
+            gain = max(1.0, _LOUD / max(size, 1e-3))
+    attached.passed[key] = next(iter(candidates))
+    return attached.passed[key]
 
 
-def check_once(model: PreTrainedModel) -> None:
-    """`check_head`, unless the model has passed it."""
-    if "head" not in _passed.setdefault(model, set()):
-        check_head(model)
+def _behaviour(model: PreTrainedModel, attached: Attached, head: nn.Module) -> tuple[Any, ...]:
+    """What the head's logits depend on beside its weights, as something that compares."""
+    own = [type(model).forward, type(head).forward, getattr(attached.head_forward, "__func__", attached.head_forward)]
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    acting = [f for f in (*own[2:], *hooks) if not str(getattr(f, "__module__", "")).startswith(_NEUTRAL)]
+    adapters = tuple(sorted(getattr(head, "lora_A", None) or ()))
+    return (*own[:2], tuple(acting), adapters)
 
 
-def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Tensor) -> None:
+def _shaped(z: Tensor, cap: float | None, scale: float) -> Tensor:
+    z = z * scale
+    return z if cap is None else torch.tanh(z / cap) * cap
+
+
+def head_inside(model: PreTrainedModel, head: nn.Module, scaling: tuple[float | None, float]) -> LMHead:
+    """The head as it is at the moment, within its module's forward; `scaling` as `check_head` found it."""
+    held = view(head, model)
+    return LMHead(held.weight, held.bias, *scaling)
+
+
+def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Tensor, attached: Attached) -> None:
     """Fill in `position_ids`; refuse whatever would let one packed response see another."""
-    name, attention = described(model), model.config._attn_implementation
+    name = described(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"cu_seqlens: expected a causal LM, since no other can be packed, got {name}")
     if inputs.get("attention_mask") is not None:
@@ -88,36 +144,71 @@ def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Ten
     if not torch.equal(given, restarting.to(given)):
         expected = "[1, N], restarting from 0 where cu_seqlens says"
         raise ValueError(f"position_ids: expected {expected}, got {given.tolist()}")
+    key = packing_of(model)
+    if key not in attached.passed and (how := sharded_by(model)) is not None:
+        raise ValueError(
+            f"cu_seqlens: expected {name} attached before it is wrapped in {how}, since it can't be tried now whether "
+            "it keeps packed responses apart; call rgpb.hf.attach(model) first, then wrap"
+        )
+    if (wrong := try_packing(model, attached)) is not None:
+        raise ValueError(f"cu_seqlens: {wrong}")
 
-    probe = f"packing, {attention}"
-    if probe in _passed.setdefault(model, set()):
-        return
+
+def packing_of(model: PreTrainedModel) -> tuple[str, str]:
+    """What `try_packing` keeps its finding by."""
+    return "packing", model.config._attn_implementation
+
+
+def try_packing(model: PreTrainedModel, attached: Attached) -> str | None:
+    """What is wrong with this model's packed responses, or None; tried once for each kind of attention."""
+    key = packing_of(model)
+    if key not in attached.passed:
+        attached.passed[key] = _tried_packing(model, attached)
+    return attached.passed[key]
+
+
+def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
+    name, attention = described(model), model.config._attn_implementation
     if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
-        raise ValueError(f"cu_seqlens: {name} attends within chunks of the packed row, not of each response")
-    positions = torch.tensor([[0, 1, 2, 0, 1]], device=cu_seqlens.device)
+        return f"{name} attends within chunks of the packed row, not of each response"
     tokens, other = probe_ids(model, 5), probe_ids(model, 5)
+    positions = torch.tensor([[0, 1, 2, 0, 1]], device=tokens.device)
     other[:, :3] = tokens[:, :3].flip(1)
     with evaluating(model):
         packed, beside, alone = (
-            hidden_states(model, ids, position_ids=positions[:, -ids.shape[1] :])[:, -2:]
+            head_input(model, attached, {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]})[:, -2:]
             for ids in (tokens, other, tokens[:, 3:])
         )
     eps, size = torch.finfo(alone.dtype).eps, alone.abs().max().item()
     leak, shift = (packed - beside).abs().max().item(), (packed - alone).abs().max().item()
     # A masked neighbour adds exact zeros; a response by itself runs in other shapes, and rounds differently.
-    if not (leak <= 8 * eps * size and shift <= max(32 * eps, 1e-3) * size):
-        raise ValueError(
-            f"cu_seqlens: {name} with {attention} attention does not keep packed responses apart: hidden "
-            f"states of size {size:.3g} move by {leak:.3g} with what stands before the response and are "
-            f"{shift:.3g} away from those of the response alone; give a padded batch instead"
-        )
-    _passed[model].add(probe)
+    if leak <= 8 * eps * size and shift <= max(32 * eps, 1e-3) * size:
+        return None
+    return (
+        f"{name} with {attention} attention does not keep packed responses apart: hidden states of size {size:.3g} "
+        f"move by {leak:.3g} with what stands before the response and are {shift:.3g} away from those of the response "
+        "alone; give a padded batch instead"
+    )
 
 
-def _dense(hidden: Tensor, head: LMHead) -> Tensor:
-    """The logits themselves, for the few tokens of a check."""
-    logits = nn.functional.linear(hidden, head.weight, head.bias) * head.scale
-    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any]) -> Tensor:
+    """What the head's module is given for these inputs, differentiable. [B, T, H]"""
+    step = Step(lambda head, x: Results(tensors=(x,)))
+    (hidden,) = attached.run(model, step, {**inputs, "use_cache": False}).tensors or ()
+    return hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
@@ -126,4 +217,5 @@ def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     ids = [token for token in range(count + len(special)) if token not in special][:count]
     embedding: Any = model.get_input_embeddings()
-    return torch.tensor([ids], device=embedding.weight.device)
+    device = embedding.weight.device
+    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)  # meta: offloaded, moved by hooks

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.fused import fused_loss
-from rgpb.head import LMHead, read_head, unwrap
-from rgpb.hf.batches import IGNORE, aligned_targets, rows_of, shapes_of
-from rgpb.hf.checks import check_once, check_packed
-from rgpb.hf.models import evaluating, hidden_states
+from rgpb.head import LMHead, described
+from rgpb.hf.attach import Attached, Results, Step, install
+from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
+from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
+from rgpb.hf.models import model_inputs
+from rgpb.hf.wrappers import around, base_of, is_bare_replica
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -29,9 +29,10 @@ def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = 
     """`linear_logprob` of a batch's labels under a transformers model.
 
     Args:
-        model: as for `hidden_states`. Its head is checked once (`check_head`), and so is, at the first packed
-            batch, that the model keeps packed responses apart.
-        batch: padded or packed, as at the top of `rgpb.hf`.
+        model: a transformers causal LM, an encoder–decoder with text input, or what wraps one: PEFT, DDP, FSDP,
+            DeepSpeed, `torch.compile`. It is called as it comes, and attached (`attach`) where it isn't yet; what FSDP
+            or ZeRO-3 wraps has to be attached before.
+        batch: padded or packed, as at the top of `rgpb.hf`. Keys that the model's forward doesn't take are refused.
         entropy: also compute the entropies.
         options: `impl`, `workspace` and whatever else `linear_logprob` takes.
 
@@ -42,8 +43,13 @@ def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = 
     Raises:
         ValueError: a batch that does not fit together, or a family that is not supported.
     """
-    hidden, head, target, _ = _forward(unwrap(model), batch)
-    return linear_logprob(hidden, head, target, entropy=entropy, **options)
+    call = _Call(model, batch)
+
+    def run(hidden: Tensor, head: LMHead) -> Results:
+        scores = linear_logprob(hidden, head, call.flat_target.to(hidden.device), entropy=entropy, **options)
+        return Results(tensors=tuple(x for x in scores if x is not None))
+
+    return TokenScores(*(call(run).tensors or ()))
 
 
 def loss(
@@ -52,7 +58,7 @@ def loss(
     objective: str | Callable[[Responses], Tensor] | Mapping[str, float] = "bnf",
     *,
     label: Tensor | None = None,
-    ref: Reference | nn.Module | None = None,
+    ref: Reference | nn.Module | str | None = None,
     group_size: int | None = None,
     rewards: Tensor | None = None,
     **options: Any,
@@ -68,8 +74,9 @@ def loss(
             a group are consecutive.
         objective: a name, a weighted sum, or a function of `Responses`.
         label: [B], bool or ±1, for the objectives that take one.
-        ref: a reference model, run here in evaluation mode without gradients, or whatever `fused_loss` takes:
-            best the `token_scores` of the same batch under the reference, computed once.
+        ref: whatever `fused_loss` takes, best the `token_scores` of the same batch under the reference, computed once;
+            or a reference model, run here in evaluation mode without gradients; or "base", for `model` without its PEFT
+            adapters.
         group_size, rewards: K, and [G, K], for the objectives of groups.
         options: the objective's own, and those of `fused_loss` (`reduction`, `return_metrics`, `impl`, `engine`, …).
 
@@ -79,33 +86,72 @@ def loss(
     Raises:
         ValueError: as for `token_scores` and `fused_loss`.
     """
-    if isinstance(ref, nn.Module):
-        teacher = unwrap(ref, "ref")
-        with evaluating(teacher):
-            ref_hidden, ref_head, _, _ = _forward(teacher, batch)
-        ref = (ref_hidden, ref_head)
+    how = {name: options[name] for name in ("impl", "workspace") if name in options}
+    if isinstance(ref, str) and ref != "base":
+        raise ValueError(f"ref: expected scores, a model or 'base', got {ref!r}")
+    if isinstance(ref, str | nn.Module):
+        ref = _reference(model, ref, batch, how)
     spec = resolve(objective)
     if spec.draw is not None:
-        batch, ref, group_size, rewards = _drawn(unwrap(model), batch, spec, ref, group_size, rewards, options)
-    hidden, head, target, cu_seqlens = _forward(unwrap(model), batch)
-    inputs: dict[str, Any] = {"label": label, "ref": ref, "cu_seqlens": cu_seqlens}
-    inputs.update(group_size=group_size, rewards=rewards)
-    return fused_loss(hidden, head, target, objective=objective, **inputs, **options)
+        batch, ref, group_size, rewards = _drawn(model, batch, spec, ref, group_size, rewards, options, how)
+    call = _Call(model, batch)
+    call.check_replicas()
+    metrics: dict[str, Tensor] | None = None
+
+    def run(hidden: Tensor, head: LMHead) -> Results:
+        nonlocal metrics
+        there = partial(_on, hidden.device)
+        value = fused_loss(
+            hidden, head, there(call.flat_target), objective=objective, label=there(label), ref=there(ref),
+            cu_seqlens=there(call.cu_seqlens), group_size=group_size, rewards=there(rewards), **options,
+        )  # fmt: skip
+        if options.get("return_metrics"):
+            value, metrics = value
+        return Results(loss=value)
+
+    results = call(run)
+    value = results.loss
+    assert value is not None
+    if results.aux_loss is not None:
+        value = value + call.auxiliary(results.aux_loss, options.get("reduction", "mean"))
+    return value if metrics is None else (value, metrics)
+
+
+def _reference(model: nn.Module, ref: nn.Module | str, batch: Mapping[str, Any], how: dict[str, Any]) -> TokenScores:
+    """Scores of the batch under a reference model, or under the model without its adapters."""
+    if isinstance(ref, nn.Module):
+        base_of(ref, "ref")
+        with evaluating(ref):
+            return token_scores(ref, batch, **how)
+    adapted: Any = next((at for at in around(model) if hasattr(at, "disable_adapter")), None)
+    if adapted is None:
+        raise ValueError(f"ref: expected a PEFT model to go with 'base', got {described(model)}")
+    with evaluating(model), adapted.disable_adapter():
+        return token_scores(model, batch, **how)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """Tensors of the batch where the head is, which may be on another device than the model's first layers."""
+    if isinstance(value, TokenScores):
+        return TokenScores(*(_on(device, x) for x in value))
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _drawn(
-    model: PreTrainedModel, batch: Mapping[str, Any], spec: Objective, ref: Any, group_size: int | None,
-    rewards: Tensor | None, options: dict[str, Any],
+    model: nn.Module, batch: Mapping[str, Any], spec: Objective, ref: Any, group_size: int | None,
+    rewards: Tensor | None, options: dict[str, Any], how: dict[str, Any],
 ) -> tuple[Mapping[str, Any], Tensor | TokenScores | None, int, Tensor | None]:  # fmt: skip
     """Batch, reference scores, group size and rewards of what `spec.draw` takes; `options` lose their generator."""
+    call = _Call(model, batch)
     with evaluating(model):
-        hidden, head, target, cu_seqlens = _forward(model, batch)
-        workspace = options.get("workspace", DEFAULT_WORKSPACE)
-        score = partial(linear_logprob, impl=options.get("impl", "auto"), workspace=workspace)
+        found = token_scores(model, batch, **how)
+        scores, device = found.flat(), found.logp.device
+        target, cu_seqlens = call.flat_target.to(device), _on(device, call.cu_seqlens)
+        ref, rewards, batch = _on(device, ref), _on(device, rewards), {n: _on(device, x) for n, x in batch.items()}
         layout = make_layout(target, cu_seqlens, IGNORE)
-        size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-        ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, IGNORE, score)
-        scores = score(hidden, head, target).flat()
+        size, reward = check_groups(spec, group_size, rewards, layout, found.logp)
+        score = partial(linear_logprob, **how)
+        ref_scores, ref_sums = reference_scores(spec, ref, found.logp, target, layout, IGNORE, score)
         own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
         keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
     assert size is not None  # checked above
@@ -131,21 +177,70 @@ def _drawn(
     return taken, TokenScores(**picked), most, kept_rewards
 
 
-def _forward(model: PreTrainedModel, batch: Mapping[str, Any]) -> tuple[Tensor, LMHead, Tensor, Tensor | None]:
-    """Hidden states [B, T, H], head, targets [B, T], None; when packed [N, H], head, [N], cu_seqlens."""
-    inputs = dict(batch)
-    ids, labels = inputs.get("input_ids"), inputs.get("labels")
-    cu_seqlens = inputs.pop("cu_seqlens", inputs.get("cu_seq_lens_q"))  # latter: DataCollatorWithFlattening's
-    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2:
-        raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
-    check_once(model)
-    if cu_seqlens is not None:
-        check_packed(model, inputs, cu_seqlens)
-    hidden = hidden_states(model, **inputs)
-    target = labels if model.config.is_encoder_decoder else aligned_targets(labels, cu_seqlens)
-    if target.shape != hidden.shape[:-1]:
-        expected, found = tuple(hidden.shape[:-1]), tuple(labels.shape)
-        raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
-    if cu_seqlens is not None:
-        hidden, target = hidden[0], target[0]
-    return hidden, read_head(model), target, cu_seqlens
+class _Call:
+    """A batch on its way through a model: what the forward takes, and the targets of its head.
+
+    Attributes:
+        inputs: of the model's forward.
+        target: int64 [B, T], or [1, N] where packed.
+        cu_seqlens: [B + 1] where packed, else None.
+    """
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]):
+        self.model, self.base = model, base_of(model)
+        self.attached: Attached = install(self.base)
+        self.scaling = check_head(self.base, self.attached)
+        inputs = dict(batch)
+        ids, labels = inputs.get("input_ids"), inputs.get("labels")
+        shifted = inputs.pop("shift_labels", None)
+        self.cu_seqlens = inputs.pop("cu_seqlens", inputs.get("cu_seq_lens_q"))  # DataCollatorWithFlattening's
+        wanted = shifted if labels is None else labels
+        if not isinstance(ids, Tensor) or not isinstance(wanted, Tensor) or ids.dim() != 2:
+            raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
+        if self.cu_seqlens is not None:
+            check_packed(self.base, inputs, self.cu_seqlens, self.attached)
+        if shifted is not None:
+            self.target = shifted
+        else:
+            self.target = wanted if self.base.config.is_encoder_decoder else aligned_targets(wanted, self.cu_seqlens)
+        self.inputs = {"use_cache": False, **model_inputs(self.base, inputs)}
+        check_keys(self.inputs, model)
+
+    @property
+    def flat_target(self) -> Tensor:
+        """[B, T], or [N] where packed."""
+        return self.target if self.cu_seqlens is None else self.target[0]
+
+    def __call__(self, run: Callable[[Tensor, LMHead], Results]) -> Results:
+        """Through whatever wraps the model, with `run` of hidden states and head in the head's place."""
+
+        def inside(module: nn.Module, hidden: Tensor) -> Results:
+            head = head_inside(self.base, module, self.scaling)
+            if not torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(head.weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
+            if self.target.shape != hidden.shape[:-1]:
+                expected, found = tuple(hidden.shape[:-1]), tuple(self.target.shape)
+                raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
+            return run(hidden if self.cu_seqlens is None else hidden[0], head)
+
+        return self.model(**self.inputs, rgpb=Step(inside))
+
+    def check_replicas(self) -> None:
+        """Refuse to train replicas that nothing keeps together."""
+        if torch.is_grad_enabled() and not self.attached.sync_elsewhere and is_bare_replica(self.model):
+            raise ValueError(
+                f"model: expected what averages gradients over {torch.distributed.get_world_size()} processes (DDP, "
+                f"FSDP, DeepSpeed) around {described(self.base)}, got the bare model; if you average them yourself, "
+                "say so: rgpb.hf.attach(model, sync_elsewhere=True)"
+            )
+
+    def auxiliary(self, aux_loss: Tensor, reduction: str) -> Tensor:
+        """The model's own auxiliary loss, weighted as its forward weights it."""
+        weight = getattr(self.base.config.get_text_config(), "router_aux_loss_coef", None)
+        weight = getattr(self.base, "router_aux_loss_coef", weight)
+        if weight is None or reduction != "mean":
+            raise ValueError(
+                f"reduction: expected 'mean' and a router_aux_loss_coef with the router loss of "
+                f"{described(self.base)}, got {reduction!r} and {weight}; output_router_logits=False drops that loss"
+            )
+        return weight * aux_loss

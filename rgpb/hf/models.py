@@ -1,26 +1,67 @@
-"""Models: from inputs to the last hidden states.
+"""Models: attaching the loss to them, and from inputs to the last hidden states.
 
-Dimensions: B responses, T positions, H hidden size.
+Dimensions: B responses, T positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rgpb.head import described, read_head, unwrap
+from rgpb.head import LMHead, described
+from rgpb.hf.attach import install
+from rgpb.hf.checks import check_head as _check_head
+from rgpb.hf.checks import head_input, head_inside, try_packing
+from rgpb.hf.wrappers import around, base_of, inner, sharded_by
+
+
+def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
+    """Let the loss run inside a model's own forward, and check its head.
+
+    Call it before the model is wrapped in FSDP or ZeRO-3; anything else attaches by itself at the first `loss` or
+    `token_scores`. Afterwards the model is what it was, but its forward also takes the step that these two give it. A
+    copy of it is attached, too.
+
+    Args:
+        model: a transformers model with an LM head, or PEFT around one.
+        sync_elsewhere: whether gradients are averaged over processes by other means than DDP, FSDP or DeepSpeed around
+            the model. Without it `loss` refuses a bare model where several processes run.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no transformers model, a head that can't be read, or one that does more than `LMHead` holds.
+    """
+    base = base_of(model)
+    attached = install(base)
+    attached.sync_elsewhere = sync_elsewhere
+    _check_head(base, attached)
+    if not base.config.is_encoder_decoder and sharded_by(base) is None:
+        try_packing(base, attached)
+    return model
+
+
+def check_head(model: nn.Module) -> None:
+    """Compare the model's own logits with those of its head as `LMHead` holds it, on three tokens.
+
+    `attach`, `token_scores` and `loss` do this, again only where something changed that the logits depend on.
+
+    Raises:
+        ValueError: the two disagree by more than rounding. Names the family and the largest difference.
+    """
+    base = base_of(model)
+    _check_head(base, install(base))
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """The backbone's last hidden states, differentiable: what the head of `read_head` turns into logits.
+    """The last hidden states, differentiable: what the head of `read_head` turns into logits.
 
     Args:
-        model: a transformers causal LM, an encoder–decoder with text input, or a PEFT model around one.
+        model: a transformers causal LM, an encoder–decoder with text input, or a PEFT model around one; not wrapped.
         input_ids: int64 [B, T]; of an encoder–decoder, what the encoder reads.
         attention_mask: [B, T], or whatever else the model takes, or None.
         kwargs: further inputs of the model. An encoder–decoder needs `decoder_input_ids`, or `labels`, which
@@ -35,59 +76,48 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     """
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids: expected a tensor (a batch goes in as **batch), got {type(input_ids).__name__}")
-    model = unwrap(model)
-    labels = kwargs.pop("labels", None)
-    if model.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None:
-        kwargs["decoder_input_ids"] = _shift_right(model, labels)
-    backbone = _backbone(model)
-    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+    base = _bare(model)
+    inputs = model_inputs(base, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
+    attached = install(base)
+    hidden = head_input(base, attached, inputs)
     if torch.is_autocast_enabled(hidden.device.type):
         return hidden
-    return hidden.to(read_head(model).weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
+    return hidden.to(read_head(base).weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+def read_head(model: nn.Module) -> LMHead:
+    """The head that turns `hidden_states` into logits: weight and bias themselves, soft-cap and scale as checked.
+
+    Where a family scales hidden states before its head (T5, MiniCPM), that is in `hidden_states`, and not in `scale`;
+    `LMHead.from_model` is for hidden states as the backbone leaves them.
+
+    Raises:
+        ValueError: as `attach`.
+    """
+    base = _bare(model)
+    attached = install(base)
+    return head_inside(base, attached.take(base), _check_head(base, attached))
 
 
-def _backbone(model: PreTrainedModel) -> Callable[..., Any]:
-    """What maps a model's inputs to its last hidden states, first of its outputs."""
-    backbone = model.base_model
-    if backbone is model:  # where the prefix names a part of some enclosing model (Llama-4's text model)
-        backbone = getattr(model, "model", model)
-    if backbone is not model and not _makes_logits(backbone):
-        return backbone
-    encoder, decoder = getattr(model, "encoder", None), getattr(model, "decoder", None)
-    if not model.config.is_encoder_decoder or encoder is None or decoder is None or _makes_logits(decoder):
-        raise ValueError(f"model: expected a backbone that ends in hidden states, got none in {described(model)}")
-
-    def stacks(input_ids: Tensor, attention_mask: Tensor | None, use_cache: bool, **kwargs: Any) -> Any:
-        """T5 and its relatives have no backbone around their two stacks."""
-        names = [name for name in kwargs if name.startswith("decoder_")]
-        of_decoder = {name.removeprefix("decoder_"): kwargs.pop(name) for name in names}
-        encoded = encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
-        return decoder(
-            **of_decoder,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-
-    return stacks
+def _bare(model: nn.Module) -> PreTrainedModel:
+    """The model in nothing but PEFT: what goes around a wrapper isn't synchronised by it."""
+    base = base_of(model)
+    for at in around(model):
+        if inner(at) is not None:
+            raise ValueError(
+                f"model: expected a bare transformers PreTrainedModel, got {described(at)} around it; rgpb.hf.loss and "
+                "rgpb.hf.token_scores go through wrappers"
+            )
+    return base
 
 
-def _makes_logits(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+def model_inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as the model's forward takes it: without labels, which would make it compute a loss of its own."""
+    inputs = dict(batch)
+    labels = inputs.pop("labels", None)
+    if model.config.is_encoder_decoder and inputs.get("decoder_input_ids") is None:
+        inputs["decoder_input_ids"] = _shift_right(model, labels)
+    return inputs
 
 
 def _shift_right(model: PreTrainedModel, labels: Tensor | None) -> Tensor:

@@ -1,0 +1,84 @@
+"""What stands around a transformers model: wrappers of one process and of many, down to the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rgpb.head import described
+
+_FSDP1 = "fully_sharded_data_parallel.FullyShardedDataParallel"
+# Where a wrapper keeps what it wraps, by the wrapper's class
+_INNER = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    f"torch.distributed.fsdp.{_FSDP1}": "_fsdp_wrapped_module",
+    "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+}
+_SYNCHRONISED = {name for name in _INNER if name.endswith(("DistributedDataParallel", "DeepSpeedEngine"))}
+_PARTS = "torch.nn.parallel.data_parallel.DataParallel"
+
+
+def classes(module: object) -> set[str]:
+    """Names of a module's class and of those above it, so that nothing has to be imported to know it."""
+    return {f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+
+
+def inner(module: nn.Module) -> nn.Module | None:
+    """What a wrapper wraps, or None."""
+    known = classes(module)
+    return next((getattr(module, place) for name, place in _INNER.items() if name in known), None)
+
+
+def around(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and what stands inside it, from the outermost wrapper to the transformers model."""
+    at: Any = model
+    while at is not None:
+        yield at
+        at = at.get_base_model() if hasattr(at, "get_base_model") else inner(at)
+
+
+def base_of(model: nn.Module, argument: str = "model") -> PreTrainedModel:
+    """The transformers model inside all wrappers. PEFT's adapters live inside its modules, save for prompt learning.
+
+    Raises:
+        ValueError: no transformers model inside, DataParallel, or PEFT's prompt learning.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{argument}: expected a transformers model, got {type(model).__name__}")
+    for at in around(model):
+        if _PARTS in classes(at):
+            raise ValueError(
+                f"{argument}: expected one process for each device (DistributedDataParallel), got DataParallel, whose "
+                "replicas live for one forward"
+            )
+        if getattr(getattr(at, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(f"{argument}: expected adapters inside the model, got PEFT's prompt learning")
+        last = at
+    if not isinstance(last, PreTrainedModel):
+        raise ValueError(f"{argument}: expected a transformers PreTrainedModel, wrapped or not, got {described(last)}")
+    return last
+
+
+def sharded_by(model: nn.Module) -> str | None:
+    """What holds parts of the parameters on other ranks between forwards: "FSDP", "ZeRO-3", or None."""
+    fsdp = {f"torch.distributed.fsdp.{name}" for name in ("FSDPModule", _FSDP1)}
+    if any(fsdp & classes(module) for module in model.modules()):
+        return "FSDP"
+    return "ZeRO-3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+
+
+def is_bare_replica(model: nn.Module) -> bool:
+    """Whether several processes run, and nothing around this model or in it keeps its parameters the same."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if torch.distributed.get_world_size() == 1 or not trained or sharded_by(model) is not None:
+        return False
+    wrapped = any(_SYNCHRONISED & classes(at) for at in around(model))
+    return not wrapped and not any(hasattr(parameter, "device_mesh") for parameter in trained)
