@@ -801,6 +801,7 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile itself reads
 def test_compiled_models_run_compiled() -> None:
     for whole in (False, True):
         graphs: list[int] = []
