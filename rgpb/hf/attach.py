@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rgpb.head import described
-from rgpb.hf.wrappers import inner
+from rgpb.hf.wrappers import innermost
 
 
 @dataclass
@@ -119,8 +119,7 @@ class Attached:
         head: Any = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
-        while (wrapped := inner(head)) is not None:
-            head = wrapped
+        head = innermost(head)
         before = None if self.head is None else _placed(self.head)
         if self.head is head and before is not None:
             return head

@@ -35,6 +35,12 @@ def inner(module: nn.Module) -> nn.Module | None:
     return next((getattr(module, place) for name, place in _INNER.items() if name in known), None)
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """What stands inside all wrappers of a module."""
+    inside = inner(module)
+    return module if inside is None else innermost(inside)
+
+
 def around(model: nn.Module) -> Iterator[nn.Module]:
     """A model and what stands inside it, from the outermost wrapper to the transformers model."""
     at: Any = model
