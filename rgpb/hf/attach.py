@@ -116,10 +116,10 @@ class Attached:
 
     def take(self, model: PreTrainedModel) -> nn.Module:
         """Put our forward in the place of the head's, wherever the head is now; returns the head's module."""
-        head: Any = model.get_output_embeddings()
-        if head is None:
+        found = model.get_output_embeddings()
+        if found is None:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
-        head = innermost(head)
+        head: nn.Module = innermost(found)
         before = None if self.head is None else _placed(self.head)
         if self.head is head and before is not None:
             return head
