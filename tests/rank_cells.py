@@ -1,0 +1,231 @@
+"""What tests of several ranks run on each of them: slices of one problem, so that the whole is known everywhere.
+
+Dimensions: B responses, T padded length, P positions, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from rgpb import LMHead, VocabShard, fused_loss, linear_logprob, objective
+from rgpb.objectives import OBJECTIVES, RunningMean, resolve
+
+V, H = 53, 12
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast", "reduce_scatter_tensor", "all_gather_into_tensor")
+
+
+def problem(dtype="float64", head=(), responses=12, length=5, seed=0, scale=1.0):
+    """One batch: hidden [B, T, H], weight [V, H], bias [V], target [B, T] with masked places, labels, rewards.
+
+    Response 3 has no token. `head`: of "bias", "softcap", "scale". `scale`: of the weight.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(getattr(torch, dtype))
+
+    target = torch.randint(V, (responses, length), generator=random)
+    target[torch.rand(responses, length, generator=random) < 0.3] = -100
+    if responses > 3:
+        target[3] = -100
+    return {
+        "hidden": normal(responses, length, H),
+        "weight": normal(V, H) * 0.5 * scale,
+        "bias": normal(V) * 0.5 if "bias" in head else None,
+        "softcap": 3.0 if "softcap" in head else None,
+        "scale": 0.7 if "scale" in head else 1.0,
+        "target": target,
+        "ref_hidden": normal(responses, length, H),
+        "label": torch.rand(responses, generator=random) < 0.5,
+        "rewards": torch.randn(responses // 3, 3, generator=random, dtype=torch.float64),
+    }
+
+
+def entropic(responses):
+    """An objective of the tests: Σ of H_o over a response, and of log p, squared."""
+    return (responses.sum(responses.policy.other_entropy) - responses.logps()).square()
+
+
+def register():
+    if "entropic" not in OBJECTIVES:
+        objective("entropic", couples="batch", entropy_grad=True)(entropic)
+
+
+def arguments(name, p, ref):
+    """What the objective needs of the batch."""
+    register()
+    spec, given = resolve(name), {}
+    if spec.label:
+        given["label"] = p["label"]
+    if spec.ref:
+        given["ref"] = ref
+    if spec.rewards:
+        given["rewards"] = p["rewards"]
+    elif spec.unit == "group":
+        given["group_size"] = 3
+    return given
+
+
+def run(p, name, target=None, shard=None, rows=slice(None), reference=None, **keywords):
+    """Loss and gradients of hidden, weight and bias; `rows` of the head, `reference`: scores of it, or None."""
+    hidden, weight = p["hidden"].clone().requires_grad_(), p["weight"][rows].clone().requires_grad_()
+    bias = None if p["bias"] is None else p["bias"][rows].clone().requires_grad_()
+    head = LMHead(weight, bias, p["softcap"], p["scale"], shard)
+    if reference is None:
+        with torch.no_grad():
+            reference = linear_logprob(p["ref_hidden"], head, p["target"])
+    made = fused_loss(hidden, head, p["target"], objective=name, **{**arguments(name, p, reference), **keywords})
+    loss, metrics = made if isinstance(made, tuple) else (made, {})
+    loss.sum().backward()
+    return {
+        "loss": loss.detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+        "bias": None if bias is None else bias.grad,
+        "metrics": metrics,
+    }
+
+
+@contextmanager
+def counted():
+    """Bytes given to each collective, by its name: [(name, bytes)]."""
+    seen, real = [], {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name):
+        def collective(*args, **keywords):
+            tensors = [x for x in args[1:] if isinstance(x, torch.Tensor)] if "gather" in name else [args[0]]
+            seen.append((name, sum(x.numel() * x.element_size() for x in tensors)))
+            return real[name](*args, **keywords)
+
+        return collective
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield seen
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+
+
+# -- a head on several ranks ------------------------------------------------------------------------------------------
+
+
+def cuts(parts, total=V):
+    """Where slices of these lengths start and end; the last takes what is left."""
+    starts = [sum(parts[:r]) for r in range(len(parts) + 1)]
+    return [slice(starts[r], total if r == len(parts) - 1 else starts[r + 1]) for r in range(len(parts))]
+
+
+def vocab_parallel(names, parts, keywords, **given):
+    """The losses `names` on this rank's rows of the head: [(run, bytes of collectives)]."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    p, rows = problem(**given), cuts(parts)[rank]
+    shard = VocabShard.of(group, rows.stop - rows.start)
+    assert (shard.start, shard.vocab) == (rows.start, V)
+    found = []
+    for name in names:
+        with counted() as seen:
+            found.append((run(p, name, shard=shard, rows=rows, **keywords), list(seen)))
+    return found
+
+
+# -- groups for batches and sequences ---------------------------------------------------------------------------------
+
+
+def units(name, parts, total=12):
+    """The responses of each rank, for `parts` units on each; the last has those that are left."""
+    unit = resolve(name).unit
+    width = {"response": 1, "pair": 2, "group": 3}[unit]
+    slices = cuts(parts, total // width)
+    every = torch.arange(total)
+    members = every.view(2, -1).t() if unit == "pair" else every.view(-1, width)
+    return [members[part].t().reshape(-1) if unit == "pair" else members[part].reshape(-1) for part in slices]
+
+
+def some_of(p, which):
+    """The same batch with the responses `which` only, whole groups of them."""
+    rewards = p["rewards"].view(-1)[which[: len(which) // 3 * 3]].view(-1, 3)
+    return {**p, **{k: p[k][which] for k in ("hidden", "target", "ref_hidden", "label")}, "rewards": rewards}
+
+
+def columns_of(p, part):
+    """The same batch with the positions `part` of each response."""
+    return {**p, **{k: p[k][:, part] for k in ("hidden", "target", "ref_hidden")}}
+
+
+def packed(p, lengths):
+    """The same end to end, the first `lengths` positions of each response."""
+    at = [(b, t) for b, n in enumerate(lengths) for t in range(n)]
+    b, t = torch.tensor(at).view(-1, 2).t()
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return {**p, **{k: p[k][b, t] for k in ("hidden", "target", "ref_hidden")}}, {"cu_seqlens": ends}
+
+
+GROUPS = {}
+
+
+def grid(shape):
+    """Of the ranks laid out in `shape`, this one's group along each dimension. Made once; all ranks ask alike."""
+    if shape not in GROUPS:
+        ranks, mine = torch.arange(dist.get_world_size()).view(shape), []
+        for dimension in range(len(shape)):
+            for members in ranks.movedim(dimension, -1).reshape(-1, shape[dimension]).tolist():
+                group = dist.new_group(members)
+                if dist.get_rank() in members:
+                    mine.append(group)
+        GROUPS[shape] = mine
+    return GROUPS[shape]
+
+
+def place(shape):
+    """This rank's index along each dimension."""
+    return tuple(int(i) for i in (torch.arange(dist.get_world_size()).view(shape) == dist.get_rank()).nonzero()[0])
+
+
+def sharded(names, shape, vocab=None, data=None, sequence=None, pack=False, keywords=None, **given):
+    """The losses `names` on this rank's part of head, batch and responses.
+
+    shape: ranks along (vocab, data, sequence), each cut into the lengths of the argument of that name.
+    """
+    groups, at = grid(shape), place(shape)
+    whole, found = problem(**given), []
+    for name in names:
+        p, more = whole, {**(keywords or {})}
+        if data is not None:
+            p = some_of(p, units(name, data)[at[1]])
+            more["data_group"] = groups[1]
+        if sequence is not None:
+            p = columns_of(p, cuts(sequence, whole["target"].shape[1])[at[2]])
+            more["sequence_group"] = groups[2]
+        if pack:
+            p, bounds = packed(p, [p["target"].shape[1]] * len(p["target"]))
+            more.update(bounds)
+        rows, shard = slice(None), None
+        if vocab is not None:
+            rows = cuts(vocab)[at[0]]
+            shard = VocabShard.of(groups[0], rows.stop - rows.start)
+        found.append(run(p, name, shard=shard, rows=rows, **more))
+    return found
+
+
+def running(parts):
+    """bco's running δ over two batches, uneven on the ranks: [δ after each]."""
+    p, delta, found = problem(), RunningMean(), []
+    for seed in (0, 1):
+        p = problem(seed=seed)
+        mine = some_of(p, units("bco", parts)[dist.get_rank()])
+        run(mine, "bco", delta=delta, data_group=dist.group.WORLD)
+        found.append(float(delta.mean))
+    return found, float(delta.count)
+
+
+def mismatched(parts):
+    """kto's z0 from Δ of which each rank has some, the last none."""
+    p, rank = problem(), dist.get_rank()
+    z0 = torch.arange(1.0, 6.0).split(parts)[rank] if rank < len(parts) else torch.zeros(0)
+    mine = some_of(p, units("kto", (1, 5, 2, 0))[rank])
+    return run(mine, "kto", z0=z0, data_group=dist.group.WORLD)
