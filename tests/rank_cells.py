@@ -69,15 +69,13 @@ def arguments(name, p, ref):
     return given
 
 
-def run(p, name, target=None, shard=None, rows=slice(None), reference=None, **keywords):
-    """Loss and gradients of hidden, weight and bias; `rows` of the head, `reference`: scores of it, or None."""
+def run(p, name, shard=None, rows=slice(None), **keywords):
+    """Loss and gradients of hidden, weight and bias; `rows` of the head. The reference has other hidden states."""
     hidden, weight = p["hidden"].clone().requires_grad_(), p["weight"][rows].clone().requires_grad_()
     bias = None if p["bias"] is None else p["bias"][rows].clone().requires_grad_()
     head = LMHead(weight, bias, p["softcap"], p["scale"], shard)
-    if reference is None:
-        with torch.no_grad():
-            reference = linear_logprob(p["ref_hidden"], head, p["target"])
-    made = fused_loss(hidden, head, p["target"], objective=name, **{**arguments(name, p, reference), **keywords})
+    given = {**arguments(name, p, (p["ref_hidden"], head)), **keywords}
+    made = fused_loss(hidden, head, p["target"], objective=name, **given)
     loss, metrics = made if isinstance(made, tuple) else (made, {})
     loss.sum().backward()
     return {
@@ -160,7 +158,7 @@ def columns_of(p, part):
 def packed(p, lengths):
     """The same end to end, the first `lengths` positions of each response."""
     at = [(b, t) for b, n in enumerate(lengths) for t in range(n)]
-    b, t = torch.tensor(at).view(-1, 2).t()
+    b, t = torch.tensor(at, dtype=torch.int64).view(-1, 2).t()
     ends = torch.tensor([0, *lengths]).cumsum(0)
     return {**p, **{k: p[k][b, t] for k in ("hidden", "target", "ref_hidden")}}, {"cu_seqlens": ends}
 
@@ -229,3 +227,98 @@ def mismatched(parts):
     z0 = torch.arange(1.0, 6.0).split(parts)[rank] if rank < len(parts) else torch.zeros(0)
     mine = some_of(p, units("kto", (1, 5, 2, 0))[rank])
     return run(mine, "kto", z0=z0, data_group=dist.group.WORLD)
+
+
+# -- single questions -------------------------------------------------------------------------------------------------
+
+
+def scores_of(parts, **given):
+    """All scores of `linear_logprob` with entropy, and the gradients of Σ score · weight of its own."""
+    p, rows = problem(**given), cuts(parts)[dist.get_rank()]
+    return scores(p, rows, VocabShard.of(dist.group.WORLD, rows.stop - rows.start))
+
+
+def scores(p, rows=slice(None), shard=None):
+    """The same of a batch."""
+    hidden, weight = p["hidden"].clone().requires_grad_(), p["weight"][rows].clone().requires_grad_()
+    bias = None if p["bias"] is None else p["bias"][rows]
+    made = linear_logprob(hidden, LMHead(weight, bias, p["softcap"], p["scale"], shard), p["target"], entropy=True)
+    total = sum(
+        (torch.where(x.isfinite(), x, 0) * torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view(x.shape)).sum()
+        for x in made
+    )
+    total.backward()
+    return {"scores": [x.detach() for x in made], "hidden": hidden.grad, "weight": weight.grad}
+
+
+def ruled_out(parts):
+    """As `scores_of` with a bias of −∞ on all rows of the last rank, and on the first row of the others."""
+    p, slices = problem(head=("bias",)), cuts(parts)
+    rows = slices[dist.get_rank()]
+    return scores(without(p, slices), rows, VocabShard.of(dist.group.WORLD, rows.stop - rows.start))
+
+
+def without(p, slices):
+    """The batch where those rows of the head have a bias of −∞, and no token has them for its target."""
+    bias = p["bias"].clone()
+    bias[slices[-1]] = -torch.inf
+    for part in slices:
+        bias[part.start] = -torch.inf
+    possible = bias.isfinite().nonzero()[:, 0]
+    target = torch.where(p["target"] < 0, p["target"], possible[p["target"] % len(possible)])
+    return {**p, "bias": bias, "target": target}
+
+
+def confident(parts):
+    """λ of tokens whose logit is 40 above the others, float32."""
+    p, rows = problem("float32"), cuts(parts)[dist.get_rank()]
+    p = certain(p)
+    head = LMHead(p["weight"][rows], shard=VocabShard.of(dist.group.WORLD, rows.stop - rows.start))
+    return linear_logprob(p["hidden"], head, p["target"]).log_odds
+
+
+def certain(p):
+    """The batch whose hidden states are 40 / |w|² of their target's row of the head."""
+    rows = p["weight"][p["target"].clamp(min=0)]
+    return {**p, "hidden": 40 * rows / rows.square().sum(-1, keepdim=True)}
+
+
+def autocast(parts, **given):
+    """dpo of float32 hidden states and weights in bfloat16 products."""
+    p, rows = problem("float32", **given), cuts(parts)[dist.get_rank()]
+    shard = VocabShard.of(dist.group.WORLD, rows.stop - rows.start)
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(p, "dpo", shard=shard, rows=rows)
+
+
+def drawn_alike(shape, **cut):
+    """mc_po's draws of ranks with the same responses, from generators that differ: loss of each rank."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    keywords = {"sampler": "random", "m": 1, "generator": generator}
+    return [float(x["loss"]) for x in sharded(["mc_po"], shape, keywords=keywords, **cut)]
+
+
+def refused(parts, change, keywords):
+    """What an error says on this rank; `change`: of the batch."""
+    p, rows = problem(), cuts(parts)[dist.get_rank()]
+    p = {**p, **change}
+    try:
+        shard = VocabShard.of(dist.group.WORLD, rows.stop - rows.start)
+        run(p, "mle", shard=shard, rows=rows, **keywords)
+    except ValueError as error:
+        return str(error)
+
+
+def refused_of_sequences(keywords):
+    """The same of tokens on several ranks."""
+    try:
+        run(columns_of(problem(), cuts((2,), 5)[0]), "mle", sequence_group=dist.group.WORLD, **keywords)
+    except ValueError as error:
+        return str(error)
+
+
+def compiled(parts):
+    """dpo under torch.compile: loss, and the same without."""
+    p, rows = problem("float32"), cuts(parts)[dist.get_rank()]
+    shard = VocabShard.of(dist.group.WORLD, rows.stop - rows.start)
+    return [call(p, "dpo", shard=shard, rows=rows) for call in (torch.compile(run, backend="eager"), run)]

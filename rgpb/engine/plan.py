@@ -416,6 +416,33 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
     return Chunks(rows, scored, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
 
 
+class Traffic(NamedTuple):
+    """Bytes that a rank of a sharded head gives to all-reduces.
+
+    Attributes:
+        scores: in the forward: [N] of the largest logsumexp; [2, N], with entropy [3, N], of what is summed.
+        hidden: in the backward: dX [N, H].
+    """
+
+    scores: int
+    hidden: int
+
+
+def shard_traffic(tokens: int, width: int, acc: int, entropy: bool, hidden_grad: bool = True) -> Traffic:
+    """What travels for N tokens, in accumulators of `acc` bytes; H = `width`."""
+    return Traffic((3 + entropy) * tokens * acc, hidden_grad * tokens * width * acc)
+
+
+def ring_reduced(size: int, ranks: int) -> int:
+    """Bytes that each rank sends where `size` bytes are all-reduced in a ring: R − 1 parts of R, twice."""
+    return 2 * ring_gathered(size, ranks)
+
+
+def ring_gathered(size: int, ranks: int) -> int:
+    """The same where `size` bytes in all are gathered from the ranks, or reduced and scattered to them."""
+    return size * (ranks - 1) // ranks
+
+
 def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> Plan:
     """The cheapest path that fits the workspace, on the kernel set that is predicted to be fastest.
 
