@@ -317,8 +317,15 @@ def refused_of_sequences(keywords):
         return str(error)
 
 
-def compiled(parts):
-    """dpo under torch.compile: loss, and the same without."""
-    p, rows = problem("float32"), cuts(parts)[dist.get_rank()]
-    shard = VocabShard.of(dist.group.WORLD, rows.stop - rows.start)
-    return [call(p, "dpo", shard=shard, rows=rows) for call in (torch.compile(run, backend="eager"), run)]
+def compiled(**cut):
+    """dpo under torch.compile on two ranks, and the same without: [run]."""
+    made = []
+    for call in (torch.compile(run, backend="aot_eager"), run):
+        p, more, rank = problem("float32"), {}, dist.get_rank()
+        if "vocab" in cut:
+            rows = cuts(cut["vocab"])[rank]
+            more = {"shard": VocabShard.of(dist.group.WORLD, rows.stop - rows.start), "rows": rows}
+        if "sequence" in cut:
+            p, more = columns_of(p, cuts(cut["sequence"], 5)[rank]), {"sequence_group": dist.group.WORLD}
+        made.append(call(p, "dpo", **more))
+    return made

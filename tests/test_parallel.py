@@ -255,7 +255,9 @@ def test_what_is_no_shard():
 
 
 @pytest.mark.full
-def test_compiled(ranks):
-    for compiled, eager in ranks(2)(cells.compiled, VOCAB[2]):
-        close(compiled["loss"], eager["loss"], 1e-6)
-        close(compiled["weight"], eager["weight"], 1e-6)
+@pytest.mark.parametrize("cut", [{"vocab": (20, 0)}, {"sequence": (2, 0)}])
+def test_compiled(ranks, cut):
+    """Collectives may break the graph; the result is the same."""
+    for compiled, eager in ranks(2)(cells.compiled, **cut):
+        for kind in ("loss", "hidden", "weight"):
+            close(compiled[kind], eager[kind], 1e-6)

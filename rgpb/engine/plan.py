@@ -433,6 +433,11 @@ def shard_traffic(tokens: int, width: int, acc: int, entropy: bool, hidden_grad:
     return Traffic((3 + entropy) * tokens * acc, hidden_grad * tokens * width * acc)
 
 
+def shard_held(tokens: int, width: int, acc: int) -> int:
+    """Bytes that a sharded head takes beyond a whole one's: at most X and dX [N, H] in accumulators."""
+    return 2 * tokens * width * acc
+
+
 def ring_reduced(size: int, ranks: int) -> int:
     """Bytes that each rank sends where `size` bytes are all-reduced in a ring: R − 1 parts of R, twice."""
     return 2 * ring_gathered(size, ranks)
