@@ -6,10 +6,11 @@ from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, pairs
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES, objective
+from rgpb.parallel import VocabShard
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "fused_loss", "linear_logprob",
-    "objective", "pairs",
+    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "VocabShard", "fused_loss",
+    "linear_logprob", "objective", "pairs",
 ]  # fmt: skip

@@ -15,22 +15,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rgpb.engine.call import Tensors
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.shards import scored as scored_by
 from rgpb.engine.skipping import Skipped
 from rgpb.engine.sweeps import loss as single_pass
-from rgpb.engine.sweeps import score
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
+from rgpb.layout import Layout, Responses, repeat, token_scores
 from rgpb.logprob import linear_logprob
 from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
-from rgpb.objectives.registry import RESERVED
+from rgpb.objectives.registry import RESERVED, units
+from rgpb.parallel import all_sum, from_first, gradient_times, ranks_of
 from rgpb.validation import (
     Reference as Reference,  # public from here, also for type checkers
 )
@@ -40,12 +41,16 @@ from rgpb.validation import (
     check_ignore_index,
     check_inputs,
     check_label,
+    check_ranks,
     check_units,
     make_call,
     make_layout,
     reference_scores,
     tokens_of_units,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # what changes how a loss is computed, not what
 HOW = ("impl", "engine", "path", "grad_tolerance", "sort_vocab", "workspace")
@@ -62,6 +67,8 @@ def fused_loss(
     group_size: int | None = None,
     rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     return_metrics: bool = False,
@@ -93,7 +100,17 @@ def fused_loss(
         group_size: K, 2 or more, for objectives of groups; default: from `rewards`.
         rewards: [G, K] numbers, higher is better, for objectives that need them (swepo, infonca, nca, multi_dpo). Those
             of responses without tokens aren't read.
-        cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
+        cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing. With a `data_group` B may be 0.
+        data_group: a process group of R ranks that hold other responses of the same batch, any number of them or none.
+            What an objective takes from the batch (kto, bco) and the metrics are over all of them. The mean over the
+            ranks, which DDP and FSDP take of gradients, is then the loss of all units together: with "mean" a rank's
+            value is R / (units of all ranks) · Σ over its own, with "sum" R · Σ; with "none" each value is as it is.
+        sequence_group: a process group of ranks that hold other tokens of the same responses, in the order of the
+            ranks: `hidden`, `target` and per-token `ref` are the rank's own, cut anywhere (a rank may have no token of
+            a response), all else is the same on each. `target` is shifted before it is cut. The value is the same on
+            all of them; each one's gradient is that of its own tokens, times the number of ranks, so that the mean over
+            all ranks of both groups is the gradient of the whole. Where gradients are summed over this group, divide
+            by it.
         ignore_index: positions with this target don't count.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
         return_metrics: also return a dict of detached tensors, 0-d but for `skipped/bound` (`metrics`).
@@ -112,28 +129,35 @@ def fused_loss(
     Raises:
         ValueError: as `linear_logprob`; and a missing or surplus `ref`, `label`, `group_size` or `rewards`, labels
             other than bool or ±1, rewards that aren't finite, a number of responses that pairs or groups don't divide,
-            `cu_seqlens` that don't fit, an unknown objective, option or reduction.
+            `cu_seqlens` that don't fit, a group that isn't this rank's, an unknown objective, option or reduction.
     """
     head = check_inputs(hidden, head, target)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
-    layout = make_layout(target, cu_seqlens, ignore_index)
+    check_ranks(data_group, sequence_group)
+    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
+    how = how._replace(split=sequence_group is not None)
     check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
     scored = partial(linear_logprob, ignore_index=ignore_index, impl=how.impl, workspace=workspace)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, scored)
-    responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward)  # type: ignore[arg-type]
+    responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward, data_group)  # type: ignore[arg-type]
     if spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1:
         with torch.no_grad():
             candidates = scored(hidden, head, target).flat()
-        target, options, responses = _only_drawn(spec, candidates, target, ignore_index, options, responses)
+        keep = drawn(spec, responses._replace(policy=candidates), options)
+        for group in (None if head.shard is None else head.shard.group, sequence_group):
+            keep = from_first(keep, group)  # ranks with the same responses draw the same
+        target, options, responses = _only_drawn(spec, keep, target, ignore_index, options, responses)
         layout = responses.layout
     options = {name: value for name, value in options.items() if not isinstance(value, torch.Generator)}
+    # over the ranks of a batch, a mean is a sum whose factor comes after
+    reduced = "sum" if reduction == "mean" and data_group is not None else reduction
     call = make_call(
-        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduction, entropy=spec.entropy,
+        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, entropy=spec.entropy,
         entropy_grad=spec.entropy_grad, group_size=group_size, unit_tokens=tokens_of_units(spec, layout, group_size),
     )  # fmt: skip
     report = hidden.new_empty(0)
@@ -141,17 +165,20 @@ def fused_loss(
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
         value, statistics = made.loss, made[1:4]
     else:
-        found = score(Tensors.of(hidden, head, target), call)
+        found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report
     z_y, lse_other, h_o = statistics[0], statistics[1], statistics[2] if spec.entropy else None
-    if h_o is not None and not spec.entropy_grad:
-        h_o = h_o.detach()
     responses = responses._replace(policy=token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False))
+    count = units(spec, layout.responses, group_size)
     if value is None:
         values = unit_values(spec, responses, options)
+        count = values.numel()
         if reduction != "none":
-            values = values.mean() if reduction == "mean" and values.numel() else values.sum()
+            values = values.mean() if reduced == "mean" and count else values.sum()
         value = values.to(z_y.dtype)
+    if data_group is not None and reduction != "none":
+        value = value * _share(value, count, reduction, data_group)
+    value = gradient_times(value, ranks_of(sequence_group))
     if not return_metrics:
         return value
     with torch.no_grad():
@@ -163,15 +190,19 @@ def fused_loss(
     return value, measured
 
 
+def _share(value: Tensor, units: int, reduction: str, data_group: ProcessGroup) -> Tensor | int:
+    """What a rank's sum of values is multiplied by, so that the ranks' mean is the mean or sum of all units."""
+    ranks = ranks_of(data_group)
+    return ranks / all_sum(value.new_tensor(float(units)), data_group).clamp(min=1) if reduction == "mean" else ranks
+
+
 def _only_drawn(
-    spec: Objective, candidates: TokenScores, target: Tensor, ignore_index: int, options: dict[str, Any],
-    responses: Responses,
-) -> tuple[Tensor, dict[str, Any], Responses]:  # fmt: skip
+    spec: Objective, keep: Tensor, target: Tensor, ignore_index: int, options: dict[str, Any], responses: Responses
+) -> tuple[Tensor, dict[str, Any], Responses]:
     """The same without what the objective doesn't draw: that has no token any more, so it costs nothing.
 
-    candidates: scores of all responses, flat [P], without gradient.
+    keep: the responses that it draws, bool [B].
     """
-    keep = drawn(spec, responses._replace(policy=candidates), options)
     layout, sums = responses.layout, responses.ref_sums
     kept = _of_response(keep, layout, target)
     mask = kept.reshape(-1) if layout.mask is None else layout.mask & kept.reshape(-1)
@@ -231,7 +262,8 @@ def _loss(name: str) -> Callable[..., Any]:
         required += [] if spec.rewards else ["group_size"]
         keywords += [shared["group_size"]] if spec.rewards else []
     keywords += [shared[n].replace(default=inspect.Parameter.empty) for n in required]
-    keywords += [shared[n] for n in ("cu_seqlens", "ignore_index", "reduction", "return_metrics", *HOW)]
+    others = ("cu_seqlens", "data_group", "sequence_group", "ignore_index", "reduction", "return_metrics")
+    keywords += [shared[n] for n in (*others, *HOW)]
     loss.__name__ = loss.__qualname__ = f"{name}_loss"
     loss.__signature__ = inspect.Signature([*tensors, *keywords])  # type: ignore[attr-defined]
     loss.__doc__ = f"{inspect.getdoc(spec.function)}\n\nArguments, results and errors as `fused_loss`."

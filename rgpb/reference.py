@@ -37,9 +37,10 @@ def logits(hidden: Tensor, head: Tensor | LMHead) -> Tensor:
         [..., V] in the dtype of `hidden`.
 
     Raises:
-        ValueError: H or the dtypes differ.
+        ValueError: H or the dtypes differ, or the head is sharded.
     """
-    weight, bias, softcap, scale = as_head(head)
+    weight, bias, softcap, scale, shard = as_head(head)
+    _expect(shard is None, "head.shard", "None, a whole head", shard)
     _expect(hidden.dtype == weight.dtype, "hidden", f"the head's {weight.dtype}", hidden.dtype)
     h = weight.shape[-1]
     _expect(hidden.shape[-1] == h, "hidden", f"[..., {h}] to match the head", list(hidden.shape))

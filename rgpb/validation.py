@@ -16,19 +16,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
-from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, Plan, Sizes, chunks, of_impl, plan, sizes
+from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, Plan, Sizes, chunks, of_impl, plan, sizes
 from rgpb.head import LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
+from rgpb.parallel import VocabShard, all_sum, check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -42,13 +46,17 @@ Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 
 
 class How(NamedTuple):
-    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each."""
+    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each.
+
+    `split`: whether other ranks have tokens of the same responses.
+    """
 
     impl: str = "auto"
     path: str = "auto"
     grad_tolerance: float | str | None = None
     sort_vocab: bool = False
     workspace: int = DEFAULT_WORKSPACE
+    split: bool = False
 
 
 def check_how(
@@ -188,6 +196,7 @@ def plan_call(
         entropy_grad=entropy_grad,
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
+        split=SHARDED if head.shard is not None else SPLIT if how.split else "",
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
@@ -212,6 +221,11 @@ def make_call(
 ) -> Call:
     """The `Call` of checked arguments. Args and errors as `plan_call`; `group_size` is K, or None."""
     tolerance = check_tolerance(how.grad_tolerance, how.sort_vocab, entropy_grad, head.weight.dtype)
+    if tolerance is not None and head.shard is not None:
+        raise ValueError(
+            "grad_tolerance: expected None with a sharded head, of which no rank knows all masses; "
+            f"got {how.grad_tolerance!r}"
+        )
     options = {} if options is None else options
     made, shape = plan_call(
         hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
@@ -285,7 +299,22 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHea
         raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")
     if not _is_number(scale) or not abs(scale) < 1e30:
         raise ValueError(f"head.scale: expected a finite number, got {scale}")
+    _check_shard(head.shard, weight.shape[0])
     return head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale))
+
+
+def _check_shard(shard: VocabShard | None, rows: int) -> None:
+    """Refuse a shard that isn't one, or that the rows of the weight don't fit."""
+    if shard is None:
+        return
+    if not isinstance(shard, VocabShard):
+        raise ValueError(f"head.shard: expected a VocabShard or None, got {type(shard).__name__}")
+    check_group("head.shard.group", shard.group)
+    if not 0 <= shard.start <= shard.vocab - rows:
+        raise ValueError(
+            f"head.shard: expected {rows} rows of head.weight within the {shard.vocab} of the whole head, "
+            f"got the first at {shard.start}"
+        )
 
 
 def _is_number(x: object) -> bool:
@@ -302,8 +331,24 @@ def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> 
     return cache(lambda: members.sum(0).tolist())
 
 
-def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
-    """The grouping of a padded [B, T] or packed [N] target."""
+def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | None) -> None:
+    """Refuse groups that this rank doesn't belong to."""
+    for name, group in (("data_group", data_group), ("sequence_group", sequence_group)):
+        if group is not None:
+            check_group(name, group)
+
+
+def make_layout(
+    target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, sequence_group: ProcessGroup | None = None,
+    empty: bool = False,
+) -> Layout:  # fmt: skip
+    """The grouping of a padded [B, T] or packed [N] target; `empty`: packed, B may be 0 as it may be padded."""
+    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2)
+    return layout._replace(tokens=all_sum(layout.tokens, sequence_group), group=sequence_group)
+
+
+def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int) -> Layout:
+    """That of this rank's tokens alone."""
     mask = target != ignore_index
     if cu_seqlens is None:
         if target.ndim != 2:
@@ -313,7 +358,7 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
         raise ValueError(f"target: expected packed shape [N] together with cu_seqlens, got {list(target.shape)}")
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < least or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens: expected int32 or int64 of shape [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
@@ -321,7 +366,7 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
         raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
     lengths = cu_seqlens.long().diff()
     if not torch.compiler.is_compiling():
-        ends = [int(cu_seqlens[0]), int(lengths.min()), int(cu_seqlens[-1])]
+        ends = [int(cu_seqlens[0]), min(lengths.tolist(), default=0), int(cu_seqlens[-1])]
         if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
             raise ValueError(
                 f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "

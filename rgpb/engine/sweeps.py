@@ -50,25 +50,24 @@ def fill(into: Statistics, found: Statistics, rows: Rows) -> None:
             column[rows] = value
 
 
-def check_rows(p: Problem, kept: Kept) -> None:
-    """Refuse what would turn into a finite but wrong loss.
+def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Kept) -> None:
+    """Refuse what would turn into a finite but wrong loss. hidden [P, H], target [P]
 
     Raises:
         ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
     """
-    vocab, ignore = p.weight.shape[0], p.call.ignore_index
-    outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != ignore)
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore)
     rows = kept.rows((0, kept.count))
     finite = outside.new_ones(0)
     if kept.count:
-        least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+        least, most = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
         finite = ((least > -torch.inf) & (most < torch.inf))[rows]
     ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
     if not ok[0]:
         at = int(outside.nonzero()[0])
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
-            f"got {int(p.target[at])} at flat position {at}"
+            f"got {int(target[at])} at flat position {at}"
         )
     if not ok[1]:
         at = int((~finite).nonzero()[0])
@@ -105,7 +104,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     p = Problem.of(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p, kept)
+        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
         order = p.target.new_empty(0)
         if call.sort_vocab:
             order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
@@ -284,7 +283,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p, kept)
+        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
         entropy = objective.spec.entropy
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
         statistics = empty_statistics(p, entropy)

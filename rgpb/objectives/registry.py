@@ -33,6 +33,8 @@ RESERVED = {
     "group_size",
     "rewards",
     "cu_seqlens",
+    "data_group",
+    "sequence_group",
     "ignore_index",
     "reduction",
     "return_metrics",
