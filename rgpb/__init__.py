@@ -1,7 +1,7 @@
 """rgpb: fused losses that reward good and penalise bad examples, from hidden states and the LM head to the
 gradients."""
 
-from rgpb.fused import FusedLoss, fused_loss
+from rgpb.fused import FusedLoss, coefficients, fused_loss
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, pairs
 from rgpb.logprob import linear_logprob
@@ -10,6 +10,6 @@ from rgpb.objectives import OBJECTIVES, objective
 __version__ = "0.1.0"
 
 __all__ = [
-    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "fused_loss", "linear_logprob",
-    "objective", "pairs",
+    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "coefficients", "fused_loss",
+    "linear_logprob", "objective", "pairs",
 ]  # fmt: skip

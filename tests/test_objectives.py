@@ -438,7 +438,7 @@ def test_ranges_of_ones_own():
 def test_the_reserved_names_are_those_of_fused_loss():
     shown = set(inspect.signature(fused_loss).parameters) - {"options"}
     assert shown <= RESERVED
-    assert RESERVED - shown <= {"path"}
+    assert RESERVED - shown == {"scores"}  # of `coefficients`
 
 
 def test_references_as_sums():

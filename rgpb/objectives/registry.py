@@ -34,6 +34,8 @@ RESERVED = {
     "rewards",
     "cu_seqlens",
     "ignore_index",
+    "temperature",
+    "scores",
     "reduction",
     "return_metrics",
     "impl",
