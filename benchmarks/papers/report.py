@@ -130,7 +130,9 @@ def _picture(its: Mapping[str, Any]) -> Figure:
         names = [RATE.sub(r", learning rate \1", name) for name in methods]
         axes.set_yticks(range(len(methods)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{quantity}; mean ± standard error", fontsize=8)
+        axes.set_xlabel(f"{quantity}\nmean ± standard error", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{its['claim']}: {its['verdict']}", fontsize=9)
     return figure
