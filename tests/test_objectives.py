@@ -27,6 +27,7 @@ from rgpb.objectives import (
     reward_scale,
     unit_values,
 )
+from rgpb.objectives.pairs import mean_complement
 from rgpb.objectives.registry import RESERVED
 from rgpb.validation import How, plan_call
 
@@ -629,6 +630,16 @@ def test_one_response_leaves_the_others_alone(packed):
             made = torch.autograd.grad(both[1], (hidden, weight))
             for a, b in zip(made, torch.autograd.grad(alone, (hidden, weight))):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.5, 12.0, 60.0, 300.0])
+def test_the_complement_of_a_response_is_per_token(margin):
+    """Tokens of one p have that mean, so log(1 − e^S̄) is log(1 − p), also where S rounds to 0."""
+    _, seen = responses()
+    odds = torch.full_like(seen.policy.log_odds, margin)
+    seen = seen._replace(policy=TokenScores(F.logsigmoid(odds), odds, torch.ones_like(odds)))
+    wanted = F.logsigmoid(odds.new_tensor(-margin)).expand(len(LENGTHS))
+    torch.testing.assert_close(mean_complement(seen), wanted, rtol=1e-9, atol=0)
 
 
 def test_an_impossible_rejected_token_costs_nothing():
