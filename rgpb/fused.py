@@ -26,7 +26,7 @@ from rgpb.engine.shards import scored as scored_by
 from rgpb.engine.skipping import Skipped
 from rgpb.engine.sweeps import loss as single_pass
 from rgpb.head import LMHead
-from rgpb.layout import Layout, Responses, repeat, token_scores
+from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
 from rgpb.logprob import linear_logprob
 from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
@@ -42,6 +42,7 @@ from rgpb.validation import (
     check_inputs,
     check_label,
     check_ranks,
+    check_scores,
     check_units,
     make_call,
     make_layout,
@@ -70,6 +71,7 @@ def fused_loss(
     data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
     ignore_index: int = -100,
+    temperature: float = 1.0,
     reduction: str = "mean",
     return_metrics: bool = False,
     impl: str = "auto",
@@ -112,6 +114,9 @@ def fused_loss(
             all ranks of both groups is the gradient of the whole. Where gradients are summed over this group, divide
             by it.
         ignore_index: positions with this target don't count.
+        temperature: T above 0: all probabilities are those of softmax(z / T), z the logits with soft-cap and scale, as
+            where completions were sampled at T. A `(ref_hidden, ref_head)` is scored at the same T; scores that are
+            given should be.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
         return_metrics: also return a dict of detached tensors, 0-d but for `skipped/bound` (`metrics`).
         impl: the kernel set; "auto" takes what is predicted to be fastest. See `linear_logprob`.
@@ -131,23 +136,25 @@ def fused_loss(
             other than bool or ±1, rewards that aren't finite, a number of responses that pairs or groups don't divide,
             `cu_seqlens` that don't fit, a group that isn't this rank's, an unknown objective, option or reduction.
     """
-    head = check_inputs(hidden, head, target)
+    given, head = head, check_inputs(hidden, head, target, temperature)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
     check_ranks(data_group, sequence_group)
+    scored = partial(
+        linear_logprob, ignore_index=ignore_index, temperature=temperature, impl=how.impl, workspace=workspace
+    )
     layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
     how = how._replace(split=sequence_group is not None)
     check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-    scored = partial(linear_logprob, ignore_index=ignore_index, impl=how.impl, workspace=workspace)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, scored)
     responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward, data_group)  # type: ignore[arg-type]
-    if spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1:
+    if _draws(spec, options, group_size):
         with torch.no_grad():
-            candidates = scored(hidden, head, target).flat()
+            candidates = scored(hidden, given, target).flat()
         keep = drawn(spec, responses._replace(policy=candidates), options)
         for group in (None if head.shard is None else head.shard.group, sequence_group):
             keep = from_first(keep, group)  # ranks with the same responses draw the same
@@ -173,9 +180,7 @@ def fused_loss(
     if value is None:
         values = unit_values(spec, responses, options)
         count = values.numel()
-        if reduction != "none":
-            values = values.mean() if reduced == "mean" and count else values.sum()
-        value = values.to(z_y.dtype)
+        value = _reduced(values, reduced).to(z_y.dtype)
     if data_group is not None and reduction != "none":
         value = value * _share(value, count, reduction, data_group)
     value = gradient_times(value, ranks_of(sequence_group))
@@ -194,6 +199,131 @@ def _share(value: Tensor, units: int, reduction: str, data_group: ProcessGroup) 
     """What a rank's sum of values is multiplied by, so that the ranks' mean is the mean or sum of all units."""
     ranks = ranks_of(data_group)
     return ranks / all_sum(value.new_tensor(float(units)), data_group).clamp(min=1) if reduction == "mean" else ranks
+
+
+@torch.inference_mode(False)  # where scores may come from; it has no autograd
+def coefficients(
+    objective: str | Callable[..., Tensor] | Mapping[str, float],
+    scores: TokenScores | Tensor,
+    *,
+    target: Tensor | None = None,
+    label: Tensor | None = None,
+    ref: TokenScores | Tensor | None = None,
+    group_size: int | None = None,
+    rewards: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    **options: Any,
+) -> Any:
+    """The loss and the weight of each token, for a system that can only train on weighted cross-entropy.
+
+    w_t = −∂L/∂log p_t. With the weights held fixed, Σ_t w_t · (−log p_t) has the same gradient as the objective, but
+    only at the model that gave the scores: score and weigh anew before each step.
+
+    The weights of a loss of log(1 − p) (unlikelihood, sequence_unlikelihood, orpo) grow as p / (1 − p) on tokens that
+    are nearly certain. The cross-entropy multiplies them by its own 1 − p: where that rounds to 0, the gradient is 0.
+    Weights beyond the range of their type are cut to it.
+
+    Args:
+        objective: as `fused_loss` takes it.
+        scores: of the policy, [B, T], or packed [N] with `cu_seqlens`: a `TokenScores`, or log-probabilities. A
+            `TokenScores` is exact also for confident tokens. Detached.
+        target: int64 in the shape of `scores`. Only where it is `ignore_index` is read; default: all tokens count.
+        label, ref, group_size, rewards, cu_seqlens, ignore_index: as `fused_loss` takes them, without `(ref_hidden,
+            ref_head)`.
+        reduction: "mean" over units, "sum", or "none" for one value per unit, with the weights of their sum.
+        return_metrics: also return the metrics of `fused_loss`.
+        **options: the objective's own.
+
+    Returns:
+        (loss, weights), or (loss, weights, metrics), all detached. loss: 0-d or [U]; weights: in the shape of `scores`,
+        0 where masked; both float32 (float64 for float64 scores). `bnf` without `other_entropy` in the scores has
+        exact weights, but its loss is that with H_o = 0: less by the mean of label · (1 − f) · H_o.
+
+    Raises:
+        ValueError: as `fused_loss`; an objective whose gradient isn't one of log p alone (of the entropy, or of the
+            logsumexp), or one that needs `other_entropy` where there is none.
+    """
+    spec = resolve(objective)
+    options = check_options(spec, options)
+    ignore_index = check_ignore_index(ignore_index)
+    logp = scores.logp if isinstance(scores, TokenScores) else scores
+    if not isinstance(logp, Tensor):
+        raise ValueError(f"scores: expected TokenScores or a tensor of log-probabilities, got {type(scores).__name__}")
+    if target is None:
+        target = torch.full_like(logp, ignore_index + 1, dtype=torch.int64)
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"target: expected dtype int64 (of a mask, torch.where(mask, 0, {ignore_index})), got {got}")
+    if spec.entropy_grad:
+        raise ValueError(
+            f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves the "
+            "entropy; use fused_loss"
+        )
+    policy = check_scores("scores", scores, target, logp, ignore_index).flat()
+    layout = make_layout(target, cu_seqlens, ignore_index)
+    check_units(spec, layout, reduction)
+    label = check_label(spec, label, layout.responses, logp)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, logp)
+    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, ignore_index, None)
+    mask = target.reshape(-1) != ignore_index
+    with torch.enable_grad():
+        known = [
+            torch.where(mask, x.double(), 0.0).requires_grad_() for x in (policy.logp, policy.log_odds, policy.lse)
+        ]
+        seen = TokenScores(*known, None, _other_entropy(spec, policy, mask))
+        responses = Responses(seen, ref_scores, ref_sums, label, layout, group_size, reward)
+        if _draws(spec, options, group_size):
+            candidates = TokenScores(*(None if x is None else x.detach() for x in seen))  # type: ignore[arg-type]
+            keep = drawn(spec, responses._replace(policy=candidates), options)
+            _, options, responses = _only_drawn(spec, keep, target, ignore_index, options, responses)
+        value = _reduced(unit_values(spec, responses, options), reduction)
+        slopes = [torch.zeros_like(x) for x in known[:2]]
+        if value.requires_grad:
+            *found, of_lse = torch.autograd.grad(value.sum(), known, allow_unused=True)
+            if of_lse is not None:
+                raise ValueError(
+                    f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves "
+                    "the logsumexp; use fused_loss"
+                )
+            slopes = [zero if x is None else x for x, zero in zip(found, slopes)]
+    of_logp, of_odds = slopes
+    # where log p moves by 1, λ moves by 1 / (1 − p) = 1 + e^λ; 0 times that is 0 also where it is infinite
+    weights = -of_logp - torch.where(of_odds == 0, 0.0, of_odds * (1 + known[1].detach().exp()))
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    limit = torch.finfo(dtype).max
+    weights = torch.where(mask, weights, 0.0).clamp(-limit, limit).to(dtype).view(target.shape)
+    if not return_metrics:
+        return value.detach().to(dtype), weights
+    with torch.no_grad():
+        return value.detach().to(dtype), weights, metrics(responses, spec, options)
+
+
+def _other_entropy(spec: Objective, policy: TokenScores, mask: Tensor) -> Tensor | None:
+    """H_o of the scores where the objective asks for it. For bnf, whose gradient doesn't, 0 will do. float64 [P]"""
+    if not spec.entropy:
+        return None
+    if policy.other_entropy is not None:
+        return torch.where(mask, policy.other_entropy.double(), 0.0)
+    if {part.name for part, _ in spec.parts or ((spec, 1.0),) if part.entropy} != {"bnf"}:
+        raise ValueError(
+            f"scores: expected other_entropy for {spec.name}, got None; score with linear_logprob(…, entropy=True)"
+        )
+    return torch.zeros_like(mask, dtype=torch.float64)
+
+
+def _reduced(values: Tensor, reduction: str) -> Tensor:
+    """[U] → 0-d, or as it is for "none"."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" and values.numel() else values.sum()
+
+
+def _draws(spec: Objective, options: dict[str, Any], group_size: int | None) -> bool:
+    """Whether some of the responses will be left out."""
+    return spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1
 
 
 def _only_drawn(
@@ -262,8 +392,8 @@ def _loss(name: str) -> Callable[..., Any]:
         required += [] if spec.rewards else ["group_size"]
         keywords += [shared["group_size"]] if spec.rewards else []
     keywords += [shared[n].replace(default=inspect.Parameter.empty) for n in required]
-    others = ("cu_seqlens", "data_group", "sequence_group", "ignore_index", "reduction", "return_metrics")
-    keywords += [shared[n] for n in (*others, *HOW)]
+    others = ("cu_seqlens", "data_group", "sequence_group", "ignore_index", "temperature", "reduction")
+    keywords += [shared[n] for n in (*others, "return_metrics", *HOW)]
     loss.__name__ = loss.__qualname__ = f"{name}_loss"
     loss.__signature__ = inspect.Signature([*tensors, *keywords])  # type: ignore[attr-defined]
     loss.__doc__ = f"{inspect.getdoc(spec.function)}\n\nArguments, results and errors as `fused_loss`."

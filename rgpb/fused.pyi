@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from rgpb.head import LMHead
+from rgpb.layout import TokenScores
 from rgpb.validation import Reference as Reference
 from typing import Literal, overload
 from torch.distributed import ProcessGroup
@@ -20,9 +21,10 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912, **options: Any
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912, **options: Any
 ) -> Tensor: ...
 @overload
 def fused_loss(
@@ -30,9 +32,10 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912, **options: Any
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def fused_loss(
@@ -40,10 +43,18 @@ def fused_loss(
     objective: str | Callable[..., Tensor] | Mapping[str, float], label: Tensor | None = None,
     ref: Reference | None = None, group_size: int | None = None, rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912, **options: Any
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912, **options: Any
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+def coefficients(
+    objective: str | Callable[..., Tensor] | Mapping[str, float], scores: TokenScores | Tensor, *,
+    target: Tensor | None = None, label: Tensor | None = None, ref: TokenScores | Tensor | None = None,
+    group_size: int | None = None, rewards: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", return_metrics: bool = False, **options: Any
+) -> Any: ...
 
 class FusedLoss(nn.Module):
     name: Any
@@ -60,50 +71,56 @@ class FusedLoss(nn.Module):
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mle_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bnf_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -111,27 +128,27 @@ def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bco_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     delta: RunningMean | float | None = None, ref: Reference, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -139,227 +156,251 @@ def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def kto_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, label: Tensor, *, beta: float = 0.1,
     desirable_weight: float = 1.0, undesirable_weight: float = 1.0, z0: Tensor | RunningMean | float | None = None,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def nll_pll_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def nll_pll_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def nll_pll_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
-    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
-def unlikelihood_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def unlikelihood_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def unlikelihood_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
+def nll_pll_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def nll_pll_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def nll_pll_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, length_normalize: bool = True,
+    cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
+def unlikelihood_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def unlikelihood_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def unlikelihood_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
 def exmate_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def exmate_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exmate_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 1.0, length_normalize: bool = True,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def ipo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def ipo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def ipo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, tau: float = 0.1, length_normalize: bool = True,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def simpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 2.0, gamma: float = 0.5,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sequence_unlikelihood_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, alpha: float = 1.0, length_normalize: bool = False,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def slic_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, delta: float = 1.0, lam: float = 0.0,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -367,227 +408,248 @@ def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def cpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, gamma: float = 0.0,
     lam: float = 1.0, length_normalize: bool = False, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def orpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def orpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def orpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
-def orpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
-def orpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, lam: float = 0.1, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+def rdpo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
+    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def rdpo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 0.01,
-    ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, lam: float = 1.0, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def exo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def exo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, epsilon: float = 0.001,
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sppo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_pair_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_zero_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_down_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -595,27 +657,27 @@ def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def infonca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
-    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -623,80 +685,86 @@ def nca_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
     group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor: ...
+@overload
+def nca_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
+    group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+@overload
+def nca_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
+    group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+    temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
+    engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
+    sort_vocab: bool = False, workspace: int = 536870912,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
+
+@overload
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
-def nca_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
-    group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
-def nca_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, tau: float = 1.0,
-    group_size: int | None = None, ref: Reference, rewards: Tensor, cu_seqlens: Tensor | None = None,
-    data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
+def swepo_loss(
+    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
+    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
+    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
     workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor: ...
-@overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-@overload
-def swepo_loss(
-    hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, alpha: float = 1.0, p: int = 2,
-    mode: Literal["above_mean", "one_vs_all"] = "above_mean", group_size: int | None = None, ref: Reference,
-    rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
-
-@overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rnce_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, ref: Reference, group_size: int,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -704,27 +772,30 @@ def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mc_po_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1,
     sampler: Literal["mc", "max", "min", "random"] = "mc", m: int = 1, generator: torch.Generator | None = None,
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -732,25 +803,28 @@ def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor: ...
 @overload
 def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: Literal[True], impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def multi_dpo_loss(
     hidden: Tensor, head: Tensor | LMHead, target: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0,
     pairing: Literal["best", "all"] = "best", group_size: int | None = None, ref: Reference, rewards: Tensor,
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
-    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, reduction: str = "mean",
-    return_metrics: bool, impl: str = "auto", engine: str | None = None, path: str = "auto",
-    grad_tolerance: float | str | None = None, sort_vocab: bool = False, workspace: int = 536870912,
+    sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
+    reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
+    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
+    workspace: int = 536870912,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...

@@ -10,6 +10,7 @@ G groups, K responses of a group.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
@@ -258,8 +260,8 @@ def make_call(
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHead:
-    """What can be refused of the tensors from shapes, dtypes and devices alone."""
+def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperature: float = 1.0) -> LMHead:
+    """What can be refused of the tensors from shapes, dtypes and devices alone; and the head at the temperature."""
     head = as_head(head)
     weight, bias = head.weight, head.bias
     for name, given in (("hidden", hidden), ("head.weight", weight), ("target", target)):
@@ -294,13 +296,48 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHea
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
+    _check_transforms({"hidden": hidden, "head.weight": weight, "head.bias": bias})
     softcap, scale = head.softcap, head.scale
     if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
         raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")
     if not _is_number(scale) or not abs(scale) < 1e30:
         raise ValueError(f"head.scale: expected a finite number, got {scale}")
     _check_shard(head.shard, weight.shape[0])
-    return head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale))
+    return _at_temperature(
+        head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale)), temperature
+    )
+
+
+def _at_temperature(head: LMHead, temperature: float) -> LMHead:
+    """The head whose logits are z / T: c · tanh(s / c) / T = c' · tanh(s' / c') with c' = c / T and s' = s / T."""
+    if not _is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive finite number, got {temperature!r}")
+    scale, softcap = head.scale / temperature, None if head.softcap is None else head.softcap / temperature
+    if not abs(scale) < 1e30 or not (softcap is None or 1e-30 < softcap < 1e30):
+        raise ValueError(
+            "temperature: expected one that leaves the head's scale below 1e30 and its soft-cap from 1e-30 to 1e30, "
+            f"got {temperature!r} with scale={head.scale} and softcap={head.softcap}"
+        )
+    return head._replace(softcap=softcap, scale=scale)
+
+
+def _in_transform(x: Tensor) -> bool:
+    forward = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():  # a trace shows no tangents
+        return forward
+    functorch: Any = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or (forward and forward_ad.unpack_dual(x).tangent is not None)
+
+
+def _check_transforms(tensors: dict[str, Tensor | None]) -> None:
+    """Refuse tangents, which the operators would drop, and `torch.func`, for whose transforms they have no rule."""
+    for name, x in tensors.items():
+        if x is not None and _in_transform(x):
+            raise ValueError(
+                f"{name}: expected a tensor without tangent, outside the transforms of torch.func (jvp, jacfwd, grad, "
+                "vmap, …), got one inside; use backward() or torch.autograd.grad, or rgpb.reference, the dense form, "
+                "which serves them all"
+            )
 
 
 def _check_shard(shard: VocabShard | None, rows: int) -> None:
@@ -457,11 +494,11 @@ def check_groups(
 
 def reference_scores(
     spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
-    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores],
+    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
     """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B].
 
-    score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way.
+    score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way; None where it can't.
     """
     if ref is None:
         if spec.ref is not None:
@@ -469,41 +506,47 @@ def reference_scores(
         return None, None
     if spec.ref is None and is_registered(spec):
         raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
-    if isinstance(ref, Tensor):
-        if ref.shape == (layout.responses,) and ref.shape != target.shape:
-            if spec.ref == "tokens":
-                raise ValueError(
-                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
-                    f"got one sum per response, {list(ref.shape)}"
-                )
-            _check_ref("ref", ref, ref.shape, hidden)
-            there = layout.tokens > 0
-            _check_logp("ref", ref, there)
-            return None, torch.where(there, ref.detach().double(), 0.0)
-        _check_ref("ref", ref, target.shape, hidden)
-        _check_logp("ref", ref, target != ignore_index)
-        logp = ref.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
-        # log(1 − p) from log p, each branch where it is exact
-        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
-        scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
-    elif isinstance(ref, TokenScores):
-        scores = ref
-        for name in ("logp", "log_odds"):
-            _check_ref(f"ref.{name}", getattr(ref, name), target.shape, hidden)
-        scored = (scores.logp != 0) | (scores.log_odds != 0) | (scores.lse != 0)
-        _check_logp("ref.logp", torch.where(scored, scores.logp, torch.nan), target != ignore_index)
-    elif isinstance(ref, tuple) and len(ref) == 2:
+    if isinstance(ref, Tensor) and ref.shape == (layout.responses,) and ref.shape != target.shape:
+        if spec.ref == "tokens":
+            raise ValueError(
+                f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
+                f"got one sum per response, {list(ref.shape)}"
+            )
+        _check_ref("ref", ref, ref.shape, hidden)
+        there = layout.tokens > 0
+        _check_logp("ref", ref, there)
+        return None, torch.where(there, ref.detach().double(), 0.0)
+    if isinstance(ref, Tensor | TokenScores):
+        scores = check_scores("ref", ref, target, hidden, ignore_index)
+    elif isinstance(ref, tuple) and len(ref) == 2 and score is not None:
         with torch.no_grad():
             scores = score(*ref, target)
     else:
-        raise ValueError(
-            "ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), "
-            f"got {type(ref).__name__}"
-        )
+        pair = "" if score is None else " or (ref_hidden, ref_head)"
+        raise ValueError(f"ref: expected TokenScores, a tensor of log-probabilities{pair}, got {type(ref).__name__}")
     flat = TokenScores(
         *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
     )
     return flat, layout.sum(flat.logp)
+
+
+def check_scores(
+    name: str, given: TokenScores | Tensor, target: Tensor, hidden: Tensor, ignore_index: int
+) -> TokenScores:
+    """Scores of each token, detached; of log-probabilities alone the log-odds are made from them."""
+    counts = target != ignore_index
+    if isinstance(given, Tensor):
+        _check_ref(name, given, target.shape, hidden)
+        _check_logp(name, given, counts)
+        logp = given.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
+        # log(1 − p) from log p, each branch where it is exact
+        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
+        return TokenScores(logp, logp - complement, torch.zeros_like(logp))
+    for field in ("logp", "log_odds", "lse"):
+        _check_ref(f"{name}.{field}", getattr(given, field), target.shape, hidden)
+    scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
+    _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
+    return TokenScores(*(None if x is None else x.detach() for x in given))  # type: ignore[arg-type]
 
 
 def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
