@@ -586,6 +586,20 @@ def test_the_loss_of_what_was_drawn(m):
     assert not made[0][~keep].any()
 
 
+def test_what_was_not_drawn_is_no_negative():
+    """Also where the objective is called by itself, on all candidates."""
+    _, seen = responses(lengths=[3, 5, 2, 4, 1, 6, 2, 2], group_size=4)
+    options = {"beta": 0.5, "m": 2, "sampler": "max"}
+    values = OBJECTIVES["mc_po"].function(seen, **options)
+    keep = seen.groups(draw_negatives(seen, options))
+    ratios = 0.5 * seen.groups(seen.log_ratios())
+    wanted = [-(its[kept].log_softmax(0)[0]) for its, kept in zip(ratios, keep)]
+    assert keep.sum(1).tolist() == [3, 3]
+    torch.testing.assert_close(values, torch.stack(wanted))
+    with pytest.raises(ValueError, match="m: expected a whole number from 1 to 3, the candidates of a group, got 0"):
+        OBJECTIVES["mc_po"].function(seen, m=0)
+
+
 def test_drawing_with_a_generator_leaves_the_global_state_alone():
     hidden, weight, target, ref = batch(6)
     torch.manual_seed(4)

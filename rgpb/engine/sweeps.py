@@ -135,10 +135,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
 
 
 def _score_fake(t: Tensors, call: Call) -> Scored:
-    hidden, weight, target = t.hidden, t.weight, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     acc, positions, skip = acc_dtype(weight.dtype), target.shape, call.tolerance is not None
     return Scored(
         hidden.new_empty(positions, dtype=acc),
@@ -234,13 +231,11 @@ def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> Non
     call = Call.parse(text)
     t = Tensors.unpack(inputs, call)
     p = Problem.of(t._replace(hidden=accumulated), call)
-    assert t.z_y is not None
-    assert t.g_zy is not None
-    assert t.g_lo is not None
+    z_y, g_zy, g_lo = t.need("z_y", "g_zy", "g_lo")
     kept = p.target != call.ignore_index
     with p.running():
-        rest = (t.g_zy + t.g_lo) * p.epilogue().jacobian(t.z_y)
-        rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, t.g_lo, 0)[:, None]
+        rest = (g_zy + g_lo) * p.epilogue().jacobian(z_y)
+        rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
         target = torch.where(kept, p.target, 0)
         step = max(1, min(1 << 24, call.workspace) // (4 * 8 * p.weight.shape[1]))
         for rows in spans(len(target), step):
@@ -324,10 +319,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
-    hidden, weight, target = t.hidden, t.weight, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     statistic = hidden.new_empty(target.shape, dtype=acc_dtype(weight.dtype))
     nothing = [hidden.new_empty(0) for _ in range(3)]
     need_hidden, need_weight, need_bias = call.needs
@@ -385,11 +377,8 @@ def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
     """Gradients of hidden, weight and bias from recomputed logits, empty where not needed; and with a tolerance the
     report: the bound of each position and the share of tiles that were skipped."""
     p = Problem.of(t, call)
-    assert t.z_y is not None
-    assert t.lse_other is not None
-    assert t.g_zy is not None
-    assert t.g_lo is not None
-    statistics, upstream = Statistics(t.z_y, t.lse_other, t.h_o), Upstream(t.g_zy, t.g_lo, t.g_ho)
+    z_y, lse_other, g_zy, g_lo = t.need("z_y", "lse_other", "g_zy", "g_lo")
+    statistics, upstream = Statistics(z_y, lse_other, t.h_o), Upstream(g_zy, g_lo, t.g_ho)
     need_hidden, need_weight, need_bias = call.needs
     dhidden, report = p.hidden.new_empty(0), p.hidden.new_empty(0, dtype=torch.float32)
     dweight: Tensor | None = None
@@ -411,15 +400,12 @@ def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
 
 
 def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
-    hidden, weight, bias, target = t.hidden, t.weight, t.bias, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     need_hidden, need_weight, need_bias = call.needs
     return [
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
+        torch.empty_like(t.bias) if need_bias and t.bias is not None else weight.new_empty(0),
         hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
     ]
 
