@@ -206,6 +206,11 @@ class _Call:
         wanted = shifted if labels is None else labels
         if not isinstance(ids, Tensor) or not isinstance(wanted, Tensor) or ids.dim() != 2:
             raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
+        if not ids.numel():
+            raise ValueError(
+                f"input_ids: expected at least one row, got shape {list(ids.shape)}, which transformers doesn't take; a "
+                f"rank that has nothing gives a row whose labels are all {IGNORE}"
+            )
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
         if shifted is not None:
