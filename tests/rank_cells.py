@@ -329,3 +329,34 @@ def compiled(**cut):
             p, more = columns_of(p, cuts(cut["sequence"], 5)[rank]), {"sequence_group": dist.group.WORLD}
         made.append(call(p, "dpo", **more))
     return made
+
+
+def held_beyond(tokens, width, vocab, workspace, name):
+    """Bytes that a step holds at its worst beyond inputs and gradients, and what the plan says of it."""
+    from rgpb.bench.measure import peak_memory
+    from rgpb.engine.plan import plan, shard_held, sizes
+
+    group, ranks = dist.group.WORLD, dist.get_world_size()
+    rows = vocab // ranks
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    weight = torch.randn(rows, width, generator=generator).requires_grad_()
+    hidden = torch.randn(4, tokens // 4, width, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    target = torch.randint(vocab, (4, tokens // 4), generator=torch.Generator().manual_seed(9))
+    target[:, ::4] = -100
+    tokens = int((target != -100).sum())
+    head = LMHead(weight, shard=VocabShard.of(group, rows))
+    given = {"label": torch.tensor([1, -1, 1, -1]), "ref": torch.full(target.shape, -3.0)} if name == "bnf" else {}
+
+    class Result:
+        gradients = ()
+
+    def step():
+        hidden.grad = weight.grad = None
+        fused_loss(hidden, head, target, objective=name, workspace=workspace, **given).backward()
+        Result.gradients = (hidden.grad, weight.grad)
+        return Result
+
+    own = sizes(rows, width, torch.float32, torch.float32, "cpu", "cpp")
+    planned = plan(tokens, own, ("cpp", "torch"), hidden_grad=True, weight_grad=True, couples="batch", path="two_pass",
+                   workspace=workspace)  # fmt: skip
+    return peak_memory(step, "cpu").extra, planned.extra_bytes + shard_held(tokens, width, 4)

@@ -268,3 +268,12 @@ def test_compiled(ranks, cut):
     for compiled, eager in ranks(2)(cells.compiled, **cut):
         for kind in ("loss", "hidden", "weight"):
             close(compiled[kind], eager[kind], 1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workspace", [4, 16, 64])
+def test_a_rank_holds_what_the_plan_says(ranks, workspace):
+    """To within a tenth, beyond inputs and gradients."""
+    for tokens, width, vocab in ((2048, 256, 32768), (4096, 128, 65536)):
+        for held, planned in ranks(4)(cells.held_beyond, tokens, width, vocab, workspace << 20, "bnf"):
+            assert 0.9 * planned <= held <= 1.02 * planned

@@ -434,7 +434,7 @@ def shard_traffic(tokens: int, width: int, acc: int, entropy: bool, hidden_grad:
 
 
 def shard_held(tokens: int, width: int, acc: int) -> int:
-    """Bytes that a sharded head takes beyond a whole one's: at most X and dX [N, H] in accumulators."""
+    """Bytes that a sharded head takes beyond a whole one: X and dX [N, H] in accumulators, of tokens that count."""
     return 2 * tokens * width * acc
 
 
