@@ -48,7 +48,8 @@ class Run(NamedTuple):
         checkpointing: "", "reentrant" or "plain".
         dense: from the model's own logits.
         compiled: torch.compile(model), wrapped.
-        scored: scores all data without gradients between backward and step; "own" calls the model itself.
+        scored: what runs without gradients between backward and step: "scores", "loss", or "own", the model itself;
+            "pending": scores, between forward and backward.
     """
 
     how: str | None = "ddp"
@@ -196,6 +197,7 @@ def zero(model: Any, stage: int, run: Run) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2 if run.data in ("accumulated", "synced") else 1,
         "zero_optimization": sharding,
+        "gradient_clipping": 0.0,  # else 1.0
         "zero_allow_untested_optimizer": True,  # torch's own AdamW
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.bf16},
@@ -235,8 +237,9 @@ def score(run: Run, wrapped: Any, batch: dict[str, Tensor]) -> Any:
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         if run.scored == "own":
-            return wrapped(**inputs).logits
-        if run.scored == "evaluated":
+            wrapped(**inputs)
+            return wrapped.reshard() if hasattr(wrapped, "reshard") else None
+        if run.scored == "loss":
             return hf.loss(wrapped, inputs, "mle")
         return hf.token_scores(wrapped, inputs)
 
@@ -262,6 +265,8 @@ def steps_of(run: Run, model: Any, wrapped: Any) -> Trained:
             with unsynchronised(wrapped, run, last):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     loss = loss_of(wrapped, batch, named, run.dense)
+                if run.scored == "pending":
+                    score(run, wrapped, batch)
                 if engine:
                     engine.backward(loss)
                 else:
@@ -272,7 +277,7 @@ def steps_of(run: Run, model: Any, wrapped: Any) -> Trained:
                     gradients = tensors_of(model, wrapped, gradients=True)
             if engine:
                 engine.step()
-        if run.scored:
+        if run.scored and run.scored != "pending":
             score(run, wrapped, micros[0])
         if not engine:
             optimizer.step()

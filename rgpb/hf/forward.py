@@ -18,7 +18,7 @@ from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
 from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
-from rgpb.hf.wrappers import around, base_of, is_bare_replica
+from rgpb.hf.wrappers import around, base_of, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -223,7 +223,8 @@ class _Call:
                 raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
             return run(hidden if self.cu_seqlens is None else hidden[0], head)
 
-        return self.model(**self.inputs, rgpb=Step(inside))
+        with resharding(self.model):
+            return self.model(**self.inputs, rgpb=Step(inside))
 
     def check_replicas(self) -> None:
         """Refuse to train replicas that nothing keeps together."""
