@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from rgpb import fused_loss, hf
 
@@ -47,7 +48,8 @@ class Run(NamedTuple):
         bf16: the wrapper's own mixed precision; autocast where it has none.
         checkpointing: "", "reentrant" or "plain".
         dense: from the model's own logits.
-        compiled: torch.compile(model), wrapped.
+        compiled: torch.compile, "inside" or "outside" the wrapper.
+        lora: PEFT's adapters, and what a loss needs as reference is the model without them.
         scored: what runs without gradients between backward and step: "scores", "loss", or "own", the model itself;
             "pending": scores, between forward and backward.
     """
@@ -58,7 +60,8 @@ class Run(NamedTuple):
     bf16: bool = False
     checkpointing: str = ""
     dense: bool = False
-    compiled: bool = False
+    compiled: str = ""
+    lora: bool = False
     scored: str = ""
     steps: int = 5
 
@@ -84,6 +87,15 @@ def model_of(tied: bool = False) -> transformers.LlamaForCausalLM:
             if parameter.dim() > 1 or name.endswith("bias"):
                 parameter.normal_(0, 0.2)
     return model
+
+
+def adapted(model: Any) -> Any:
+    """With LoRA in its attention, away from where it starts; the same on every rank."""
+    import peft
+
+    torch.manual_seed(2)
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, adapters)
 
 
 def batch_of(unit: int, empty: int = 0) -> dict[str, Tensor]:
@@ -119,18 +131,20 @@ def micro_batches(run: Run) -> list[dict[str, Tensor]]:
     return [share(batch, slice(first, first + size)) for first in range(rank * each, (rank + 1) * each, size)]
 
 
-def loss_of(model: Any, batch: dict[str, Tensor], named: dict[str, Any], dense: bool = False) -> Any:
+def loss_of(model: Any, batch: dict[str, Tensor], run: Run) -> Any:
+    named = OBJECTIVES[run.objective]
     options = {k: v for k, v in named.items() if k not in ("objective", "unit")}
     batch = dict(batch)
     number, unit = batch.pop("number"), named["unit"]
-    options["ref"] = batch.pop("ref")
+    ref = batch.pop("ref")
+    options["ref"] = "base" if run.lora else ref
     if unit == 1:
         options["label"] = number[:, 0] % 3 != 0
     if named["objective"] == "swepo":
         options["rewards"] = number.float().mul(1.7).sin().view(-1, unit)
     if named["objective"] == "mc_po":
         options["group_size"] = unit
-    if not dense:
+    if not run.dense:
         return hf.loss(model, batch, named["objective"], **options)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     # what has the logits as hidden states and no head is a dense log-softmax in their precision
@@ -143,16 +157,18 @@ def wrap(run: Run, model: Any) -> Any:
     if how is None or how == "bare":
         return model
     if how.startswith("ddp"):
-        return nn.parallel.DistributedDataParallel(
-            torch.compile(model) if run.compiled else model,
+        compiled = functools.partial(torch.compile, backend="aot_eager")  # its graphs, without the time of a compiler
+        wrapped = nn.parallel.DistributedDataParallel(
+            compiled(model) if run.compiled == "inside" else model,
             static_graph=how == "ddp_static", find_unused_parameters=how == "ddp_unused",
         )  # fmt: skip
+        return compiled(wrapped) if run.compiled == "outside" else wrapped
     if how == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
         return FullyShardedDataParallel(
-            model, auto_wrap_policy=ModuleWrapPolicy({type(model.model.layers[0])}), use_orig_params=True,
+            model, auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}), use_orig_params=True,
             mixed_precision=MixedPrecision(torch.bfloat16, torch.float32, torch.float32) if run.bf16 else None,
             device_id=torch.device("cpu"),
         )  # fmt: skip
@@ -169,8 +185,9 @@ def fsdp2(model: Any, how: str, bf16: bool) -> Any:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     shard = functools.partial(fully_shard, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
     if how != "fsdp2":
-        for layer in model.model.layers:
-            shard(layer)
+        for module in model.modules():
+            if isinstance(module, LlamaDecoderLayer):
+                shard(module)
     if how == "fsdp2_norm":
         shard([model.model.norm, model.lm_head])
     if how == "fsdp2_head":
@@ -207,10 +224,12 @@ def zero(model: Any, stage: int, run: Run) -> Any:
 
 
 def names_of(model: nn.Module) -> Any:
+    """What is trained, by the names that it has without wrappers."""
     for name, parameter in model.named_parameters():
-        for part in ("_fsdp_wrapped_module.", "_orig_mod."):
+        for part in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
             name = name.replace(part, "")
-        yield name.removeprefix("module."), parameter
+        if parameter.requires_grad:
+            yield name, parameter
 
 
 def tensors_of(model: Any, wrapped: Any, gradients: bool) -> dict[str, Tensor]:
@@ -246,12 +265,14 @@ def score(run: Run, wrapped: Any, batch: dict[str, Tensor]) -> Any:
 
 def train(run: Run) -> Trained:
     """On the first rank alone the results, elsewhere nothing."""
-    model = model_of(tied=run.how == "fsdp2_tied")
+    model: Any = model_of(tied=run.how == "fsdp2_tied")
+    if run.lora:
+        model = adapted(model)
     return steps_of(run, model, wrap(run, hf.attach(model, sync_elsewhere=run.how == "bare")))
 
 
 def steps_of(run: Run, model: Any, wrapped: Any) -> Trained:
-    named, micros = OBJECTIVES[run.objective], micro_batches(run)
+    micros = micro_batches(run)
     if run.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": run.checkpointing == "reentrant"})
     engine = wrapped if run.how in ZERO else None
@@ -264,7 +285,7 @@ def steps_of(run: Run, model: Any, wrapped: Any) -> Trained:
             last = number == len(micros) - 1
             with unsynchronised(wrapped, run, last):
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    loss = loss_of(wrapped, batch, named, run.dense)
+                    loss = loss_of(wrapped, batch, run)
                 if run.scored == "pending":
                     score(run, wrapped, batch)
                 if engine:
@@ -299,29 +320,128 @@ def unsynchronised(wrapped: Any, run: Run, last: bool) -> Any:
 
 
 @functools.cache
-def alone(objective: str, data: str, tied: bool) -> Trained:
-    """One process in float32 on all of the data."""
-    run = Run(None, objective, data if data == "empty" else "uneven")
-    model = model_of(tied)
-    return steps_of(run, model, hf.attach(model))
+def alone(run: Run) -> Trained:
+    """One process in float32 on all of the data; `run` as `expected` makes it."""
+    model: Any = model_of(tied=run.how == "fsdp2_tied")
+    if run.lora:
+        model = adapted(model)
+    return steps_of(run._replace(how=None), model, hf.attach(model))
 
 
 def expected(run: Run) -> Trained:
-    return alone(run.objective, "empty" if run.data == "empty" else "uneven", run.how == "fsdp2_tied")
+    """What one process would find."""
+    how, data = ("fsdp2_tied" if run.how == "fsdp2_tied" else None), "empty" if run.data == "empty" else "uneven"
+    return alone(Run(how, run.objective, data, lora=run.lora, steps=run.steps))
 
 
 def errors(found: Trained, right: Trained) -> dict[str, float]:
     """The largest of each kind: of a tensor, relative to its norm, or to 1 % of the largest one's.
 
     Raises:
-        AssertionError: tensors of other names, or gradients that are all zero.
+        AssertionError: other tensors, or such that are all zero.
     """
     worst = {"loss": abs(found.loss - right.loss) / max(abs(right.loss), 1e-2)}
     for kind in ("gradients", "weights"):
         ours, theirs = getattr(found, kind), getattr(right, kind)
+        assert theirs
         assert ours.keys() == theirs.keys()
         norms = {name: x.norm().item() for name, x in theirs.items()}
         floor = 0.01 * max(norms.values())
         assert all(norms.values()), f"{kind} that are all zero"
         worst[kind] = max((ours[n] - x).norm().item() / max(norms[n], floor) for n, x in theirs.items())
     return worst
+
+
+def distances(found: Trained, right: Trained) -> tuple[float, float]:
+    """Of the losses, and of all gradients together: relative."""
+    both = [torch.cat([t.gradients[n].flatten() for n in sorted(t.gradients)]) for t in (found, right)]
+    return abs(found.loss - right.loss) / abs(right.loss), ((both[0] - both[1]).norm() / both[1].norm()).item()
+
+
+# -- other ways to get there, each run on every rank --------------------------------------------------------------------
+
+
+def with_accelerate(attached_first: bool) -> tuple[Trained, float, float]:
+    """A step by Accelerator.prepare in bf16; the loss of all data from the wrapped and from the unwrapped model."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    run, model = Run("ddp", bf16=True, steps=1), model_of()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        if attached_first:
+            hf.attach(model)
+        wrapped = accelerator.prepare(model)
+        if not attached_first:
+            hf.attach(wrapped)
+        trained = steps_of(run._replace(bf16=False), model, wrapped)
+        batch = micro_batches(run)[0]
+        before = loss_of(wrapped, batch, run).item()
+        with torch.no_grad():
+            bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+            after = loss_of(bare, batch, run).item()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return trained, before, after
+
+
+def with_trainer(divides: bool) -> dict[str, Tensor]:
+    """Weights after three steps of SGD by transformers' Trainer, each over two micro-batches of every rank."""
+    import tempfile
+
+    from accelerate.state import AcceleratorState
+    from torch.optim.lr_scheduler import LambdaLR
+
+    class PreferenceTrainer(transformers.Trainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            if divides:
+                self.model_accepts_loss_kwargs = False
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore
+            loss = loss_of(model, inputs, Run(objective="dpo"))
+            return (loss, {"loss": loss}) if return_outputs else loss
+
+    model, batch = model_of(), batch_of(2)
+    rows = [{name: x[unit] for name, x in batch.items()} for unit in range(UNITS)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0,
+            remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False, save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = PreferenceTrainer(
+            model, arguments, train_dataset=rows,  # type: ignore[arg-type]
+            data_collator=lambda units: share({n: torch.stack([u[n] for u in units]) for n in units[0]}, slice(None)),
+            optimizers=(optimizer, LambdaLR(optimizer, lambda _: 1.0)),
+        )  # fmt: skip
+        trainer.train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return tensors_of(model, model, gradients=False)
+
+
+def by_sgd() -> dict[str, Tensor]:
+    """The same in one process."""
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss_of(model, share(batch_of(2), slice(None)), Run(objective="dpo")).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tensors_of(model, model, gradients=False)
+
+
+def refused(what: str) -> str:
+    """What is said to a model that can't be trained."""
+    model: Any = model_of()
+    if what == "parts":
+        model = nn.DataParallel(model)
+    elif what != "bare":
+        model = wrap(Run(what), model)
+    batch = micro_batches(Run())[0]
+    try:
+        loss_of(model, batch, Run())
+    except ValueError as error:
+        return str(error)
+    return "nothing"
