@@ -72,12 +72,17 @@ def test_a_wrong_gradient_is_noticed(ranks):
     assert wrapped.errors(ranks(2)(wrapped.train, run)[0], wrapped.expected(run))["gradients"] > 0.1
 
 
-@pytest.mark.parametrize("scored", ("scores", "loss", "pending", "own"))
-@pytest.mark.parametrize("how", marked(("ddp", "fsdp1", "fsdp2", "fsdp2_norm", "zero3")))
+@pytest.mark.parametrize(
+    ("how", "scored"),
+    [
+        *marked(("ddp", "fsdp1", "fsdp2", "fsdp2_norm", "zero3"), "scores"),
+        *marked(("fsdp1", "fsdp2_norm", "zero3"), "loss"),
+        *marked(("fsdp1", "fsdp2_norm", "zero3"), "pending"),
+        *marked(("fsdp2", "fsdp2_norm", "zero3"), "own"),  # FSDP1 has no public way to shard its outermost unit again
+    ],
+)
 def test_scores_leave_the_weights_right(ranks, how, scored):
     """What runs without gradients between backward and step, or between forward and backward."""
-    if (how, scored) == ("fsdp1", "own"):
-        pytest.xfail("torch: the outermost unit stays whole, and FSDP1 has no public way to shard it")
     check(ranks, Run(how, "sum", scored=scored, steps=3))
 
 
@@ -103,10 +108,10 @@ def test_adapters_beside_their_base(ranks, how):
 @pytest.mark.parametrize("attached_first", [False, True])
 def test_accelerate(ranks, attached_first):
     """Its autocast is the one around DDP, to the bit; unwrapped, the model is in float32 again."""
-    trained, before, after = ranks(2)(wrapped.with_accelerate, attached_first)[0]
+    trained, before, after, right = ranks(2)(wrapped.with_accelerate, attached_first)[0]
     theirs = ranks(2)(wrapped.train, Run("ddp", bf16=True, steps=1))[0]
     assert max(wrapped.errors(trained, theirs).values()) <= EXACT
-    assert 0 < abs(before - after) <= 2**-6 * abs(after)
+    assert before != after == right
 
 
 def test_trainer(ranks):

@@ -361,8 +361,8 @@ def distances(found: Trained, right: Trained) -> tuple[float, float]:
 # -- other ways to get there, each run on every rank --------------------------------------------------------------------
 
 
-def with_accelerate(attached_first: bool) -> tuple[Trained, float, float]:
-    """A step by Accelerator.prepare in bf16; the loss of all data from the wrapped and from the unwrapped model."""
+def with_accelerate(attached_first: bool) -> tuple[Trained, float, float, float]:
+    """A step by Accelerator.prepare in bf16; the loss afterwards, wrapped, unwrapped and of a model never wrapped."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -380,9 +380,12 @@ def with_accelerate(attached_first: bool) -> tuple[Trained, float, float]:
         with torch.no_grad():
             bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
             after = loss_of(bare, batch, run).item()
+            other = model_of()
+            other.load_state_dict(bare.state_dict())
+            right = loss_of(other, batch, run).item()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    return trained, before, after
+    return trained, before, after, right
 
 
 def with_trainer(divides: bool) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def install(model: PreTrainedModel) -> Attached:
     """Let a model's forward take `rgpb=`. One that does stays as it is."""
     found = attached_to(model)
     if found is None:
-        found = Attached(model.forward)
-        model.__dict__["_rgpb"] = found
+        found = model.__dict__.setdefault("_rgpb", Attached(model.forward))  # one that was taken off holds the head
+        found.forward = model.forward
         model.forward = MethodType(_taking_step(getattr(model.forward, "__func__", model.forward)), model)
     return found
