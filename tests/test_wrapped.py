@@ -11,6 +11,12 @@ from covering import covering as rows
 from wrapped import DATA, DDP, FSDP, OBJECTIVES, ZERO, Run
 
 EXACT = 1e-6  # float32, relative to a tensor's norm
+WRAPPERS = DDP | FSDP | ZERO
+# What each column of the documents' table was run with
+BF16 = ("ddp", "fsdp1", "fsdp2_norm", "fsdp2_tied", "zero2", "zero3")
+LORA = ("ddp", "fsdp1", "fsdp2_layers", "zero2", "zero3")
+SCORES = ("ddp", "fsdp1", "fsdp2", "fsdp2_norm", "zero3")
+FOUR = ("ddp", "fsdp1", "fsdp2_norm")
 PAGE = Path(__file__).parents[1] / "docs/integrate.md"
 STEPS = 5 if covering.FULL else 3
 
@@ -48,14 +54,14 @@ def test_deepspeed_is_one_process(ranks, how, objective, data):
 
 
 @full
-@pytest.mark.parametrize("objective", ("bnf", "dpo", "mc_po"))
+@pytest.mark.parametrize("objective", ["bnf", "dpo", "mc_po"])
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("how", ("ddp", "fsdp1", "fsdp2_norm"))
+@pytest.mark.parametrize("how", FOUR)
 def test_four_ranks_are_one_process(ranks, how, data, objective):
     check(ranks, Run(how, objective, data, steps=3), world=4)
 
 
-@pytest.mark.parametrize("how", marked(("ddp", "fsdp1", "fsdp2_norm", "fsdp2_tied", "zero2", "zero3")))
+@pytest.mark.parametrize("how", marked(BF16))
 @pytest.mark.parametrize("objective", ["bnf", *(pytest.param(name, marks=full) for name in ("dpo", "swepo"))])
 def test_mixed_precision_loses_no_more_than_the_models_own_logits(ranks, how, objective):
     run = Run(how, objective, bf16=True, steps=1)
@@ -75,10 +81,11 @@ def test_a_wrong_gradient_is_noticed(ranks):
 @pytest.mark.parametrize(
     ("how", "scored"),
     [
-        *marked(("ddp", "fsdp1", "fsdp2", "fsdp2_norm", "zero3"), "scores"),
+        *marked(SCORES, "scores"),
         *marked(("fsdp1", "fsdp2_norm", "zero3"), "loss"),
         *marked(("fsdp1", "fsdp2_norm", "zero3"), "pending"),
         *marked(("fsdp2", "fsdp2_norm", "zero3"), "own"),  # FSDP1 has no public way to shard its outermost unit again
+        *marked(("fsdp1", "fsdp2"), "after"),
     ],
 )
 def test_scores_leave_the_weights_right(ranks, how, scored):
@@ -87,20 +94,20 @@ def test_scores_leave_the_weights_right(ranks, how, scored):
 
 
 @full
-@pytest.mark.parametrize("checkpointing", ("plain", "reentrant"))
-@pytest.mark.parametrize("how", marked((*DDP, *FSDP, *ZERO)))
+@pytest.mark.parametrize("checkpointing", ["plain", "reentrant"])
+@pytest.mark.parametrize("how", marked(WRAPPERS))
 def test_checkpointing(ranks, how, checkpointing):
     check(ranks, Run(how, "sum", checkpointing=checkpointing, steps=3))
 
 
 @full
 @pytest.mark.compile
-@pytest.mark.parametrize("compiled", ("inside", "outside"))
+@pytest.mark.parametrize("compiled", ["inside", "outside"])
 def test_compiled(ranks, compiled):
     check(ranks, Run("ddp", "sum", compiled=compiled, steps=3))
 
 
-@pytest.mark.parametrize("how", marked(("ddp", "fsdp1", "fsdp2_layers", "zero2", "zero3")))
+@pytest.mark.parametrize("how", marked(LORA))
 def test_adapters_beside_their_base(ranks, how):
     check(ranks, Run(how, "dpo", lora=True, steps=3))
 
@@ -136,3 +143,19 @@ def test_trainer(ranks):
 )
 def test_refusals(ranks, what, said):
     assert all(said in answer for answer in ranks(2)(wrapped.refused, what))
+
+
+def table():
+    """What is run above, as docs/integrate.md has it."""
+    columns = ("float32", "bf16", "two micro-batches", "checkpointing", "four ranks", 'LoRA, `ref="base"`', "scores")
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for how, name in WRAPPERS.items():
+        accumulated = "synchronised" if static_and_unsynchronised(Run(how, data="accumulated")) else "yes"
+        cells = ["yes", *("yes" if how in column else "" for column in (BF16, FOUR, LORA, SCORES))]
+        cells[2:2] = [accumulated, "yes"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_documents_name_what_is_run():
+    assert table() in PAGE.read_text(encoding="utf-8"), table()

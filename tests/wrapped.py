@@ -31,9 +31,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "mc_po": {"objective": "mc_po", "unit": K, "beta": 0.5, "m": 1, "sampler": "max"},
     "kto": {"objective": "kto", "unit": 1, "beta": 0.5, "z0": 0.2},  # a number: the mean of a batch is each rank's own
 }
-DDP = ("ddp", "ddp_static", "ddp_unused")
-FSDP = ("fsdp1", "fsdp2", "fsdp2_layers", "fsdp2_norm", "fsdp2_head", "fsdp2_tied")
-ZERO = ("zero1", "zero2", "zero3")
+# As docs/integrate.md calls them
+DDP = {"ddp": "DDP", "ddp_static": "DDP, `static_graph`", "ddp_unused": "DDP, `find_unused_parameters`"}
+FSDP = {
+    "fsdp1": "FSDP1, a unit for each layer",
+    "fsdp2": "FSDP2, one unit",
+    "fsdp2_layers": "FSDP2, a unit for each layer",
+    "fsdp2_norm": "FSDP2, and one for last norm and head",
+    "fsdp2_head": "FSDP2, and one for the head",
+    "fsdp2_tied": "FSDP2, a unit for each layer, tied head",
+}
+ZERO = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 # `empty`: the last rank has no token. `accumulated`: two micro-batches a step, of which the first isn't synchronised;
 # `synced`: both are
 DATA = ("uneven", "empty", "accumulated", "synced")
@@ -51,7 +59,7 @@ class Run(NamedTuple):
         compiled: torch.compile, "inside" or "outside" the wrapper.
         lora: PEFT's adapters, and what a loss needs as reference is the model without them.
         scored: what runs without gradients between backward and step: "scores", "loss", or "own", the model itself;
-            "pending": scores, between forward and backward.
+            "pending": scores, between forward and backward; "after": the model itself, after the step.
     """
 
     how: str | None = "ddp"
@@ -147,8 +155,9 @@ def loss_of(model: Any, batch: dict[str, Tensor], run: Run) -> Any:
     if not run.dense:
         return hf.loss(model, batch, named["objective"], **options)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    # what has the logits as hidden states and no head is a dense log-softmax in their precision
-    return fused_loss(logits, torch.eye(V), hf.aligned_targets(batch["labels"]), objective=named["objective"], **options)
+    # with the logits as hidden states and nothing as head: a dense log-softmax in float32
+    target = hf.aligned_targets(batch["labels"])
+    return fused_loss(logits, torch.eye(V), target, objective=named["objective"], **options)
 
 
 def wrap(run: Run, model: Any) -> Any:
@@ -178,7 +187,7 @@ def wrap(run: Run, model: Any) -> Any:
 
 
 def fsdp2(model: Any, how: str, bf16: bool) -> Any:
-    """`fsdp2`: one unit; `_layers`: one for each layer; `_norm`: also the last norm with the head; `_head`: the head."""
+    """`fsdp2`: one unit; `_layers`: one for each layer; `_norm`: and the last norm with the head; `_head`: the head."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -298,15 +307,19 @@ def steps_of(run: Run, model: Any, wrapped: Any) -> Trained:
                     gradients = tensors_of(model, wrapped, gradients=True)
             if engine:
                 engine.step()
-        if run.scored and run.scored != "pending":
+        if run.scored in ("scores", "loss", "own"):
             score(run, wrapped, micros[0])
         if not engine:
             optimizer.step()
+        if run.scored == "after":
+            with torch.no_grad():
+                wrapped(input_ids=micros[0]["input_ids"])
     if run.how:
         dist.all_reduce(total)
         total = total / dist.get_world_size()
     weights = tensors_of(model, wrapped, gradients=False)
-    return Trained(total.item(), gradients, weights) if run.how is None or dist.get_rank() == 0 else Trained(0.0, {}, {})
+    first = not run.how or dist.get_rank() == 0
+    return Trained(total.item(), gradients, weights) if first else Trained(0.0, {}, {})
 
 
 def unsynchronised(wrapped: Any, run: Run, last: bool) -> Any:
@@ -358,7 +371,7 @@ def distances(found: Trained, right: Trained) -> tuple[float, float]:
     return abs(found.loss - right.loss) / abs(right.loss), ((both[0] - both[1]).norm() / both[1].norm()).item()
 
 
-# -- other ways to get there, each run on every rank --------------------------------------------------------------------
+# -- other ways to get there, each run on every rank ------------------------------------------------------------------
 
 
 def with_accelerate(attached_first: bool) -> tuple[Trained, float, float, float]:

@@ -122,8 +122,9 @@ class Attached:
         if head is None:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
         before = None if self.head is None else _placed(self.head)
-        if self.head is head and before is not None:
-            return head
+        module: nn.Module = head
+        if self.head is module and before is not None:
+            return module
         if self.head is not None and before is not None:
             setattr(self.head, before, self.head_forward)
         # accelerate's hook for offloaded weights stands in `forward` and calls what it keeps as `_old_forward`
@@ -131,7 +132,7 @@ class Attached:
         self.head, self.head_forward = head, getattr(head, place)
         head.__dict__["_rgpb"] = self
         setattr(head, place, MethodType(forward, head))
-        return head
+        return module
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
