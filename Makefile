@@ -11,11 +11,15 @@ NEWEST = $(VENV)/.triton-$(TRITON_NEWEST)
 ON_NEWEST = PYTHONPATH=$(abspath $(VENV))/triton-newest
 INTERPRET = TRITON_INTERPRET=1
 
+# DeepSpeed, for the tests of ZeRO: in a folder of its own, since accelerate imports it wherever it finds it.
+DEEPSPEED = $(VENV)/.deepspeed
+ON_DEEPSPEED = PYTHONPATH=$(abspath $(VENV))/deepspeed DS_ACCELERATOR=cpu
+
 # One thread each: tests/conftest.py; tests of several ranks stay on one worker. pytest ends with 5 where all tests are deselected
 PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
-PARTS = docs full-torch full-interpreted full-compiled full-newest
+PARTS = docs full-torch full-deepspeed full-interpreted full-compiled full-newest
 
 .PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
 
@@ -34,6 +38,9 @@ parts:  ## the names of those parts
 
 full-torch: $(VENV)/.ready
 	$(PYTEST) --full --ignore tests/test_targets.py
+
+full-deepspeed: $(DEEPSPEED)
+	$(ON_DEEPSPEED) $(RUN) pytest --full -m deepspeed tests/test_wrapped.py
 
 full-interpreted: $(VENV)/.ready
 	$(INTERPRET) $(PYTEST) --full tests/interpreted
@@ -95,6 +102,14 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 $(NEWEST): | $(VENV)/.ready
 	rm -rf $(VENV)/triton-newest
 	$(PIP) install -q --progress-bar off --no-deps --target $(VENV)/triton-newest "triton==$(TRITON_NEWEST)"
+	touch $@
+
+# without what it requires that is here already: a folder of its own would have torch a second time
+$(DEEPSPEED): constraints.txt | $(VENV)/.ready
+	rm -rf $(VENV)/deepspeed
+	DS_ACCELERATOR=cpu $(PIP) install -q --progress-bar off --no-deps --no-build-isolation -c constraints.txt \
+		--target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo \
+		pydantic pydantic-core annotated-types typing-inspection
 	touch $@
 
 clean:

@@ -67,7 +67,8 @@ class Ranks:
 
 def _serve(rank: int, world: int, store: str, pipe: Any, path: list[str]) -> None:
     sys.path[:] = path
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    here, of = str(rank), str(world)
+    os.environ.update(RANK=here, LOCAL_RANK=here, WORLD_SIZE=of, LOCAL_WORLD_SIZE=of, OMP_NUM_THREADS="1")
     import importlib
     import warnings
 

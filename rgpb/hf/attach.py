@@ -121,8 +121,9 @@ class Attached:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
         head: nn.Module = innermost(found)
         before = None if self.head is None else _placed(self.head)
-        if self.head is head and before is not None:
-            return head
+        module: nn.Module = head
+        if self.head is module and before is not None:
+            return module
         if self.head is not None and before is not None:
             setattr(self.head, before, self.head_forward)
         # accelerate's hook for offloaded weights stands in `forward` and calls what it keeps as `_old_forward`
@@ -130,7 +131,7 @@ class Attached:
         self.head, self.head_forward = head, getattr(head, place)
         head.__dict__["_rgpb"] = self
         setattr(head, place, MethodType(forward, head))
-        return head
+        return module
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +185,7 @@ def install(model: PreTrainedModel) -> Attached:
     """Let a model's forward take `rgpb=`. One that does stays as it is."""
     found = attached_to(model)
     if found is None:
-        found = Attached(model.forward)
-        model.__dict__["_rgpb"] = found
+        found = model.__dict__.setdefault("_rgpb", Attached(model.forward))  # one that was taken off holds the head
+        found.forward = model.forward
         model.forward = MethodType(_taking_step(getattr(model.forward, "__func__", model.forward)), model)
     return found

@@ -18,7 +18,7 @@ from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
 from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
-from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica
+from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -208,8 +208,8 @@ class _Call:
             raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
         if not ids.numel():
             raise ValueError(
-                f"input_ids: expected at least one row, got shape {list(ids.shape)}, which transformers doesn't take; a "
-                f"rank that has nothing gives a row whose labels are all {IGNORE}"
+                f"input_ids: expected at least one row, got {list(ids.shape)}, which transformers doesn't take; a rank "
+                f"that has nothing gives a row whose labels are all {IGNORE}"
             )
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
@@ -237,7 +237,8 @@ class _Call:
                 raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
             return run(hidden if self.cu_seqlens is None else hidden[0], head)
 
-        return self.model(**self.inputs, rgpb=Step(inside))
+        with resharding(self.model):
+            return self.model(**self.inputs, rgpb=Step(inside))
 
     def check_replicas(self) -> None:
         """Refuse to train replicas that nothing keeps together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from rgpb.head import described
 
 _FSDP1 = "fully_sharded_data_parallel.FullyShardedDataParallel"
+_FSDP2 = "torch.distributed.fsdp.FSDPModule"
 # Where a wrapper keeps what it wraps, by the wrapper's class
 _INNER = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -74,10 +76,30 @@ def base_of(model: nn.Module, argument: str = "model") -> PreTrainedModel:
 
 def sharded_by(model: nn.Module) -> str | None:
     """What holds parts of the parameters on other ranks between forwards: "FSDP", "ZeRO-3", or None."""
-    fsdp = {f"torch.distributed.fsdp.{name}" for name in ("FSDPModule", _FSDP1)}
-    if any(fsdp & classes(module) for module in model.modules()):
+    if any({_FSDP2, f"torch.distributed.fsdp.{_FSDP1}"} & classes(module) for module in model.modules()):
         return "FSDP"
     return "ZeRO-3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+
+
+@contextmanager
+def resharding(model: nn.Module) -> Iterator[None]:
+    """Around a forward: where it is one without gradients, FSDP's parameters are parts again afterwards.
+
+    FSDP leaves its outermost unit whole after a forward, for the backward to come. If none comes, the next forward
+    takes these weights again, though an optimizer may have stepped since.
+    """
+    yield
+    if torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        known: Any = module
+        if _FSDP2 in classes(module):
+            known.reshard()
+        elif f"torch.distributed.fsdp.{_FSDP1}" in classes(module) and known._handle is not None:
+            from torch.distributed.fsdp._runtime_utils import _reshard
+
+            if known._handle.uses_sharded_strategy and not known._handle.needs_unshard():
+                _reshard(known, known._handle, True)
 
 
 def is_bare_replica(model: nn.Module) -> bool:
