@@ -1,0 +1,53 @@
+"""Quantised weights: rows of them as floats, a few at a time.
+
+A format is a function of codes, scales and zero points of some rows; a call names it (`Call.stored`).
+
+Dimensions: V vocabulary, H hidden size, S rows of a slice, G groups of a row with a scale each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Values made at a time, beside the slice that they are written to.
+BLOCK = 1 << 19
+
+
+def _integers(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """(q − zero) · scale, group by group, of codes [S, H]."""
+    q = codes.view(*scales.shape, -1).to(_wide(scales))
+    if zeros is not None:
+        q = q - zeros[:, :, None].to(q.dtype)
+    return q.mul_(scales[:, :, None]).view(codes.shape)
+
+
+def _pairs(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """table[q] · scale of two codes to a byte, the higher half first, codes [S, H / 2]; `zeros` is the table, [16]."""
+    assert zeros is not None
+    q = torch.stack([codes >> 4, codes & 15], dim=-1).view(*scales.shape, -1)
+    return zeros.to(_wide(scales))[q.int()].mul_(scales[:, :, None]).view(len(codes), -1)
+
+
+def _wide(scales: Tensor) -> torch.dtype:
+    return torch.float64 if scales.dtype == torch.float64 else torch.float32
+
+
+FORMATS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {"integers": _integers, "pairs": _pairs}
+
+
+def rows_(
+    out: Tensor, stored: tuple[str, ...], codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
+    which: slice | Tensor,
+) -> None:  # fmt: skip
+    """Fill `out` [S, H] with the values of the rows `which`, rounded to the type that the codes stand for."""
+    assert scales is not None
+    name, dtype = stored[0], getattr(torch, stored[1])
+    step = max(1, BLOCK // out.shape[1])
+    for start in range(0, len(out), step):
+        stop = min(start + step, len(out))
+        some = slice(which.start + start, which.start + stop) if isinstance(which, slice) else which[start:stop]
+        beside = zeros if zeros is None or name == "pairs" else zeros[some]
+        out[start:stop].copy_(FORMATS[name](codes[some], scales[some], beside).to(dtype))
