@@ -7,10 +7,12 @@ Dimensions: V vocabulary, H hidden size, S rows of a slice, G groups of a row wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from rgpb.head import HeadWeight
 
 # Values made at a time, beside the slice that they are written to.
 BLOCK = 1 << 19
@@ -51,3 +53,17 @@ def rows_(
         some = slice(which.start + start, which.start + stop) if isinstance(which, slice) else which[start:stop]
         beside = zeros if zeros is None or name == "pairs" else zeros[some]
         out[start:stop].copy_(FORMATS[name](codes[some], scales[some], beside).to(dtype))
+
+
+def rows_of(weight: HeadWeight, step: int) -> Iterator[Tensor]:
+    """A head's weight, so many rows at a time. [S, H + r]"""
+    how = weight.quantised
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, min(start + step, weight.shape[0]))
+        if how is None:
+            rows = weight.base[part]
+        else:
+            rows = weight.base.new_empty(part.stop - part.start, how.width, dtype=how.dtype)
+            named = how.format, str(how.dtype).removeprefix("torch.")
+            rows_(rows, named, weight.base, how.scales, how.zeros, part)
+        yield rows if weight.more is None else torch.cat([rows, weight.more[part]], dim=1)

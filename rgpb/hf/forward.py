@@ -215,9 +215,7 @@ class _Call:
         """Through whatever wraps the model, with `run` of hidden states and head in the head's place."""
 
         def inside(module: nn.Module, hidden: Tensor) -> Results:
-            head = head_inside(self.base, module, self.scaling)
-            if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(head.weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
+            hidden, head = head_inside(self.base, module, hidden, self.scaling)
             if self.target.shape != hidden.shape[:-1]:
                 expected, found = tuple(hidden.shape[:-1]), tuple(self.target.shape)
                 raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")
