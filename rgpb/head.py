@@ -26,10 +26,11 @@ class Quantised(NamedTuple):
 
     Attributes:
         format: of `rgpb.engine.stored.FORMATS`.
-        dtype: of the values that the codes stand for.
+        dtype: what the products take, as if the weight were of it.
         width: H.
         scales: [V, groups of a row].
-        zeros: [V, groups] or None.
+        zeros: [V, groups] or None; the table of values [16] where the format has one.
+        rounded: what the values are rounded to before that, where the layer itself does so.
     """
 
     format: str
@@ -37,6 +38,13 @@ class Quantised(NamedTuple):
     width: int
     scales: Tensor
     zeros: Tensor | None = None
+    rounded: torch.dtype | None = None
+
+    @property
+    def named(self) -> tuple[str, str, str]:
+        """Format, dtype and what values are rounded to, by name."""
+        dtype, rounded = ("" if x is None else str(x).removeprefix("torch.") for x in (self.dtype, self.rounded))
+        return self.format, dtype, rounded
 
 
 class HeadWeight(NamedTuple):

@@ -250,7 +250,7 @@ def make_call(
         group_size=group_size or 0,
         needs=(hidden.requires_grad, parts.base.requires_grad, bias is not None and bias.requires_grad),
         needs_more=parts.more is not None and parts.more.requires_grad,
-        stored=() if how_stored is None else (how_stored.format, NAMES[how_stored.dtype]),
+        stored=() if how_stored is None else how_stored.named,
     )
 
 

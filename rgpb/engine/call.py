@@ -44,7 +44,7 @@ class Call(NamedTuple):
         group_size: K, or 0.
         needs: whether gradients of hidden, weight and bias are asked for.
         needs_more: the same of the columns beside the weight.
-        stored: format and values' dtype by name of a quantised weight (`stored`), else empty.
+        stored: of a quantised weight its `Quantised.named`, else empty.
         given: names of the tensors that come with it, of `Tensors`.
     """
 

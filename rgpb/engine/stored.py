@@ -44,15 +44,16 @@ def rows_(
     out: Tensor, stored: tuple[str, ...], codes: Tensor, scales: Tensor | None, zeros: Tensor | None,
     which: slice | Tensor,
 ) -> None:  # fmt: skip
-    """Fill `out` [S, H] with the values of the rows `which`, rounded to the type that the codes stand for."""
+    """Fill `out` [S, H] with the values of the rows `which`. `stored`: `Quantised.named`."""
     assert scales is not None
-    name, dtype = stored[0], getattr(torch, stored[1])
+    name, _, rounded = stored
     step = max(1, BLOCK // out.shape[1])
     for start in range(0, len(out), step):
         stop = min(start + step, len(out))
         some = slice(which.start + start, which.start + stop) if isinstance(which, slice) else which[start:stop]
         beside = zeros if zeros is None or name == "pairs" else zeros[some]
-        out[start:stop].copy_(FORMATS[name](codes[some], scales[some], beside).to(dtype))
+        made = FORMATS[name](codes[some], scales[some], beside)
+        out[start:stop].copy_(made.to(getattr(torch, rounded)) if rounded else made)
 
 
 def rows_of(weight: HeadWeight, step: int) -> Iterator[Tensor]:
@@ -64,6 +65,5 @@ def rows_of(weight: HeadWeight, step: int) -> Iterator[Tensor]:
             rows = weight.base[part]
         else:
             rows = weight.base.new_empty(part.stop - part.start, how.width, dtype=how.dtype)
-            named = how.format, str(how.dtype).removeprefix("torch.")
-            rows_(rows, named, weight.base, how.scales, how.zeros, part)
+            rows_(rows, how.named, weight.base, how.scales, how.zeros, part)
         yield rows if weight.more is None else torch.cat([rows, weight.more[part]], dim=1)

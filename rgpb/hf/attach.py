@@ -121,6 +121,7 @@ class Attached:
             head = wrapped
         if head is None:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
+        assert isinstance(head, nn.Module)
         before = None if self.head is None else _placed(self.head)
         if self.head is head and before is not None:
             return head

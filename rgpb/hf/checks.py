@@ -42,6 +42,7 @@ class _Probe(Step):
         held = view(head, self.model)
         self.results = Results()
         made = logits(x)
+        held = view(head, self.model)  # a quantised layer's first forward may settle what it computes in
         x = held.inputs(x)
         if x.shape[-1] != held.weight.shape[1]:
             found = f"{x.shape[-1]} in its hidden states and {held.weight.shape[1]} in its head"

@@ -86,7 +86,7 @@ def loss(
     Raises:
         ValueError: as for `token_scores` and `fused_loss`.
     """
-    how = {name: options[name] for name in ("impl", "workspace") if name in options}
+    how: dict[str, Any] = {name: options[name] for name in ("impl", "workspace") if name in options}
     if isinstance(ref, str) and ref != "base":
         raise ValueError(f"ref: expected scores, a model or 'base', got {ref!r}")
     if isinstance(ref, str | nn.Module):
