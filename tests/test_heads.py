@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+import sharded
 import torch
 from test_hf import H, V, build, full, own_logps, padded, targets
 from torch import Tensor, nn
@@ -302,6 +303,30 @@ def test_lora_on_a_frozen_head_costs_two_products() -> None:
     whole = sizes(128256, 4112, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_90")
     assert plan(8192, whole, couples="token").units == 4  # whose sum of dW doesn't fit beside it
     assert plan(8192, whole, path="two_pass").units == 4
+
+
+# --- shards
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("how", sharded.HOW)
+def test_heads_that_fsdp_holds_elsewhere(how: str, ranks: Any) -> None:
+    """Gradients are the means over the ranks, as of one process on the whole batch."""
+    expected = sharded.step(how, 4, None)
+    found = ranks(2)(sharded.step, how, 4, 2)
+    for value, gradients in found:
+        assert value == pytest.approx(expected[0], rel=1e-6)
+        assert set(gradients) == set(expected[1])
+        for key, gradient in expected[1].items():
+            size = gradient.abs().max().item()
+            torch.testing.assert_close(gradients[key], gradient, rtol=0, atol=max(3e-6 * size, 1e-7), msg=key)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("how", ["local", "sharded", "dtensor"])
+def test_a_head_in_a_tensor_parallel_plan_is_refused_by_name(how: str, ranks: Any) -> None:
+    for said in ranks(2)(sharded.tensor_parallel, how):
+        assert "a head whose vocabulary is split over the ranks of tensor parallelism" in said
 
 
 _ = (full, H, V)

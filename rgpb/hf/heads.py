@@ -96,7 +96,9 @@ def state(head: nn.Module) -> tuple[Any, ...]:
         layer: Any = module
         variants = [(name, type(layer.lora_variant.get(name)).__name__) for name in getattr(layer, "lora_A", ())]
         active, merged = getattr(layer, "active_adapters", ()), getattr(layer, "merged_adapters", ())
-        told.append((type(layer), getattr(layer, "_disable_adapters", None), *map(tuple, (active, merged, variants))))
+        told.append(
+            (type(layer).forward, getattr(layer, "_disable_adapters", None), *map(tuple, (active, merged, variants)))
+        )
     return tuple(told)
 
 

@@ -8,7 +8,6 @@ Dimensions: V vocabulary, H hidden size, G groups of a row with a scale each.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ def quantised(head: Any, by: type, name: str) -> HeadWeight | None:
     layer, weight = f"{by.__module__}.{by.__qualname__}", getattr(head, "weight", None)
     if layer == "bitsandbytes.nn.modules.Linear8bitLt":
         raise ValueError(
-            f"model: expected a head of {name} that multiplies its input as it is, got bitsandbytes' Linear8bitLt, which "
-            "quantises the hidden states, too, on a GPU and in evaluation mode; keep the head out of the quantisation "
+            f"model: expected a head of {name} that multiplies its input as it is, got bitsandbytes' Linear8bitLt, "
+            "which quantises the hidden states, too, on a GPU and in evaluation mode; keep the head out of it "
             "(llm_int8_skip_modules), or take 4 bits"
         )
     if layer == "bitsandbytes.nn.modules.Linear4bit":
@@ -46,15 +45,16 @@ def _torchao(weight: Any, name: str) -> HeadWeight:
     kind = type(weight).__name__
     if kind not in _CODES:
         raise ValueError(
-            f"model: expected one of {_CODES} of torchao as quantised head of {name}, got {kind}, whose rows can't be "
-            "read one by one; keep the head out of the quantisation, or take Int8WeightOnlyConfig or IntxWeightOnlyConfig"
+            f"model: expected one of {_CODES} of torchao as quantised head of {name}, got {kind}, whose rows "
+            "can't be read one by one; keep the head out of the quantisation, or take Int8WeightOnlyConfig or "
+            "IntxWeightOnlyConfig"
         )
     acting = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
     found = [attribute for attribute in acting if getattr(weight, attribute, None) is not None]
     if found:
         raise ValueError(
-            f"model: expected weight-only quantisation of the head of {name}, got {kind} with {found[0]}; keep the head "
-            "out of the quantisation, or take Int8WeightOnlyConfig"
+            f"model: expected weight-only quantisation of the head of {name}, got {kind} with {found[0]}; keep the "
+            "head out of the quantisation, or take Int8WeightOnlyConfig"
         )
     vocab, width = weight.qdata.shape
     scales, zeros = weight.scale, weight.zero_point
@@ -77,10 +77,13 @@ def _bitsandbytes(head: Any, name: str) -> HeadWeight:
             f"model: expected quantised weights as head of {name}, got a Linear4bit of bitsandbytes that has not been "
             "moved to a device yet; move the model first"
         )
-    if getattr(how, "packing_format_for_cpu", False):  # which its own forward chose, for a frozen product
-        back = sys.modules["bitsandbytes.functional"]._convert_weight_packed_for_cpu_inverse
-        head.weight.data, how = back(head.weight.data, how)
-        head.weight.quant_state = how
+    if getattr(how, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"model: expected a Linear4bit of bitsandbytes as it was loaded as head of {name}, got one that an "
+            "evaluation on a CPU has packed anew and rounded; load the model again and call rgpb.hf.attach(model) "
+            "before it runs"
+        )
+    head.support_avx512bf16_for_cpu = False  # or a frozen forward of its own, the check's to begin with, would do that
     vocab, width = how.shape
     if width % how.blocksize:
         raise ValueError(

@@ -26,8 +26,9 @@ def gathered(x: Any, model: nn.Module) -> Any:
     """
     if getattr(x, "ds_id", None) is not None and x.numel() == 0 and x.ds_numel:
         raise ValueError(
-            f"model: expected the head of {described(model)} gathered in its forward, got a part that ZeRO-3 holds on "
-            "other ranks: adapters on the head are not served there; leave the head out of target_modules, or take ZeRO-2"
+            f"model: expected the head of {described(model)} gathered in its forward, got a part that ZeRO-3 "
+            "holds on other ranks: adapters on the head are not served there; leave the head out of target_modules, or "
+            "take ZeRO-2"
         )
     if not hasattr(x, "full_tensor"):
         return x
