@@ -11,11 +11,17 @@ NEWEST = $(VENV)/.triton-$(TRITON_NEWEST)
 ON_NEWEST = PYTHONPATH=$(abspath $(VENV))/triton-newest
 INTERPRET = TRITON_INTERPRET=1
 
+# Quantised heads are tested beside the libraries that quantise them. Both print as transformers imports them, so they
+# stay out of the environment that a newcomer runs.
+QUANTISERS = torchao==0.18.0 bitsandbytes==0.50.2
+QUANTISED = $(VENV)/.quantised-$(subst ==,-,$(subst $() ,-,$(QUANTISERS)))
+ON_QUANTISED = PYTHONPATH=$(abspath $(VENV))/quantised
+
 # One thread each: tests/conftest.py; tests of several ranks stay on one worker. pytest ends with 5 where all tests are deselected
 PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
-PARTS = docs full-torch full-interpreted full-compiled full-newest
+PARTS = docs full-torch full-interpreted full-compiled full-newest full-quantised
 
 .PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
 
@@ -44,6 +50,9 @@ full-compiled: $(VENV)/.ready
 full-newest: $(NEWEST)
 	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
 	$(ON_NEWEST) $(PYTEST) --full tests/test_targets.py
+
+full-quantised: $(QUANTISED)
+	$(ON_QUANTISED) $(PYTEST) tests/test_quantised.py
 
 receipts: $(VENV)/.ready  ## compile every kernel and write down registers, spills and shared memory: tests/receipts.json
 	$(PYTEST) --full --write-receipts tests/test_targets.py
@@ -95,6 +104,11 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 $(NEWEST): | $(VENV)/.ready
 	rm -rf $(VENV)/triton-newest
 	$(PIP) install -q --progress-bar off --no-deps --target $(VENV)/triton-newest "triton==$(TRITON_NEWEST)"
+	touch $@
+
+$(QUANTISED): | $(VENV)/.ready
+	rm -rf $(VENV)/quantised
+	$(PIP) install -q --progress-bar off --no-deps --target $(VENV)/quantised $(QUANTISERS)
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ What isn't asked for is deselected: tests marked `full` without `--full`, tests 
 import json
 import os
 import sys
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 
 import covering
@@ -32,6 +32,8 @@ sys.meta_path.append(Kernels)  # the last to be asked: an installed package come
 torch.set_num_threads(1)
 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
+if find_spec("torchao") is None or find_spec("bitsandbytes") is None:
+    collect_ignore.append("test_quantised.py")  # `make full-quantised` has them on the path
 
 
 @pytest.fixture(autouse=True)

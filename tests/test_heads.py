@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import sharded
 import torch
-from test_hf import H, V, build, full, own_logps, padded, targets
+from test_hf import build, own_logps, padded, targets
 from torch import Tensor, nn
 
 import rgpb.hf as hf
@@ -329,4 +330,33 @@ def test_a_head_in_a_tensor_parallel_plan_is_refused_by_name(how: str, ranks: An
         assert "a head whose vocabulary is split over the ranks of tensor parallelism" in said
 
 
-_ = (full, H, V)
+# --- offloaded
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "head"])
+def test_offloaded_heads_are_scored_and_not_trained(how: str, tmp_path: Any) -> None:
+    model: Any = build("llama")
+    batch = padded(model)
+    own, keep = own_logps(model, batch), targets(model, batch) != IGNORE
+    (-own.sum()).backward()
+    expected = gradients_of(model)
+    if how == "cpu":
+        model = accelerate.cpu_offload(model, execution_device="cpu")
+    elif how == "disk":
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    else:
+        places = {"model": "cpu", "lm_head": "disk"}
+        model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    assert model.lm_head.weight.is_meta
+    with torch.no_grad():
+        scores = hf.token_scores(model, batch).logp[keep]
+    torch.testing.assert_close(scores.double(), own, rtol=1e-6, atol=1e-5)
+    with pytest.raises(ValueError, match="got (model.embed_tokens|lm_head).weight and .* that accelerate offloads"):
+        hf.loss(model, batch, "mle")
+    if how == "head":  # frozen, it lets the layers train
+        model.lm_head.requires_grad_(False)
+        (-hf.token_scores(model, batch).logp[keep].sum()).backward()
+        for key, gradient in gradients_of(model).items():
+            size = gradient.abs().max().item()
+            torch.testing.assert_close(gradient, expected[key], rtol=0, atol=max(5e-6 * size, 1e-7), msg=key)
+        assert model.model.layers[0].mlp.up_proj.weight.requires_grad

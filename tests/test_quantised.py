@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -20,35 +19,32 @@ from rgpb.hf.heads import view
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # theirs, at import
-    if find_spec("torchao"):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-        from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
-    if find_spec("bitsandbytes"):
-        import bitsandbytes as bnb
+    import bitsandbytes as bnb
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerAxis,
+        PerGroup,
+        quantize_,
+    )
 
-TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")
-BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-FORMATS = [
-    *(pytest.param(name, marks=TORCHAO) for name in ("int8", "int8_groups", "int4", "int4_groups")),
-    *(pytest.param(name, marks=BITSANDBYTES) for name in ("nf4", "fp4", "nf4_nested")),
-]
+FORMATS = ["int8", "int8_groups", "int4", "int4_groups", "nf4", "fp4", "nf4_nested"]
+CONFIGS: dict[str, Any] = {
+    "int8": Int8WeightOnlyConfig(),
+    "int8_groups": Int8WeightOnlyConfig(granularity=PerGroup(32)),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)),
+    "int4_groups": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    "dynamic": Int8DynamicActivationInt8WeightConfig(),
+}
 
 
 def quantise_(model: Any, name: str) -> None:
     """The head alone."""
     head = model.get_output_embeddings()
     vocab, width = head.weight.shape
-    configs: dict[str, Any] = {}
-    if find_spec("torchao"):
-        configs = {
-            "int8": Int8WeightOnlyConfig(),
-            "int8_groups": Int8WeightOnlyConfig(granularity=PerGroup(32)),
-            "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)),
-            "int4_groups": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
-            "dynamic": Int8DynamicActivationInt8WeightConfig(),
-        }
-    if name in configs:
-        quantize_(model, configs[name], filter_fn=lambda module, _: module is head)
+    if name in CONFIGS:
+        quantize_(model, CONFIGS[name], filter_fn=lambda module, _: module is head)
         return
     options: dict[str, Any] = {"quant_type": name[:3], "compress_statistics": name.endswith("nested")}
     made = bnb.nn.Linear4bit(width, vocab, bias=head.bias is not None, compute_dtype=head.weight.dtype, **options)
@@ -107,7 +103,6 @@ def test_lora_on_a_quantised_head(name: str) -> None:
     assert_as_its_own(adapted, padded(model), rtol=4e-6)  # through layers whose gradients are sums of larger terms
 
 
-@TORCHAO
 def test_the_weight_is_never_whole() -> None:
     vocab, width = 32000, 512
     model = nn.Sequential(nn.Linear(width, vocab, bias=False))
@@ -120,7 +115,6 @@ def test_the_weight_is_never_whole() -> None:
     assert peak_of(record) < 40 << 20 < vocab * width * 4
 
 
-@TORCHAO
 def test_quantised_hidden_states_are_refused() -> None:
     model = small()
     quantise_(model, "dynamic")
@@ -130,7 +124,6 @@ def test_quantised_hidden_states_are_refused() -> None:
         hf.token_scores(model, padded(model))
 
 
-@BITSANDBYTES
 def test_what_bitsandbytes_has_that_is_refused() -> None:
     model = small()
     model.lm_head = bnb.nn.Linear8bitLt(64, 37, bias=False, has_fp16_weights=False).to("cpu")
@@ -142,7 +135,6 @@ def test_what_bitsandbytes_has_that_is_refused() -> None:
         hf.token_scores(model, padded(model))
 
 
-@BITSANDBYTES
 def test_codes_that_an_evaluation_packs_anew_are_kept_as_they_are() -> None:
     """On CPUs that have the instructions; what it leaves behind is rounded."""
     model = build("llama", hidden_size=64, vocab_size=96)

@@ -204,6 +204,17 @@ def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any
     return hidden
 
 
+def check_offloaded(model: PreTrainedModel) -> None:
+    """Refuse to train parameters that accelerate offloads: it moves copies in, and their gradients reach nothing."""
+    away = [key for key, parameter in model.named_parameters() if parameter.is_meta and parameter.requires_grad]
+    if away and torch.is_grad_enabled():
+        raise ValueError(
+            f"model: expected what is trained of {described(model)} on a device, got {away[0]} and {len(away) - 1} "
+            "others that accelerate offloads, where no gradient reaches them; freeze them (requires_grad_(False)), score "
+            "under torch.no_grad(), or load the model without offloading"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards each module is in the mode it was in."""

@@ -16,7 +16,7 @@ from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
-from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
+from rgpb.hf.checks import check_head, check_offloaded, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, is_bare_replica
 from rgpb.layout import Responses, TokenScores, repeat
@@ -190,6 +190,7 @@ class _Call:
         self.model, self.base = model, base_of(model)
         self.attached: Attached = install(self.base)
         self.scaling = check_head(self.base, self.attached)
+        check_offloaded(self.base)
         inputs = dict(batch)
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         shifted = inputs.pop("shift_labels", None)
