@@ -268,6 +268,12 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHea
         raise ValueError(f"hidden: expected dtype float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"head.weight: expected shape [V, H] with V, H ≥ 1, got {list(weight.shape)}")
+    more = weight.more if isinstance(weight, HeadWeight) else None
+    if more is not None and (more.ndim != 2 or len(more) != len(weight.base) or more.dtype != weight.dtype):
+        raise ValueError(
+            f"head.weight.more: expected shape [V={len(weight.base)}, r] and dtype {weight.dtype}, "
+            f"got {list(more.shape)} {more.dtype}"
+        )
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden: expected shape [..., H={weight.shape[1]}] to match head.weight, got {list(hidden.shape)}"

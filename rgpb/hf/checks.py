@@ -210,8 +210,8 @@ def check_offloaded(model: PreTrainedModel) -> None:
     if away and torch.is_grad_enabled():
         raise ValueError(
             f"model: expected what is trained of {described(model)} on a device, got {away[0]} and {len(away) - 1} "
-            "others that accelerate offloads, where no gradient reaches them; freeze them (requires_grad_(False)), score "
-            "under torch.no_grad(), or load the model without offloading"
+            "others that accelerate offloads, where no gradient reaches them; freeze them (requires_grad_(False)), "
+            "score under torch.no_grad(), or load the model without offloading"
         )
 
 
