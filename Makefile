@@ -14,12 +14,17 @@ INTERPRET = TRITON_INTERPRET=1
 # DeepSpeed, for the tests of ZeRO: in a folder of its own, since accelerate imports it wherever it finds it.
 DEEPSPEED = $(VENV)/.deepspeed
 ON_DEEPSPEED = PYTHONPATH=$(abspath $(VENV))/deepspeed DS_ACCELERATOR=cpu
+# Quantised heads are tested beside the libraries that quantise them. Both print as transformers imports them, so they
+# stay out of the environment that a newcomer runs.
+QUANTISERS = torchao==0.18.0 bitsandbytes==0.50.2
+QUANTISED = $(VENV)/.quantised-$(subst ==,-,$(subst $() ,-,$(QUANTISERS)))
+ON_QUANTISED = PYTHONPATH=$(abspath $(VENV))/quantised
 
 # One thread each: tests/conftest.py; tests of several ranks stay on one worker. pytest ends with 5 where all tests are deselected
 PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
-PARTS = docs full-torch full-deepspeed full-interpreted full-compiled full-newest
+PARTS = docs full-torch full-deepspeed full-quantised full-interpreted full-compiled full-newest
 
 .PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
 
@@ -51,6 +56,9 @@ full-compiled: $(VENV)/.ready
 full-newest: $(NEWEST)
 	$(ON_NEWEST) $(INTERPRET) $(PYTEST) tests/interpreted/test_kernels.py
 	$(ON_NEWEST) $(PYTEST) --full tests/test_targets.py
+
+full-quantised: $(QUANTISED)
+	$(ON_QUANTISED) $(PYTEST) tests/test_quantised.py
 
 receipts: $(VENV)/.ready  ## compile every kernel and write down registers, spills and shared memory: tests/receipts.json
 	$(PYTEST) --full --write-receipts tests/test_targets.py
@@ -110,6 +118,11 @@ $(DEEPSPEED): constraints.txt | $(VENV)/.ready
 	DS_ACCELERATOR=cpu $(PIP) install -q --progress-bar off --no-deps --no-build-isolation -c constraints.txt \
 		--target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo \
 		pydantic pydantic-core annotated-types typing-inspection
+	touch $@
+
+$(QUANTISED): | $(VENV)/.ready
+	rm -rf $(VENV)/quantised
+	$(PIP) install -q --progress-bar off --no-deps --target $(VENV)/quantised $(QUANTISERS)
 	touch $@
 
 clean:

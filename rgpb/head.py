@@ -23,11 +23,87 @@ _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _TIED_SCALE = ("umt5", "switch_transformers", "udop")  # d_model^-½ where the embeddings are tied
 
 
+class Quantised(NamedTuple):
+    """How a quantised weight is held, beside its codes.
+
+    Attributes:
+        format: of `rgpb.engine.stored.FORMATS`.
+        dtype: what the products take, as if the weight were of it.
+        width: H.
+        scales: [V, groups of a row].
+        zeros: [V, groups] or None; the table of values [16] where the format has one.
+        rounded: what the values are rounded to before that, where the layer itself does so.
+    """
+
+    format: str
+    dtype: torch.dtype
+    width: int
+    scales: Tensor
+    zeros: Tensor | None = None
+    rounded: torch.dtype | None = None
+
+    @property
+    def named(self) -> tuple[str, str, str]:
+        """Format, dtype and what values are rounded to, by name."""
+        dtype, rounded = ("" if x is None else str(x).removeprefix("torch.") for x in (self.dtype, self.rounded))
+        return self.format, dtype, rounded
+
+
+class HeadWeight(NamedTuple):
+    """A weight [W, more] that isn't one tensor of floats: columns beside W, or W quantised.
+
+    It goes with hidden states of H + r columns. Slices of it are put together when they are multiplied; it never exists
+    as a whole, and neither does a gradient of what is frozen.
+
+    Attributes:
+        base: W [V, H] in floats, or its codes [V, …] where it is quantised.
+        more: [V, r] in W's dtype, or None.
+        quantised: how the codes are read, or None.
+    """
+
+    base: Tensor
+    more: Tensor | None = None
+    quantised: Quantised | None = None
+
+    @property
+    def width(self) -> int:
+        """H, without the columns of `more`."""
+        return self.base.shape[1] if self.quantised is None else self.quantised.width
+
+    @property
+    def shape(self) -> torch.Size:
+        """[V, H + r]."""
+        return torch.Size((self.base.shape[0], self.width + (0 if self.more is None else self.more.shape[1])))
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype if self.quantised is None else self.quantised.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of it does."""
+        return self.trained > 0
+
+    @property
+    def trained(self) -> int:
+        """Columns that ask for a gradient."""
+        more = 0 if self.more is None or not self.more.requires_grad else self.more.shape[1]
+        return more + (self.width if self.base.requires_grad else 0)
+
+
 class LMHead(NamedTuple):
     """z = scale · (W x + bias), then z ← softcap · tanh(z / softcap) where a soft-cap is set.
 
     Args:
-        weight: [V, H], float64, float32, bfloat16 or float16.
+        weight: [V, H], float64, float32, bfloat16 or float16; or a `HeadWeight`.
         bias: [V] in the dtype of `weight`, or None.
         softcap: final logit soft-cap (Gemma-2: 30.0), a positive number, or None.
         scale: multiplier of the logits before the soft-cap (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`,
@@ -37,7 +113,7 @@ class LMHead(NamedTuple):
             hidden states and targets.
     """
 
-    weight: Tensor
+    weight: Any
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
 from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, Plan, Sizes, chunks, of_impl, plan, sizes
-from rgpb.head import LMHead, as_head
+from rgpb.head import HeadWeight, LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
@@ -182,9 +182,18 @@ def plan_call(
     dtype = compute_dtype(hidden)
     impls = resolve_impl(how.impl, hidden.device)
     registered = spec is not None and is_registered(spec) and encodable(options or {})
-    strided = width > 1 and head.weight.stride(1) != 1
+    plain = not isinstance(head.weight, HeadWeight)
+    strided = plain and width > 1 and head.weight.stride(1) != 1
     shape = sizes(
-        vocab, width, head.weight.dtype, dtype, hidden.device.type, impls[0], architecture(hidden.device), strided
+        vocab,
+        width,
+        head.weight.dtype,
+        dtype,
+        hidden.device.type,
+        impls[0],
+        architecture(hidden.device),
+        strided,
+        None if plain else head.weight.trained,
     )
     made = plan(
         hidden.numel() // width,
@@ -234,7 +243,9 @@ def make_call(
         unit_tokens=unit_tokens,
     )  # fmt: skip
     single, skip = made.path == "single", tolerance is not None and made.path == "two_pass"
-    grad, bias = torch.is_grad_enabled(), head.bias
+    grad, bias, weight = torch.is_grad_enabled(), head.bias, head.weight
+    parts = weight if isinstance(weight, HeadWeight) else HeadWeight(weight)
+    how_stored = parts.quantised
     operands = {2: NAMES[compute_dtype(hidden)], 4: "float32", 8: "float64"}[shape.gemm]
     return Call(
         impl=made.impl,
@@ -253,7 +264,9 @@ def make_call(
         options=tuple((name, options[name]) for name in sorted(options)) if single else (),
         mean=reduction == "mean",
         group_size=group_size or 0,
-        needs=(hidden.requires_grad, head.weight.requires_grad, bias is not None and bias.requires_grad),
+        needs=(hidden.requires_grad, parts.base.requires_grad, bias is not None and bias.requires_grad),
+        needs_more=parts.more is not None and parts.more.requires_grad,
+        stored=() if how_stored is None else how_stored.named,
     )
 
 
@@ -265,12 +278,18 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperat
     head = as_head(head)
     weight, bias = head.weight, head.bias
     for name, given in (("hidden", hidden), ("head.weight", weight), ("target", target)):
-        if not isinstance(given, Tensor):
+        if not isinstance(given, Tensor) and not (given is weight and isinstance(weight, HeadWeight)):
             raise ValueError(f"{name}: expected a tensor, got {type(given).__name__}")
     if hidden.dtype not in DTYPES:
         raise ValueError(f"hidden: expected dtype float64, float32, bfloat16 or float16, got {hidden.dtype}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"head.weight: expected shape [V, H] with V, H ≥ 1, got {list(weight.shape)}")
+    more = weight.more if isinstance(weight, HeadWeight) else None
+    if more is not None and (more.ndim != 2 or len(more) != len(weight.base) or more.dtype != weight.dtype):
+        raise ValueError(
+            f"head.weight.more: expected shape [V={len(weight.base)}, r] and dtype {weight.dtype}, "
+            f"got {list(more.shape)} {more.dtype}"
+        )
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden: expected shape [..., H={weight.shape[1]}] to match head.weight, got {list(hidden.shape)}"

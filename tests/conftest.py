@@ -33,6 +33,8 @@ sys.meta_path.append(Kernels)  # the last to be asked: an installed package come
 torch.set_num_threads(1)
 
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]  # a process of its own
+if find_spec("torchao") is None or find_spec("bitsandbytes") is None:
+    collect_ignore.append("test_quantised.py")  # `make full-quantised` has them on the path
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sum": {"objective": {"dpo": 1.0, "mle": 0.3}, "unit": 2, "beta": 0.5},
     "swepo": {"objective": "swepo", "unit": K, "beta": 0.5},
     "mc_po": {"objective": "mc_po", "unit": K, "beta": 0.5, "m": 1, "sampler": "max"},
-    "kto": {"objective": "kto", "unit": 1, "beta": 0.5, "z0": 0.2},  # a number: the mean of a batch is each rank's own
+    "kto": {"objective": "kto", "unit": 1, "beta": 0.5},  # z0 is of all ranks
 }
 # As docs/integrate.md calls them
 DDP = {"ddp": "DDP", "ddp_static": "DDP, `static_graph`", "ddp_unused": "DDP, `find_unused_parameters`"}

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.plan import Chunks
-from rgpb.head import LMHead
+from rgpb.head import HeadWeight, LMHead
 
 
 class Call(NamedTuple):
@@ -43,6 +43,8 @@ class Call(NamedTuple):
         mean: whether the loss is the units' mean, else their sum.
         group_size: K, or 0.
         needs: whether gradients of hidden, weight and bias are asked for.
+        needs_more: the same of the columns beside the weight.
+        stored: of a quantised weight its `Quantised.named`, else empty.
         given: names of the tensors that come with it, of `Tensors`.
     """
 
@@ -63,12 +65,18 @@ class Call(NamedTuple):
     mean: bool = True
     group_size: int = 0
     needs: tuple[bool, bool, bool] = (False, False, False)
+    needs_more: bool = False
+    stored: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the products' operands."""
         return getattr(torch, self.operands)
+
+    def weight_dtype(self, weight: Tensor) -> torch.dtype:
+        """Of the weight's values, whose codes `weight` may be."""
+        return getattr(torch, self.stored[1]) if self.stored else weight.dtype
 
     def encode(self) -> str:
         """As text: a Python literal, field by field. `parse` reads it."""
@@ -113,7 +121,7 @@ class Tensors(NamedTuple):
 
     Attributes:
         hidden: [P, H].
-        weight, bias: [V, H], [V].
+        weight, bias: [V, H], [V]; where the call has it `stored`, the weight's codes.
         target: int64 [P].
         lengths: int64 [B], positions per response.
         label, rewards: float64 [B].
@@ -122,6 +130,8 @@ class Tensors(NamedTuple):
         z_y, lse_other, h_o: statistics, [P].
         g_zy, g_lo, g_ho: their upstream gradients, [P].
         masses, order: of skipping (`sweeps.Scored`).
+        more: [V, r], columns beside the weight's.
+        scales, zeros: of a stored weight.
     """
 
     hidden: Tensor | None = None
@@ -142,11 +152,25 @@ class Tensors(NamedTuple):
     g_ho: Tensor | None = None
     masses: Tensor | None = None
     order: Tensor | None = None
+    more: Tensor | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
 
     @staticmethod
     def of(hidden: Tensor, head: LMHead, target: Tensor, **more: Tensor | None) -> Tensors:
         """Those of a call, flat; hidden [..., H], target [...]."""
-        return Tensors(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), **more)
+        x, y, weight = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), head.weight
+        if isinstance(weight, HeadWeight):
+            more["more"] = weight.more
+            if weight.quantised is not None:
+                more.update(scales=weight.quantised.scales, zeros=weight.quantised.zeros)
+            weight = weight.base
+        return Tensors(x, weight, head.bias, y, **more)
+
+    @property
+    def head(self) -> dict[str, Tensor | None]:
+        """Those that make the weight."""
+        return {"weight": self.weight, "more": self.more, "scales": self.scales, "zeros": self.zeros}
 
     def need(self, *names: str) -> list[Tensor]:
         """The tensors of these names, which every call of the operator that asks has."""

@@ -37,7 +37,7 @@ class Coefficients:
         self.count = tokens_of_each(target != call.ignore_index, lengths)
         self.units = units(self.spec, len(self.count), call.group_size)
         self.total = target.new_zeros((), dtype=torch.float64)
-        self.acc_dtype = acc_dtype(weight.dtype)
+        self.acc_dtype = acc_dtype(call.weight_dtype(weight))
 
     def chunks(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream] | TokenTerms]]:
         """Rows of at most `rows`, or of one unit, with what turns their statistics into coefficients, or the loss

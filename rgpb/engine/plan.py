@@ -9,6 +9,8 @@ One unit of work is a product of 2 · N · V · H flops. Naive PyTorch does 3 an
 | `frozen`   | 2     | head without gradient: the forward accumulates O = Σ q_k w_k, the backward only scales it       |
 | `two_pass` | 4 (3) | `frozen`, then the logits again for dW, each slice of it finished at once                      |
 
+Where only a few columns beside a frozen weight have a gradient (LoRA on the head), `single` is 2 units, `two_pass` 3.
+
 Every kernel set runs each path. `torch`, `cpp` and `triton` form float32 logits by library products into a buffer, and
 run row kernels over it; `tiled` (Triton) holds logits in registers only, and writes exp(z − shift) or dlogits in the
 products' own dtype.
@@ -197,6 +199,9 @@ class Sizes(NamedTuple):
         ordered: whether the vocabulary is taken in another order.
         columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
         strided: whether the weight has no unit stride along H, as the tile kernels need it.
+        trained: columns of the weight that have a gradient, where the weight is put together of several tensors (LoRA's
+            columns beside a frozen W, codes and scales); None where it is one tensor. Slices of it are put together
+            like converted ones.
     """
 
     vocab: int
@@ -212,6 +217,17 @@ class Sizes(NamedTuple):
     ordered: bool = False
     columns: int = 1 << 62
     strided: bool = False
+    trained: int | None = None
+
+    @property
+    def summed(self) -> int:
+        """Columns of the head's gradient."""
+        return self.width if self.trained is None else self.trained
+
+    @property
+    def dw(self) -> int:
+        """Units of the product that makes it: a few columns count for nothing."""
+        return int(2 * self.summed > self.width)
 
     @property
     def sliced(self) -> bool:
@@ -266,16 +282,17 @@ def sizes(
     impl: str = "torch",
     arch: str | None = None,
     strided: bool = False,
+    trained: int | None = None,
 ) -> Sizes:
     """`Sizes` of a head [vocab, width] used in `compute_dtype` (the autocast type, else that of the hidden states)."""
     gemm = gemm_dtype(device_type, weight_dtype, compute_dtype, impl)
     acc = 8 if weight_dtype == torch.float64 else 4
-    convert = gemm != weight_dtype or (strided and impl == "tiled")
+    convert = gemm != weight_dtype or (strided and impl == "tiled") or trained is not None
     factored = impl != "triton" or convert or gemm == torch.float16
     one_product = min(vocab, cpu_columns()) if device_type == "cpu" and impl != "tiled" else vocab
     return Sizes(
         vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, arch, factored,
-        columns=one_product, strided=strided,
+        columns=one_product, strided=strided, trained=trained,
     )  # fmt: skip
 
 
@@ -295,9 +312,9 @@ def row_chunk(
     Raises:
         ValueError: `workspace` doesn't hold one row.
     """
-    fixed = convert_rows(s, workspace) * s.width * (s.gemm + s.acc * s.accumulate)
+    fixed = convert_rows(s, workspace) * (s.width * s.gemm + s.summed * s.acc * s.accumulate)
     if accumulator:
-        fixed += s.vocab * (s.width + 1) * 4
+        fixed += s.vocab * (s.summed + 1) * 4
     logits = s.room * s.logit
     row = logits + _row_sides(s)
     if s.impl == "tiled":
@@ -371,7 +388,7 @@ def _wide_slices(s: Sizes) -> Iterator[int]:
 
 def _slice_rows(s: Sizes, workspace: int, step: int, tokens: int) -> tuple[int, int]:
     """(rows, bytes held) beside a slice of dW that is the product itself; (0, 0) where not one row fits."""
-    column = s.width * s.gemm * s.convert + s.width * s.acc * s.ordered
+    column = s.width * s.gemm * s.convert + s.summed * s.acc * s.ordered
     try:
         return _rows_that_fit(workspace, step * column, step * s.logit + _row_sides(s), step, max(tokens, 1), s)
     except ValueError:
@@ -382,7 +399,7 @@ def _narrow_slice(s: Sizes, workspace: int) -> tuple[int, int, int]:
     """(columns, bytes of a row, bytes of a column) where a slice of dW is summed over chunks of rows."""
     step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
     step = step if s.device_type == "cpu" else min(step, MIN_SLICE)
-    column = s.width * s.gemm * s.convert + s.width * s.acc * (s.accumulate or s.ordered)
+    column = s.width * s.gemm * s.convert + s.summed * s.acc * (s.accumulate or s.ordered)
     if column:
         step = max(1, min(step, workspace // 2 // column))
     sides = _row_sides(s) + s.pad * s.logit
@@ -507,7 +524,7 @@ def _plan(head: Sizes, request: Request) -> Plan:
     if not gradient:
         return made("forward", "no gradient is asked for", 1, rows, held)
     if request.entropy_grad:
-        units = 1 + 2 * hidden_grad + 2 * weight_grad
+        units = 1 + 2 * hidden_grad + (1 + head.dw) * weight_grad
         held = max(held, slice_chunk(head, workspace, tokens)[2]) if weight_grad else held
         path = "two_pass" if weight_grad else "frozen"
         return made(path, "the gradient of the entropy needs the logits again", units, rows, held)
@@ -517,14 +534,14 @@ def _plan(head: Sizes, request: Request) -> Plan:
         )
     why = _not_single(head, request)
     both = max(held, slice_chunk(head, workspace, tokens)[2])
-    two_pass_units = 3 + hidden_grad
+    two_pass_units = 2 + hidden_grad + head.dw
     if why is not None or request.path == "two_pass":
         return made("two_pass", why or "it was asked for", two_pass_units, rows, both)
     single_rows, single_held = single_chunk(head, workspace, tokens)
     why = f"coefficients are known chunk by chunk (couples a {request.couples})"
     if request.path != "auto":
-        return made("single", why, 2 + hidden_grad, single_rows, single_held)
-    single, twice = made("single", why, 2 + hidden_grad, single_rows, single_held), 0.0
+        return made("single", why, 1 + hidden_grad + head.dw, single_rows, single_held)
+    single, twice = made("single", why, 1 + hidden_grad + head.dw, single_rows, single_held), 0.0
     two_pass = made("two_pass", "the sum of dW over many chunks would cost more", two_pass_units, rows, both)
     if single_rows < tokens and request.unit_tokens is not None:
         twice, longest = _swept_twice(head, workspace, request.unit_tokens())
@@ -551,7 +568,7 @@ def _not_single(head: Sizes, request: Request) -> str | None:
     try:
         single_chunk(head, request.workspace, request.tokens)
     except ValueError:
-        size = head.vocab * (head.width + 1) * 4
+        size = head.vocab * (head.summed + 1) * 4
         return f"the float32 sum of dW doesn't fit the workspace, of which it takes {size / 2**20:,.0f} MiB"
     return None
 
@@ -600,5 +617,5 @@ def predicted_seconds(
         rows = slice_chunk(head, workspace, tokens)[0]
     chunks = max(1, -(-tokens // max(rows, 1))) if path in ("single", "two_pass") else 1
     # written by the first chunk, read and written by the others; then read, and written in 16 bits
-    sums = 0 if chunks == 1 else head.vocab * head.width * (4 * (2 * chunks - 1) + (4 + 2) * head.accumulate)
+    sums = 0 if chunks == 1 else head.vocab * head.summed * (4 * (2 * chunks - 1) + (4 + 2) * head.accumulate)
     return products + (logits * moved + sums) / rates.copy

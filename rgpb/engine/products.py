@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rgpb.engine import stored
 from rgpb.engine.call import Call, Tensors
 from rgpb.kernels import KernelSet, kernel_set, matmul
 from rgpb.kernels.cpp_rows import fresh
@@ -30,7 +31,8 @@ ROW_UNIT = 16
 class Problem(NamedTuple):
     """One call with its tensors: hidden [P, H], weight [V, H], bias [V] or None, target int64 [P].
 
-    With `order` the vocabulary is taken in that order, and `target` and `bias` are already in it.
+    With `order` the vocabulary is taken in that order, and `target` and `bias` are already in it. With `more` [V, r]
+    hidden has H + r columns. With `scales` the weight is codes. In either case it is put together slice by slice.
     """
 
     hidden: Tensor
@@ -39,12 +41,15 @@ class Problem(NamedTuple):
     target: Tensor
     call: Call
     order: Tensor | None = None
+    more: Tensor | None = None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
 
     @staticmethod
-    def of(tensors: Tensors, call: Call) -> Problem:
+    def of(t: Tensors, call: Call) -> Problem:
         """That of an operator's tensors."""
-        hidden, weight, target = tensors.need("hidden", "weight", "target")
-        return Problem(hidden, weight, tensors.bias, target, call)
+        hidden, weight, target = t.need("hidden", "weight", "target")
+        return Problem(hidden, weight, t.bias, target, call, more=t.more, scales=t.scales, zeros=t.zeros)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -64,12 +69,53 @@ class Problem(NamedTuple):
         return self._replace(order=order, target=target, bias=bias)
 
     def weight_rows(self, part: slice) -> Tensor:
-        """The head's rows for entries `part` of the vocabulary, as it is stored. [S, H]"""
-        return self.weight[part if self.order is None else self.order[part]]
+        """The head's rows for entries `part` of the vocabulary, as it is stored, or put together. [S, H]"""
+        which = part if self.order is None else self.order[part]
+        if not self.assembled:
+            return self.weight[which]
+        return self.assemble_(self.hidden.new_empty(part.stop - part.start, self.width, dtype=self.call.dtype), which)
+
+    def assemble_(self, out: Tensor, which: Rows) -> Tensor:
+        """Fill `out` [S, H] with the head's rows `which`, as it is stored or put together."""
+        width = self.width if self.more is None else self.width - self.more.shape[1]
+        if self.call.stored:
+            stored.rows_(out[:, :width], self.call.stored, self.weight, self.scales, self.zeros, which)
+        else:
+            out[:, :width].copy_(self.weight[which])
+        if self.more is not None:
+            out[:, width:].copy_(self.more[which])
+        return out
+
+    @property
+    def assembled(self) -> bool:
+        """Whether the weight isn't one tensor of floats."""
+        return self.more is not None or bool(self.call.stored)
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Of hidden states and weight alike, with the columns beside it."""
+        return self.hidden.shape[1]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.call.weight_dtype(self.weight)
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        return acc_dtype(self.weight.dtype)
+        return acc_dtype(self.weight_dtype)
+
+    def shares(self) -> list[Share]:
+        """What of the weight asks for a gradient: the weight, and the columns beside it."""
+        _, need_weight, _ = self.call.needs
+        more = self.width if self.more is None else self.width - self.more.shape[1]
+        found = [Share("weight", self.weight, slice(0, more))] if need_weight else []
+        if self.call.needs_more and self.more is not None:
+            found.append(Share("more", self.more, slice(more, self.width)))
+        return found
 
     @property
     def half(self) -> bool:
@@ -83,6 +129,14 @@ class Problem(NamedTuple):
     def kept(self) -> Kept:
         """The positions that aren't ignored."""
         return Kept(self.target, self.call.ignore_index)
+
+
+class Share(NamedTuple):
+    """One tensor of the weight, and the columns of it: `like` [V, columns]."""
+
+    name: str
+    like: Tensor
+    columns: slice
 
 
 class Kept:
@@ -117,8 +171,8 @@ class Products:
     def __init__(self, p: Problem, rows: int, score_only: bool = False):
         self.p, self.chunks, self.dtype, self.half = p, p.call.chunks, p.call.dtype, p.half
         self.set: KernelSet = kernel_set(p.call.impl)
-        self.vocab = p.weight.shape[0]
-        self.converted = p.hidden.new_empty(self.chunks.converted, p.weight.shape[1], dtype=self.dtype)
+        self.vocab = p.vocab
+        self.converted = p.hidden.new_empty(self.chunks.converted, p.width, dtype=self.dtype)
         self.epilogue = p.epilogue()
         # a library product that makes blocks of its own, and tile kernels, take the weight as wide as it comes
         step = len(self.converted) or self.vocab
@@ -161,7 +215,9 @@ class Products:
             return
         for part in spans(self.vocab, len(self.converted)):
             converted, order = self.converted[: part.stop - part.start], self.p.order
-            if order is not None and converted.dtype == self.p.weight.dtype:
+            if self.p.assembled:
+                yield part, self.p.assemble_(converted, part if order is None else order[part])
+            elif order is not None and converted.dtype == self.p.weight.dtype:
                 yield part, torch.index_select(self.p.weight, 0, order[part], out=converted)
             else:
                 yield part, converted.copy_(self.p.weight_rows(part))
@@ -184,46 +240,51 @@ class Products:
 class HeadSum:
     """dW = Σ Dᵀ X over chunks. In place where the weight is 32-bit or one chunk is all; else in a float32 buffer."""
 
-    def __init__(self, p: Problem, products: Products, weight: bool, bias: bool, one_chunk: bool):
+    def __init__(self, p: Problem, products: Products, one_chunk: bool):
         self.p, self.products, self.empty = p, products, True
-        self.dweight = fresh(torch.empty_like(p.weight)) if weight else None
-        self.dbias = p.hidden.new_empty(p.weight.shape[0], 1, dtype=p.acc_dtype) if bias else None
-        self.sum = self.dweight
-        if weight and p.weight.dtype.itemsize == 2 and not one_chunk:
-            self.sum = fresh(torch.empty_like(p.weight, dtype=torch.float32))
+        self.shares = p.shares()
+        self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
+        self.sums = list(self.made)
+        self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
+        if p.weight_dtype.itemsize == 2 and not one_chunk:
+            self.sums = [fresh(torch.empty_like(made, dtype=torch.float32)) for made in self.made]
 
     def add(self, e_CV: Tensor, r: Tensor | None, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
         if self.dbias is not None:
             matmul.mm(e_CV.t(), ones_or(r, e_CV), self.dbias, accumulate=not self.empty)
-        if self.sum is not None:
-            x = times(self.p.hidden[rows], r).to(e_CV.dtype)
-            if self.sum.dtype == e_CV.dtype or self.products.half:
-                matmul.mm(e_CV.t(), x, self.sum, accumulate=not self.empty)
+        for share, total in zip(self.shares, self.sums):
+            x = times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype)
+            if total.dtype == e_CV.dtype or self.products.half:
+                matmul.mm(e_CV.t(), x, total, accumulate=not self.empty)
             else:  # a 16-bit result of float32 operands passes through float32, slice by slice
-                for part in spans(len(self.sum), len(self.products.converted)):
-                    self.sum[part] = e_CV[:, part].t() @ x
+                for part in spans(len(total), len(self.products.converted)):
+                    total[part] = e_CV[:, part].t() @ x
         self.empty = False
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None]:
-        """dW [V, H] and db [V] in the weight's dtype; None where not asked for."""
-        for never_written in (self.sum, self.dbias) if self.empty else ():
+    def finished(self) -> dict[str, Tensor]:
+        """By name those of dW [V, H], d more [V, r] and db [V] that are asked for, in the weight's dtype."""
+        for never_written in (*self.sums, self.dbias) if self.empty else ():
             if never_written is not None:
                 never_written.zero_()
-        if self.dweight is not None and self.sum is not None and self.sum is not self.dweight:
-            self.dweight.copy_(self.sum)
-        return self.dweight, None if self.dbias is None else self.dbias.view(-1).to(self.p.weight.dtype)
+        for made, total in zip(self.made, self.sums):
+            if made is not total:
+                made.copy_(total)
+        found = {share.name: made for share, made in zip(self.shares, self.made)}
+        if self.dbias is not None:
+            found["bias"] = self.dbias.view(-1).to(self.p.weight_dtype)
+        return found
 
 
 class HeadSlices:
     """dW [V, H] and db [V], a slice of the vocabulary at a time; each slice is complete when it is left."""
 
-    def __init__(self, p: Problem, weight: bool, bias: bool, columns: int, rows: int):
+    def __init__(self, p: Problem, columns: int, rows: int):
         self.p, self.set, self.dtype = p, kernel_set(p.call.impl), p.call.dtype
         self.rows, self.pad = rows, p.call.chunks.pad
-        vocab = p.weight.shape[0]
-        self.dweight = fresh(torch.empty_like(p.weight)) if weight else None
-        self.dbias = p.hidden.new_empty(vocab, 1, dtype=p.acc_dtype) if bias else None
+        self.shares = p.shares()
+        self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
+        self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         dtype = self.dtype if p.call.impl == "tiled" else p.acc_dtype
         self.buffer = fresh(p.hidden.new_empty(rows * (columns + self.pad), dtype=dtype))
         self.epilogue = p.epilogue()
@@ -240,38 +301,41 @@ class HeadSlices:
 
         return Chunk(x, inside(y, part), columns, columns, whole, whole, epilogue, z, columns)
 
-    def room(self, part: slice, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Where the sums of a slice over `count` rows go, [S, H] and [S, 1]."""
-        p, size, dw = self.p, part.stop - part.start, None
-        if self.dweight is not None:
-            dw = self.dweight[part] if self.in_place(count) else p.hidden.new_empty(
-                size, p.weight.shape[1], dtype=p.acc_dtype
-            )  # fmt: skip
-            if not count:
-                dw.zero_()
-        return dw, None if self.dbias is None else self.dbias.new_zeros(size, 1)
+    def room(self, part: slice, count: int) -> tuple[list[Tensor], Tensor | None]:
+        """Where the sums of a slice over `count` rows go, [S, H] for each share of the weight, and [S, 1]."""
+        p, size = self.p, part.stop - part.start
+        if self.in_place(count):
+            sums = [made[part] for made in self.made]
+        else:
+            sums = [p.hidden.new_empty(size, made.shape[1], dtype=p.acc_dtype) for made in self.made]
+        for dw in sums if not count else ():
+            dw.zero_()
+        return sums, None if self.dbias is None else self.dbias.new_zeros(size, 1)
 
     def in_place(self, count: int) -> bool:
         """Whether the product over `count` rows is the slice of dW itself: one of the accumulators' type, or one that
         is rounded once."""
-        dtype = self.p.weight.dtype
+        dtype = self.p.weight_dtype
         return self.p.order is None and (dtype == self.p.acc_dtype or (dtype == self.dtype and count <= self.rows))
 
-    def keep(self, part: slice, count: int, dw: Tensor | None, db: Tensor | None) -> None:
+    def keep(self, part: slice, count: int, sums: list[Tensor], db: Tensor | None) -> None:
         """Put the finished sums of a slice where they belong."""
         order = self.p.order
         places = part if order is None else order[part]
-        if self.dweight is not None and dw is not None and not self.in_place(count):
+        for made, dw in zip(self.made, sums) if not self.in_place(count) else ():
             if order is None:
-                self.dweight[part].copy_(dw)  # converts as it writes
+                made[part].copy_(dw)  # converts as it writes
             else:
-                self.dweight[places] = dw.to(self.dweight.dtype)
+                made[places] = dw.to(made.dtype)
         if self.dbias is not None and db is not None:
             self.dbias[places] = db
 
-    def finished(self) -> tuple[Tensor | None, Tensor | None]:
-        """dW and db in the weight's dtype; None where not asked for."""
-        return self.dweight, None if self.dbias is None else self.dbias.view(-1).to(self.p.weight.dtype)
+    def finished(self) -> dict[str, Tensor]:
+        """As `HeadSum.finished`."""
+        found = {share.name: made for share, made in zip(self.shares, self.made)}
+        if self.dbias is not None:
+            found["bias"] = self.dbias.view(-1).to(self.p.weight_dtype)
+        return found
 
 
 def times(x_CH: Tensor, r: Tensor | None) -> Tensor:

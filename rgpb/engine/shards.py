@@ -54,7 +54,7 @@ def _of_shards(tensors: Tensors, call: Call, entropy_grad: bool, shard: VocabSha
     mine = (own >= 0) & (own < len(weight))
     found = score(
         tensors._replace(
-            hidden=entering(hidden, kept.index, acc_dtype(weight.dtype), shard.group),
+            hidden=entering(hidden, kept.index, acc_dtype(call.weight_dtype(weight)), shard.group),
             target=torch.where(mine, own, 0),
         ),
         call._replace(ignore_index=OWN_IGNORE),

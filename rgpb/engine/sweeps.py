@@ -104,10 +104,10 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     p = Problem.of(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
+        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
         order = p.target.new_empty(0)
         if call.sort_vocab:
-            order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
+            order = order_by_mass(p, kept) if kept.count else torch.arange(p.vocab, device=order.device)
             p = p.ordered(order)
         skip = call.tolerance is not None
         statistics, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
@@ -136,7 +136,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
 
 def _score_fake(t: Tensors, call: Call) -> Scored:
     hidden, weight, target = t.need("hidden", "weight", "target")
-    acc, positions, skip = acc_dtype(weight.dtype), target.shape, call.tolerance is not None
+    acc, positions, skip = acc_dtype(call.weight_dtype(weight)), target.shape, call.tolerance is not None
     return Scored(
         hidden.new_empty(positions, dtype=acc),
         hidden.new_empty(positions, dtype=acc),
@@ -154,13 +154,14 @@ def _score_setup(ctx: Any, t: Tensors, output: Sequence[Tensor]) -> int:
     ctx.accumulated = [found.accumulated] if ctx.call.accumulate else []
     ctx.report = found.report
     ctx.save_for_backward(
-        t.hidden, t.weight, t.bias, t.target, found.z_y, found.lse_other, found.h_o, found.masses, found.order
+        t.hidden, t.bias, t.target, found.z_y, found.lse_other, found.h_o, found.masses, found.order, *t.head.values()
     )
     return 3 if ctx.call.entropy else 2
 
 
 def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    hidden, weight, bias, target, z_y, lse_other, h_o, masses, order = ctx.saved_tensors
+    hidden, bias, target, z_y, lse_other, h_o, masses, order, *rest = ctx.saved_tensors
+    head = dict(zip(("weight", "more", "scales", "zeros"), rest))
     call: Call = ctx.call
     g_zy, g_lo = (torch.zeros_like(z_y) if g is None else g.contiguous() for g in upstream[:2])
     g_ho = upstream[2]
@@ -171,19 +172,20 @@ def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Te
         if is_traced(dhidden):
             dhidden = dhidden.clone()
         torch.ops.rgpb.finish_hidden_(
-            dhidden, *Tensors(None, weight, None, target, z_y=z_y, g_zy=g_zy, g_lo=g_lo).pack(call)
+            dhidden, *Tensors(target=target, z_y=z_y, g_zy=g_zy, g_lo=g_lo, **head).pack(call)
         )
         made["hidden"] = dhidden
         needs.discard("hidden")
     if needs:
         skip = call.tolerance is not None
         tensors = Tensors(
-            hidden, weight, bias, target, z_y=z_y, lse_other=lse_other, h_o=h_o if call.entropy else None, g_zy=g_zy,
-            g_lo=g_lo, g_ho=g_ho, masses=masses if skip else None, order=order if call.sort_vocab else None,
+            hidden, bias=bias, target=target, z_y=z_y, lse_other=lse_other, h_o=h_o if call.entropy else None,
+            g_zy=g_zy, g_lo=g_lo, g_ho=g_ho, masses=masses if skip else None, order=order if call.sort_vocab else None,
+            **head,
         )  # fmt: skip
-        asked = call._replace(needs=("hidden" in needs, "weight" in needs, "bias" in needs))
-        dhidden, dweight, dbias, report = torch.ops.rgpb.pull_back(*tensors.pack(asked))
-        found = {"hidden": dhidden, "weight": dweight, "bias": dbias}
+        asked = call._replace(needs=("hidden" in needs, "weight" in needs, "bias" in needs), needs_more="more" in needs)
+        dhidden, dweight, dbias, dmore, report = torch.ops.rgpb.pull_back(*tensors.pack(asked))
+        found = {"hidden": dhidden, "weight": dweight, "bias": dbias, "more": dmore}
         made.update({name: found[name] for name in needs})
         if skip and not is_traced(ctx.report):  # there it can't be filled in later
             ctx.report.copy_(report)
@@ -213,7 +215,7 @@ def order_by_mass(p: Problem, kept: Kept) -> Tensor:
     some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
     positions = some if kept.index is None else kept.index[some]
     call = p.call._replace(impl="torch")
-    if p.weight.dtype == call.dtype:  # only slices in another order are gathered into a copy
+    if p.weight.dtype == call.dtype and not p.assembled:  # only slices in another order are gathered into a copy
         call = call._replace(chunks=call.chunks._replace(converted=0))
     products = Products(p._replace(call=call), rows)
     chunk = products.chunk(positions)
@@ -237,10 +239,11 @@ def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> Non
         rest = (g_zy + g_lo) * p.epilogue().jacobian(z_y)
         rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
         target = torch.where(kept, p.target, 0)
-        step = max(1, min(1 << 24, call.workspace) // (4 * 8 * p.weight.shape[1]))
+        step = max(1, min(1 << 24, call.workspace) // (4 * 8 * p.width))
         for rows in spans(len(target), step):
             dx = accumulated[rows].to(p.acc_dtype).mul_(g_lo[rows])
-            accumulated[rows] = dx.addcmul_(p.weight[target[rows]].to(p.acc_dtype), rest[rows])
+            w_y = p.assemble_(torch.empty_like(dx), target[rows])
+            accumulated[rows] = dx.addcmul_(w_y, rest[rows])
 
 
 torch.library.custom_op(
@@ -258,7 +261,7 @@ class Loss(NamedTuple):
     Attributes:
         loss: 0-d.
         z_y, lse_other, h_o: [P].
-        dhidden, dweight, dbias: [P, H], [V, H], [V].
+        dhidden, dweight, dbias, dmore: [P, H], [V, H], [V], [V, r].
     """
 
     loss: Tensor
@@ -268,6 +271,7 @@ class Loss(NamedTuple):
     dhidden: Tensor
     dweight: Tensor
     dbias: Tensor
+    dmore: Tensor
 
 
 def _loss(tensors: Tensors, call: Call) -> Loss:
@@ -278,13 +282,13 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
+        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
         entropy = objective.spec.entropy
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
         statistics = empty_statistics(p, entropy)
         dhidden = torch.zeros_like(p.hidden) if call.needs[0] else None
         products = Products(p, most)
-        head = HeadSum(p, products, *call.needs[1:], one_chunk=kept.count <= most)
+        head = HeadSum(p, products, one_chunk=kept.count <= most)
 
         def pull_back(block: Rows, e: Tensor, r: Tensor | None) -> None:
             if dhidden is not None:
@@ -312,16 +316,17 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     chunk = products.chunk(block)
                     found, _, weighed = products.set.weigh(chunk, entropy)
                 pull_back(block, *products.set.pull_back(chunk, weighed, statistics.at(block), upstream.at(part)))
-        dweight, dbias = head.finished()
+        found_head = head.finished()
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
-    gradients = [p.hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
+    made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
+    gradients = [p.hidden.new_empty(0) if g is None else g for g in made]
     return Loss(objective.total.to(statistics.z_y.dtype), statistics.z_y, statistics.lse_other, h_o, *gradients)
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
     hidden, weight, target = t.need("hidden", "weight", "target")
-    statistic = hidden.new_empty(target.shape, dtype=acc_dtype(weight.dtype))
-    nothing = [hidden.new_empty(0) for _ in range(3)]
+    statistic = hidden.new_empty(target.shape, dtype=acc_dtype(call.weight_dtype(weight)))
+    nothing = [hidden.new_empty(0) for _ in range(4)]
     need_hidden, need_weight, need_bias = call.needs
     return Loss(
         hidden.new_empty((), dtype=statistic.dtype),
@@ -330,7 +335,8 @@ def _loss_fake(t: Tensors, call: Call) -> Loss:
         torch.empty_like(statistic) if resolve(call.objective).entropy else statistic.new_empty(0),
         torch.empty_like(hidden) if need_hidden else nothing[0],
         torch.empty_like(weight) if need_weight else nothing[1],
-        weight.new_empty(weight.shape[0]) if need_bias else nothing[2],
+        hidden.new_empty(weight.shape[0], dtype=call.weight_dtype(weight)) if need_bias else nothing[2],
+        torch.empty_like(t.more) if call.needs_more and t.more is not None else nothing[3],
     )
 
 
@@ -347,7 +353,7 @@ def _loss_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Ten
     if not ctx.gradients:  # a second backward through the same graph
         ctx.gradients = list(torch.ops.rgpb.loss(*Tensors(*ctx.saved_tensors).pack(ctx.call))[4:])
     made: dict[str, Tensor | None] = {}
-    for name in ("hidden", "weight", "bias"):
+    for name in ("hidden", "weight", "bias", "more"):
         gradient = ctx.gradients.pop(0)
         made[name] = _scale_(gradient, g) if name in ctx.needs else None
     return made
@@ -374,29 +380,28 @@ def loss(tensors: Tensors, call: Call) -> Loss:
 
 
 def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
-    """Gradients of hidden, weight and bias from recomputed logits, empty where not needed; and with a tolerance the
+    """Gradients of hidden, weight, bias and more from recomputed logits, empty where not needed; with a tolerance the
     report: the bound of each position and the share of tiles that were skipped."""
     p = Problem.of(t, call)
     z_y, lse_other, g_zy, g_lo = t.need("z_y", "lse_other", "g_zy", "g_lo")
     statistics, upstream = Statistics(z_y, lse_other, t.h_o), Upstream(g_zy, g_lo, t.g_ho)
     need_hidden, need_weight, need_bias = call.needs
     dhidden, report = p.hidden.new_empty(0), p.hidden.new_empty(0, dtype=torch.float32)
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
+    head: dict[str, Tensor] = {}
     with p.running():
         kept = p.kept()
         if need_hidden:
             dhidden = hidden_gradient(p, kept, statistics, upstream)
-        if need_weight or need_bias:
+        if need_weight or need_bias or call.needs_more:
             if t.order is not None:
                 p = p.ordered(t.order)
             rows_of = None
             if call.tolerance is not None and t.masses is not None:
                 report = p.hidden.new_empty(len(p.target) + 1, dtype=torch.float32)
                 rows_of = skipping.choose(p, t.masses, statistics, upstream, call.tolerance, report)
-            dweight, dbias = head_gradient(p, kept, statistics, upstream, rows_of)
-    nothing = p.weight.new_empty
-    return [dhidden, nothing(0) if dweight is None else dweight, nothing(0) if dbias is None else dbias, report]
+            head = head_gradient(p, kept, statistics, upstream, rows_of)
+    made = [head[name] if name in head else p.hidden.new_empty(0) for name in ("weight", "bias", "more")]
+    return [dhidden, *made, report]
 
 
 def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
@@ -404,8 +409,9 @@ def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
     need_hidden, need_weight, need_bias = call.needs
     return [
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(t.bias) if need_bias and t.bias is not None else weight.new_empty(0),
+        torch.empty_like(weight) if need_weight else hidden.new_empty(0),
+        torch.empty_like(t.bias) if need_bias and t.bias is not None else hidden.new_empty(0),
+        torch.empty_like(t.more) if call.needs_more and t.more is not None else hidden.new_empty(0),
         hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
     ]
 
@@ -415,21 +421,21 @@ operator("pull_back", _pull_back, _pull_back_fake)
 
 def head_gradient(
     p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream, rows_of: Callable[[int], Tensor] | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW [V, H] and db [V]: logits again for a slice of V; each slice of dW is complete when it is left.
+) -> dict[str, Tensor]:
+    """dW [V, H] and db [V], by name: logits again for a slice of V; each slice of dW is complete when it is left.
 
     Args:
         rows_of: positions that count for a tile of MASS_TILE columns; default: all that are kept, for every slice.
     """
-    vocab = p.weight.shape[0]
-    _, need_weight, need_bias = p.call.needs
+    vocab = p.vocab
     if not kept.count:
-        return torch.zeros_like(p.weight) if need_weight else None, p.weight.new_zeros(vocab) if need_bias else None
+        zeros = {share.name: torch.zeros_like(share.like) for share in p.shares()}
+        return zeros | ({"bias": p.hidden.new_zeros(vocab, dtype=p.weight_dtype)} if p.call.needs[2] else {})
     columns, most = p.call.chunks.slice_for(kept.count)
     most = min(most, kept.count)
     tile = vocab if rows_of is None else plan.MASS_TILE
     columns = min(columns, tile)
-    sums = HeadSlices(p, need_weight, need_bias, columns, most)
+    sums = HeadSlices(p, columns, most)
     for part in (
         slice(t.start + s.start, t.start + s.stop) for t in spans(vocab, tile) for s in spans(t.stop - t.start, columns)
     ):
@@ -447,14 +453,14 @@ def head_gradient(
 
 def add_slice(
     p: Problem, sums: HeadSlices, rows: Rows, part: slice, weight: Tensor, statistics: Statistics, upstream: Upstream,
-    dw: Tensor | None, db: Tensor | None, first: bool,
+    dw: list[Tensor], db: Tensor | None, first: bool,
 ) -> None:  # fmt: skip
     """The share of `rows` in a slice of dW [S, H] and db [S, 1], written where it is the first, else added."""
     x = p.hidden[rows].to(p.call.dtype)
     chunk = sums.chunk(x, p.target[rows], part, weight)
     e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
-    if dw is not None:
-        matmul.mm(e.t(), times(x, r).to(e.dtype), dw, accumulate=not first)
+    for share, total in zip(sums.shares, dw):
+        matmul.mm(e.t(), times(x[:, share.columns], r).to(e.dtype), total, accumulate=not first)
     if db is not None:
         matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
 

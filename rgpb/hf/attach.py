@@ -121,9 +121,8 @@ class Attached:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
         head: nn.Module = innermost(found)
         before = None if self.head is None else _placed(self.head)
-        module: nn.Module = head
-        if self.head is module and before is not None:
-            return module
+        if self.head is head and before is not None:
+            return head
         if self.head is not None and before is not None:
             setattr(self.head, before, self.head_forward)
         # accelerate's hook for offloaded weights stands in `forward` and calls what it keeps as `_old_forward`
@@ -131,7 +130,7 @@ class Attached:
         self.head, self.head_forward = head, getattr(head, place)
         head.__dict__["_rgpb"] = self
         setattr(head, place, MethodType(forward, head))
-        return module
+        return head
 
 
 def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rgpb.head import LMHead, declared_scaling, described
 from rgpb.hf.attach import Attached, Results, Step
 from rgpb.hf.batches import check_bounds, restarting_positions
-from rgpb.hf.heads import view
+from rgpb.hf.heads import state, view
 from rgpb.hf.wrappers import sharded_by
 
 _LOUD = 50.0  # the size that logits are raised to, so that any soft-cap in use bends them visibly
@@ -42,12 +42,13 @@ class _Probe(Step):
         held = view(head, self.model)
         self.results = Results()
         made = logits(x)
-        x = x if torch.is_autocast_enabled(x.device.type) else x.to(held.weight.dtype)
+        held = view(head, self.model)  # a quantised layer's first forward may settle what it computes in
+        x = held.inputs(x)
         if x.shape[-1] != held.weight.shape[1]:
             found = f"{x.shape[-1]} in its hidden states and {held.weight.shape[1]} in its head"
             raise ValueError(f"model: expected one hidden size in {described(self.model)}, got {found}")
-        self.linear = nn.functional.linear(x, held.weight, held.bias)
-        self.eps = max(torch.finfo(t.dtype).eps for t in (x, held.weight, self.linear, made))
+        self.linear = held.logits(x)
+        self.eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, held.weight.dtype, self.linear.dtype, made.dtype))
         return made
 
 
@@ -113,8 +114,7 @@ def _behaviour(model: PreTrainedModel, attached: Attached, head: nn.Module) -> t
     own = [type(model).forward, type(head).forward, getattr(attached.head_forward, "__func__", attached.head_forward)]
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
     acting = [f for f in (*own[2:], *hooks) if not str(getattr(f, "__module__", "")).startswith(_NEUTRAL)]
-    adapters = tuple(sorted(getattr(head, "lora_A", None) or ()))
-    return (*own[:2], tuple(acting), adapters)
+    return (*own[:2], tuple(acting), state(head))
 
 
 def _shaped(z: Tensor, cap: float | None, scale: float) -> Tensor:
@@ -122,10 +122,16 @@ def _shaped(z: Tensor, cap: float | None, scale: float) -> Tensor:
     return z if cap is None else torch.tanh(z / cap) * cap
 
 
-def head_inside(model: PreTrainedModel, head: nn.Module, scaling: tuple[float | None, float]) -> LMHead:
-    """The head as it is at the moment, within its module's forward; `scaling` as `check_head` found it."""
+def head_inside(
+    model: PreTrainedModel, head: nn.Module, x: Tensor, scaling: tuple[float | None, float]
+) -> tuple[Tensor, LMHead]:
+    """What the head multiplies its input x with, and the head as it is at the moment, within its module's forward.
+
+    scaling: as `check_head` found it.
+    """
     held = view(head, model)
-    return LMHead(held.weight, held.bias, *scaling)
+    bias = held.bias if held.bias is None or held.bias.dtype == held.weight.dtype else held.bias.to(held.weight.dtype)
+    return held.inputs(x), LMHead(held.weight, bias, *scaling)
 
 
 def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Tensor, attached: Attached) -> None:
@@ -192,10 +198,21 @@ def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
 
 
 def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any]) -> Tensor:
-    """What the head's module is given for these inputs, differentiable. [B, T, H]"""
-    step = Step(lambda head, x: Results(tensors=(x,)))
+    """What the head's weight is multiplied with for these inputs, differentiable. [B, T, H]"""
+    step = Step(lambda head, x: Results(tensors=(view(head, model).inputs(x),)))
     (hidden,) = attached.run(model, step, {**inputs, "use_cache": False}).tensors or ()
     return hidden
+
+
+def check_offloaded(model: PreTrainedModel) -> None:
+    """Refuse to train parameters that accelerate offloads: it moves copies in, and their gradients reach nothing."""
+    away = [key for key, parameter in model.named_parameters() if parameter.is_meta and parameter.requires_grad]
+    if away and torch.is_grad_enabled():
+        raise ValueError(
+            f"model: expected what is trained of {described(model)} on a device, got {away[0]} and {len(away) - 1} "
+            "others that accelerate offloads, where no gradient reaches them; freeze them (requires_grad_(False)), "
+            "score under torch.no_grad(), or load the model without offloading"
+        )
 
 
 @contextmanager

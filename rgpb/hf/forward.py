@@ -16,7 +16,7 @@ from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
-from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
+from rgpb.hf.checks import check_head, check_offloaded, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat
@@ -199,6 +199,7 @@ class _Call:
         self.model, self.base = model, base_of(model)
         self.attached: Attached = install(self.base)
         self.scaling = check_head(self.base, self.attached)
+        check_offloaded(self.base)
         inputs = dict(batch)
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         shifted = inputs.pop("shift_labels", None)
@@ -229,9 +230,7 @@ class _Call:
         """Through whatever wraps the model, with `run` of hidden states and head in the head's place."""
 
         def inside(module: nn.Module, hidden: Tensor) -> Results:
-            head = head_inside(self.base, module, self.scaling)
-            if not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(head.weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
+            hidden, head = head_inside(self.base, module, hidden, self.scaling)
             if self.target.shape != hidden.shape[:-1]:
                 expected, found = tuple(hidden.shape[:-1]), tuple(self.target.shape)
                 raise ValueError(f"labels: expected {expected}, the shape of the hidden states, got {found}")

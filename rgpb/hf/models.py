@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import install
 from rgpb.hf.checks import check_head as _check_head
-from rgpb.hf.checks import head_input, head_inside, try_packing
+from rgpb.hf.checks import head_input, try_packing
+from rgpb.hf.heads import view, without_adapters
 from rgpb.hf.wrappers import around, base_of, inner, sharded_by
 
 
@@ -40,6 +40,10 @@ def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
     attached = install(base)
     attached.sync_elsewhere = sync_elsewhere
     _check_head(base, attached)
+    if sharded_by(base) is None:
+        with without_adapters(attached.take(base)) as there:  # for ref="base", once something is wrapped around
+            if there:
+                _check_head(base, attached)
     if not base.config.is_encoder_decoder and sharded_by(base) is None:
         try_packing(base, attached)
     return model
@@ -68,8 +72,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
             are then shifted right as the model itself does. Causal models ignore `labels`.
 
     Returns:
-        [B, T, H] in the head's dtype (in the backbone's under autocast); for an encoder–decoder T is the
-        decoder's.
+        [B, T, H] in the head's dtype (in the backbone's under autocast), with LoRA on the head H + r columns; for an
+        encoder–decoder T is the decoder's.
 
     Raises:
         ValueError: a model of a kind that this module can't take apart, or no inputs for the decoder.
@@ -79,10 +83,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     base = _bare(model)
     inputs = model_inputs(base, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
     attached = install(base)
-    hidden = head_input(base, attached, inputs)
-    if torch.is_autocast_enabled(hidden.device.type):
-        return hidden
-    return hidden.to(read_head(base).weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
+    return head_input(base, attached, inputs)
 
 
 def read_head(model: nn.Module) -> LMHead:
@@ -96,7 +97,8 @@ def read_head(model: nn.Module) -> LMHead:
     """
     base = _bare(model)
     attached = install(base)
-    return head_inside(base, attached.take(base), _check_head(base, attached))
+    held = view(attached.take(base), base)
+    return LMHead(held.weight, held.bias, *_check_head(base, attached))
 
 
 def _bare(model: nn.Module) -> PreTrainedModel:

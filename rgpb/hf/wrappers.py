@@ -124,7 +124,7 @@ def batch_group(model: nn.Module) -> Any:
         known = classes(at)
         if "torch.distributed.fsdp.FSDPModule" in known:
             info = at._get_fsdp_state()._fsdp_param_groups[0].mesh_info  # type: ignore[operator, union-attr]
-            names = ("shard_process_group", "replicate_process_group")
+            names: tuple[str, ...] = ("shard_process_group", "replicate_process_group")
         elif any(name in known for name in _INNER):
             info, names = at, ("process_group", "_inter_node_pg", "data_parallel_group")
         else:
