@@ -315,7 +315,9 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperat
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
-    _check_transforms({"hidden": hidden, "head.weight": weight, "head.bias": bias})
+    parts = {"head.weight": weight} if isinstance(weight, Tensor) else {"head.weight.base": weight.base}
+    more = None if isinstance(weight, Tensor) else weight.more
+    _check_transforms({"hidden": hidden, **parts, "head.weight.more": more, "head.bias": bias})
     softcap, scale = head.softcap, head.scale
     if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
         raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")

@@ -58,29 +58,30 @@ def model_of(how: str) -> tuple[Any, Any]:
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {key: wrapped.whole(p.grad).clone() for key, p in model.named_parameters() if p.grad is not None}
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    return {key: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for key, g in found.items()}
 
 
-def step(how: str, units: int, world: int | None) -> tuple[float, dict[str, Tensor]]:
+def step(how: str, world: int | None) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one batch: on this rank's share of it, or, without ranks, on all of it."""
     torch.manual_seed(0)
     base, model = model_of(how)
     hf.attach(model)
-    part = slice(0, units)
+    each = wrapped.UNITS // (world or 1)
+    first = 0
     if world is not None:
-        part = wrapped.parts_of(units, world)[dist.get_rank()]
+        first = dist.get_rank() * each
         mesh = init_device_mesh("cpu", (world,))
         HOW[how][0](base, mesh)
         fully_shard(base, mesh=mesh)
-    named = wrapped.OBJECTIVES["bnf"]
-    batch = wrapped.share(wrapped.batch_of(units, 1), part, 1)
-    loss = wrapped.loss_of(model, batch, named, part.start)
+    batch = wrapped.share(wrapped.batch_of(1), slice(first, first + each))
+    loss = wrapped.loss_of(model, batch, wrapped.Run(objective="bnf"))
     loss.backward()
     value = loss.detach()
     if HOW[how][1] is not None:
-        options = {"label": torch.arange(part.start, part.stop) % 3 != 0, "ref": "base"}
+        inputs = {key: x for key, x in batch.items() if key not in ("ref", "number")}
         with torch.no_grad():
-            value = value + hf.loss(model, {k: x for k, x in batch.items() if k != "ref"}, "bnf", **options)
+            value = value + hf.loss(model, inputs, "bnf", label=batch["number"][:, 0] % 3 != 0, ref="base")
     if world is not None:
         dist.all_reduce(value)
         value = value / world
@@ -98,7 +99,7 @@ def tensor_parallel(how: str) -> str:
     plan = {"lm_head": ColwiseParallel(output_layouts=placed, use_local_output=how != "dtensor")}
     parallelize_module(model, mesh, plan)
     try:
-        hf.token_scores(model, {k: x[0] for k, x in wrapped.batch_of(2, 1).items() if k != "ref"})
+        hf.token_scores(model, {k: x[0] for k, x in wrapped.batch_of(1).items() if k not in ("ref", "number")})
     except ValueError as error:
         return str(error)
     return "nothing"

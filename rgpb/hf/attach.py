@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rgpb.head import described
+from rgpb.hf.sharded import placed_as, whole_output
 from rgpb.hf.wrappers import innermost
 
 
@@ -62,11 +63,12 @@ class Step:
         if self.results is not None:
             raise ValueError(f"model: expected a forward that calls its head once, got two calls of {described(head)}")
         self.results = self.run(head, x)
-        carried = x.new_zeros(())
+        local: Any = x.to_local() if hasattr(x, "to_local") else x
+        carried = local.new_zeros(())
         for result in (self.results.loss, *(self.results.tensors or ())):
             if result is not None and result.requires_grad:
-                carried = carried + result.reshape(-1)[:1].sum().to(x.dtype)
-        return carried.expand(*x.shape[:-2], 0, 1).clone()  # FSDP warns of a view
+                carried = carried + result.reshape(-1)[:1].sum().to(carried.dtype)
+        return placed_as(x, carried.expand(*x.shape[:-2], 0, 1).clone())  # FSDP warns of a view
 
 
 class Attached:
@@ -103,7 +105,7 @@ class Attached:
         results = step.results
         if results is None:
             raise ValueError(f"model: expected a forward that calls its head, got none in {described(model)}")
-        nothing = output["logits"].sum()  # of no position: exactly 0
+        nothing = whole_output(output["logits"]).sum()  # of no position: exactly 0
 
         def behind(x: Tensor) -> Tensor:
             return x + nothing.to(x.dtype) if x.requires_grad else x

@@ -9,6 +9,7 @@
 | in PEFT's `modules_to_save`       | the active copy, or the original where adapters are disabled                     |
 | quantised (torchao, bitsandbytes) | floats of a slice at a time; frozen                                              |
 | held by FSDP in another unit      | gathered once a call                                                             |
+| split by tensor parallelism       | a rank's own rows, as a `VocabShard`                                             |
 
 Everything else is refused by name. PEFT, torchao and bitsandbytes are known by their classes' names, never imported.
 
@@ -28,8 +29,9 @@ from transformers import PreTrainedModel
 from rgpb.engine.stored import rows_of
 from rgpb.head import FLOATS, HeadWeight, described
 from rgpb.hf.quantised import quantised
-from rgpb.hf.sharded import gathered
+from rgpb.hf.sharded import gathered, vocab_shard, whole_input
 from rgpb.hf.wrappers import inner
+from rgpb.parallel import VocabShard
 
 _LORA = {f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear8bitLt", "bnb.Linear4bit")}
 _SAVED, _TOKENS = "peft.utils.other.ModulesToSaveWrapper", "peft.utils.other.TrainableTokensWrapper"
@@ -50,14 +52,17 @@ class HeadView(NamedTuple):
         weight: [V, H], or a `HeadWeight`; gradients of it reach the parameters.
         bias: [V] or None.
         widen: from the module's input to what the weight is multiplied with: with LoRA H + r columns.
+        shard: which rows of the whole head these are, where tensor parallelism splits it.
     """
 
     weight: Any
     bias: Tensor | None
     widen: Callable[[Tensor], Tensor] = _as_it_is
+    shard: VocabShard | None = None
 
     def inputs(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, in its dtype; under autocast in whichever it has."""
+        x = whole_input(x)
         if torch.is_autocast_enabled(x.device.type):
             return self.widen(x)
         return self.widen(x).to(self.weight.dtype)  # Mamba returns float32 for a head of 16 bits, and casts
@@ -148,6 +153,9 @@ def _linear(head: Any, by: type, model: PreTrainedModel) -> HeadView:
     if found is not None:
         return HeadView(found, head.bias)
     if by is nn.Linear:
+        if (shard := vocab_shard(head.weight, model)) is not None:
+            bias = None if head.bias is None else head.bias.to_local()
+            return _checked(head.weight.to_local(), bias, described(model))._replace(shard=shard)
         weight, bias = gathered(head.weight, model), gathered(head.bias, model)
         if type(weight) in (nn.Parameter, Tensor):
             return _checked(weight, bias, described(model))
@@ -161,6 +169,15 @@ def _checked(weight: Tensor, bias: Tensor | None, name: str) -> HeadView:
         found = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
         raise ValueError(f"model: expected a float weight [V, H] on a device as head of {name}, got {found}")
     return HeadView(weight, bias)
+
+
+def _whole(held: HeadView, model: PreTrainedModel) -> None:
+    """Refuse adapters on rows of a head."""
+    if held.shard is not None:
+        raise ValueError(
+            f"model: expected no adapter on a head of {described(model)} that tensor parallelism splits, got one; leave "
+            "the head out of target_modules"
+        )
 
 
 def _saved(head: Any) -> nn.Module:
@@ -180,6 +197,7 @@ def _tokens(layer: Any, model: PreTrainedModel) -> HeadView:
         return _read(layer.base_layer, model)
     if layer.merged:
         return held
+    _whole(held, model)
     if not isinstance(held.weight, Tensor):
         raise ValueError(
             f"model: expected a head of floats below trainable tokens of {described(model)}, got a quantised one; "
@@ -208,6 +226,7 @@ def _lora(layer: Any, model: PreTrainedModel) -> HeadView:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or not active:
         return held
+    _whole(held, model)
     dtype, bias, blocks, factor = held.weight.dtype, None, list[_Block](), None
     for name in active:
         variant = layer.lora_variant.get(name)

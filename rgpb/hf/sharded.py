@@ -1,4 +1,5 @@
-"""Parts of a head that are DTensors inside its module's forward: gathered where FSDP holds them, else told apart.
+"""Parts of a head that are DTensors inside its module's forward: gathered where FSDP holds them, a rank's own rows where
+tensor parallelism splits the vocabulary.
 
 A module's own FSDP unit has gathered its parameters by then, and they are plain tensors. What FSDP holds in the unit of
 another module (a weight tied to an embedding that is a unit of its own) is still sharded.
@@ -11,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rgpb.head import described
-from rgpb.hf.wrappers import classes
-
-_FSDP2 = "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule"
+from rgpb.hf.wrappers import FSDP2, classes
+from rgpb.parallel import VocabShard
 
 
 def gathered(x: Any, model: nn.Module) -> Any:
@@ -22,7 +22,7 @@ def gathered(x: Any, model: nn.Module) -> Any:
     Its gradient is summed over the ranks by what gathers it, and FSDP averages: so it is divided by their number.
 
     Raises:
-        ValueError: a DTensor of tensor parallelism, or a parameter that ZeRO-3 has not gathered.
+        ValueError: a part that tensor parallelism splits, or a parameter that ZeRO-3 has not gathered.
     """
     if getattr(x, "ds_id", None) is not None and x.numel() == 0 and x.ds_numel:
         raise ValueError(
@@ -42,23 +42,63 @@ def gathered(x: Any, model: nn.Module) -> Any:
             whole.register_hook(lambda gradient: gradient / ranks)
         return whole if unit.param_dtype is None else whole.to(unit.param_dtype)
     placements = tuple(x.placements)
-    if x.device_mesh.ndim == 1 and placements == (Shard(0),):
-        # here: the local rows and where they start, as a vocabulary-parallel LMHead
-        kind = "a head whose vocabulary is split over the ranks of tensor parallelism"
-    elif all(isinstance(placement, Replicate) for placement in placements):
-        kind = "a replicated DTensor"
-    else:
-        kind = f"a DTensor placed as {placements}"
+    if all(isinstance(placement, Replicate) for placement in placements):
+        return x.to_local()
+    kind = "its vocabulary split" if placements == (Shard(0),) else f"a DTensor placed as {placements}"
     raise ValueError(
-        f"model: expected the whole head of {described(model)} on each rank, got {kind} on {x.device_mesh}; leave the "
-        "head out of the parallel plan"
+        f"model: expected the whole of each part of the head of {described(model)} on each rank, or a plain linear head "
+        f"whose vocabulary is split over one dimension of a mesh, got {kind} on {x.device_mesh}; leave the head out of "
+        "the parallel plan, or its adapters out of the head"
     )
+
+
+def vocab_shard(weight: Any, model: nn.Module) -> VocabShard | None:
+    """Which rows a rank has of a weight [V, H] that tensor parallelism splits by rows; None for any other."""
+    if not hasattr(weight, "full_tensor") or _unit_of(weight, model) is not None:
+        return None
+    from torch.distributed.tensor import Shard
+
+    mesh = weight.device_mesh
+    if mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
+        return None
+    ranks, vocab = mesh.size(), weight.shape[0]
+    each = -(-vocab // ranks)  # as `torch.chunk`, whose parts DTensor's are
+    if each * (ranks - 1) >= vocab:
+        raise ValueError(
+            f"model: expected a vocabulary that leaves each of {ranks} ranks rows of the head of {described(model)}, got "
+            f"{vocab} in parts of {each}"
+        )
+    return VocabShard(mesh.get_group(), each * mesh.get_local_rank(), vocab)
+
+
+def whole_input(x: Any) -> Tensor:
+    """A head's input as each rank has it whole; the gradient that it gets is whole, too."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Replicate
+
+    replicated = [Replicate()] * x.device_mesh.ndim
+    return x.redistribute(placements=replicated).to_local(grad_placements=replicated)
+
+
+def placed_as(x: Any, logits: Tensor) -> Tensor:
+    """A rank's logits, where the input of the head was a DTensor as the head would give them: split by columns."""
+    if not hasattr(x, "full_tensor"):
+        return logits
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(logits, x.device_mesh, [Shard(-1)] * x.device_mesh.ndim, run_check=False)
+
+
+def whole_output(x: Any) -> Tensor:
+    """Logits as each rank has them."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _unit_of(x: Tensor, model: nn.Module) -> Any:
     """What FSDP2 keeps of a parameter it has sharded, or None where it isn't FSDP's."""
     for module in model.modules():
-        if not {_FSDP2, "torch.distributed.fsdp.FSDPModule"} & classes(module):
+        if FSDP2 not in classes(module):
             continue
         state: Any = module._get_fsdp_state()  # type: ignore[operator]
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from rgpb.head import described
 
 _FSDP1 = "fully_sharded_data_parallel.FullyShardedDataParallel"
-_FSDP2 = "torch.distributed.fsdp.FSDPModule"
+FSDP2 = "torch.distributed.fsdp.FSDPModule"
 # Where a wrapper keeps what it wraps, by the wrapper's class
 _INNER = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -76,7 +76,7 @@ def base_of(model: nn.Module, argument: str = "model") -> PreTrainedModel:
 
 def sharded_by(model: nn.Module) -> str | None:
     """What holds parts of the parameters on other ranks between forwards: "FSDP", "ZeRO-3", or None."""
-    if any({_FSDP2, f"torch.distributed.fsdp.{_FSDP1}"} & classes(module) for module in model.modules()):
+    if any({FSDP2, f"torch.distributed.fsdp.{_FSDP1}"} & classes(module) for module in model.modules()):
         return "FSDP"
     return "ZeRO-3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
 
@@ -93,7 +93,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
         return
     for module in model.modules():
         known: Any = module
-        if _FSDP2 in classes(module):
+        if FSDP2 in classes(module):
             known.reshard()
         elif f"torch.distributed.fsdp.{_FSDP1}" in classes(module) and known._handle is not None:
             from torch.distributed.fsdp._runtime_utils import _reshard
