@@ -75,12 +75,12 @@ def step(how: str, units: int, world: int | None) -> tuple[float, dict[str, Tens
     named = wrapped.OBJECTIVES["bnf"]
     batch = wrapped.share(wrapped.batch_of(units, 1), part, 1)
     loss = wrapped.loss_of(model, batch, named, part.start)
+    if HOW[how][1] is not None:
+        loss.backward()
+        options = {"label": torch.arange(part.start, part.stop) % 3 != 0, "ref": "base"}
+        loss = hf.loss(model, {k: x for k, x in batch.items() if k != "ref"}, "bnf", **options)
     loss.backward()
     value = loss.detach()
-    if HOW[how][1] is not None:
-        options = {"label": torch.arange(part.start, part.stop) % 3 != 0, "ref": "base"}
-        with torch.no_grad():
-            value = value + hf.loss(model, {k: x for k, x in batch.items() if k != "ref"}, "bnf", **options)
     if world is not None:
         dist.all_reduce(value)
         value = value / world
