@@ -76,30 +76,64 @@ def step(how: str, world: int | None) -> tuple[float, dict[str, Tensor]]:
         fully_shard(base, mesh=mesh)
     batch = wrapped.share(wrapped.batch_of(1), slice(first, first + each))
     loss = wrapped.loss_of(model, batch, wrapped.Run(objective="bnf"))
+    if HOW[how][1] is not None:
+        loss.backward()
+        inputs = {key: x for key, x in batch.items() if key not in ("ref", "number")}
+        loss = hf.loss(model, inputs, "bnf", label=batch["number"][:, 0] % 3 != 0, ref="base")
     loss.backward()
     value = loss.detach()
-    if HOW[how][1] is not None:
-        inputs = {key: x for key, x in batch.items() if key not in ("ref", "number")}
-        with torch.no_grad():
-            value = value + hf.loss(model, inputs, "bnf", label=batch["number"][:, 0] % 3 != 0, ref="base")
     if world is not None:
         dist.all_reduce(value)
         value = value / world
     return value.item(), gradients_of(model)
 
 
-def tensor_parallel(how: str) -> str:
-    """What is said of a head in a tensor-parallel plan."""
+# How a plan splits the vocabulary, and what its head gives: logits that every rank has whole, a rank's own, a DTensor
+PLANS = ("gathered", "own", "dtensor", "transformers", "with_fsdp")
+
+
+def tensor_parallel(how: str, objective: str, ranks: bool) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one step with the vocabulary split over the ranks, or in one process."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    model = wrapped.model_of()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    placed = Shard(-1) if how == "sharded" else Replicate()
-    plan = {"lm_head": ColwiseParallel(output_layouts=placed, use_local_output=how != "dtensor")}
-    parallelize_module(model, mesh, plan)
-    try:
-        hf.token_scores(model, {k: x[0] for k, x in wrapped.batch_of(1).items() if k not in ("ref", "number")})
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    model: Any = wrapped.model_of()
+    if how == "transformers":  # whose plan takes what the ranks divide
+        torch.manual_seed(3)
+        model.lm_head = nn.Linear(wrapped.H, 64)
+    run = wrapped.Run(objective=objective)
+    batch = wrapped.batch_of(wrapped.OBJECTIVES[objective]["unit"])
+    part = slice(0, wrapped.UNITS)
+    if ranks:
+        world = dist.get_world_size()
+        if how == "with_fsdp":
+            mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("fsdp", "tp"))
+            over, each = mesh["tp"], wrapped.UNITS // (world // 2)
+            first = mesh["fsdp"].get_local_rank() * each
+            part = slice(first, first + each)
+        else:
+            over = init_device_mesh("cpu", (world,))
+        if how == "transformers":
+            from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+            style = ALL_PARALLEL_STYLES["colwise_gather_output"]
+            for name in ("weight", "bias"):
+                style.shard_param(model.lm_head, name, over)
+            style.install_forward(model.lm_head, over)
+        else:
+            placed = Shard(-1) if how == "own" else Replicate()
+            parallelize_module(
+                model, over, {"lm_head": ColwiseParallel(output_layouts=placed, use_local_output=how != "dtensor")}
+            )
+        hf.attach(model)
+        if how == "with_fsdp":
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh["fsdp"])
+            fully_shard(model, mesh=mesh["fsdp"])
+    loss = wrapped.loss_of(model, wrapped.share(batch, part), run)
+    loss.backward()
+    value = loss.detach()
+    if ranks and how == "with_fsdp":
+        dist.all_reduce(value, group=mesh["fsdp"].get_group())
+        value = value / mesh["fsdp"].size()
+    return value.item(), gradients_of(model)

@@ -313,8 +313,8 @@ def test_lora_on_a_frozen_head_costs_two_products() -> None:
 @pytest.mark.parametrize("how", sharded.HOW)
 def test_heads_that_fsdp_holds_elsewhere(how: str, ranks: Any) -> None:
     """Gradients are the means over the ranks, as of one process on the whole batch."""
-    expected = sharded.step(how, 4, None)
-    found = ranks(2)(sharded.step, how, 4, 2)
+    expected = sharded.step(how, None)
+    found = ranks(2)(sharded.step, how, 2)
     for value, gradients in found:
         assert value == pytest.approx(expected[0], rel=1e-6)
         assert set(gradients) == set(expected[1])
@@ -324,10 +324,19 @@ def test_heads_that_fsdp_holds_elsewhere(how: str, ranks: Any) -> None:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("how", ["local", "sharded", "dtensor"])
-def test_a_head_in_a_tensor_parallel_plan_is_refused_by_name(how: str, ranks: Any) -> None:
-    for said in ranks(2)(sharded.tensor_parallel, how):
-        assert "a head whose vocabulary is split over the ranks of tensor parallelism" in said
+@pytest.mark.parametrize(
+    "objective",
+    ["bnf", "dpo", *(pytest.param(name, marks=pytest.mark.full) for name in ("swepo", "mc_po", "kto", "sum"))],
+)
+@pytest.mark.parametrize("how", sharded.PLANS)
+def test_a_vocabulary_that_tensor_parallelism_splits(how: str, objective: str, ranks: Any) -> None:
+    world = 4 if how == "with_fsdp" else 2
+    value, expected = sharded.tensor_parallel(how, objective, False)
+    for found, gradients in ranks(world)(sharded.tensor_parallel, how, objective, True):
+        assert abs(found - value) <= 1e-6 * abs(value)
+        assert set(gradients) == set(expected)
+        for key, gradient in expected.items():
+            assert (gradients[key] - gradient).norm() <= 2e-6 * gradient.norm(), key
 
 
 # --- offloaded

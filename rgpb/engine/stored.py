@@ -15,7 +15,7 @@ from torch import Tensor
 from rgpb.head import HeadWeight
 
 # Values made at a time, beside the slice that they are written to.
-BLOCK = 1 << 19
+BLOCK = 1 << 17
 
 
 def _integers(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -14,7 +14,9 @@ from rgpb.head import LMHead, declared_scaling, described
 from rgpb.hf.attach import Attached, Results, Step
 from rgpb.hf.batches import check_bounds, restarting_positions
 from rgpb.hf.heads import state, view
+from rgpb.hf.sharded import whole_output
 from rgpb.hf.wrappers import sharded_by
+from rgpb.parallel import VocabShard
 
 _LOUD = 50.0  # the size that logits are raised to, so that any soft-cap in use bends them visibly
 
@@ -26,11 +28,13 @@ class _Probe(Step):
     """Lets the head make its logits of an amplified input, and keeps what `LMHead` would make them of.
 
     Attributes:
-        linear: W x + b of the amplified input.
+        linear: W x + b of the amplified input; of the rank's own rows where the head has a `shard`.
+        shard: of the head.
         eps: of the coarsest dtype that took part.
     """
 
     linear: Tensor
+    shard: VocabShard | None
     eps: float
 
     def __init__(self, model: PreTrainedModel, gain: float):
@@ -47,7 +51,7 @@ class _Probe(Step):
         if x.shape[-1] != held.weight.shape[1]:
             found = f"{x.shape[-1]} in its hidden states and {held.weight.shape[1]} in its head"
             raise ValueError(f"model: expected one hidden size in {described(self.model)}, got {found}")
-        self.linear = held.logits(x)
+        self.linear, self.shard = held.logits(x), held.shard
         self.eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, held.weight.dtype, self.linear.dtype, made.dtype))
         return made
 
@@ -86,7 +90,9 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
     with evaluating(model):
         for _ in range(2):
             probe = _Probe(model, gain)
-            own = attached.through(model, probe, {**inputs, "use_cache": False})["logits"]
+            own = whole_output(attached.through(model, probe, {**inputs, "use_cache": False})["logits"])
+            if probe.shard is not None and own.shape[-1] == probe.shard.vocab:
+                own = own[..., probe.shard.start :][..., : probe.linear.shape[-1]]
             if own.shape != probe.linear.shape:
                 raise ValueError(
                     f"model: expected logits {tuple(probe.linear.shape)} of {name}, got {tuple(own.shape)}"
@@ -131,7 +137,7 @@ def head_inside(
     """
     held = view(head, model)
     bias = held.bias if held.bias is None or held.bias.dtype == held.weight.dtype else held.bias.to(held.weight.dtype)
-    return held.inputs(x), LMHead(held.weight, bias, *scaling)
+    return held.inputs(x), LMHead(held.weight, bias, *scaling, held.shard)
 
 
 def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Tensor, attached: Attached) -> None:

@@ -175,8 +175,8 @@ def _whole(held: HeadView, model: PreTrainedModel) -> None:
     """Refuse adapters on rows of a head."""
     if held.shard is not None:
         raise ValueError(
-            f"model: expected no adapter on a head of {described(model)} that tensor parallelism splits, got one; leave "
-            "the head out of target_modules"
+            f"model: expected no adapter on the head of {described(model)}, which tensor parallelism splits, got one; "
+            "leave the head out of target_modules"
         )
 
 

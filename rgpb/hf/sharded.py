@@ -1,5 +1,5 @@
-"""Parts of a head that are DTensors inside its module's forward: gathered where FSDP holds them, a rank's own rows where
-tensor parallelism splits the vocabulary.
+"""Parts of a head that are DTensors inside its module's forward: gathered where FSDP holds them, a rank's own
+rows where tensor parallelism splits the vocabulary.
 
 A module's own FSDP unit has gathered its parameters by then, and they are plain tensors. What FSDP holds in the unit of
 another module (a weight tied to an embedding that is a unit of its own) is still sharded.
@@ -46,9 +46,9 @@ def gathered(x: Any, model: nn.Module) -> Any:
         return x.to_local()
     kind = "its vocabulary split" if placements == (Shard(0),) else f"a DTensor placed as {placements}"
     raise ValueError(
-        f"model: expected the whole of each part of the head of {described(model)} on each rank, or a plain linear head "
-        f"whose vocabulary is split over one dimension of a mesh, got {kind} on {x.device_mesh}; leave the head out of "
-        "the parallel plan, or its adapters out of the head"
+        f"model: expected the head of {described(model)} whole on each rank, or a plain linear one whose vocabulary is "
+        f"split over one dimension of a mesh, got {kind} on {x.device_mesh}; leave the head out of the parallel plan, "
+        "or adapters out of the head"
     )
 
 
@@ -65,8 +65,8 @@ def vocab_shard(weight: Any, model: nn.Module) -> VocabShard | None:
     each = -(-vocab // ranks)  # as `torch.chunk`, whose parts DTensor's are
     if each * (ranks - 1) >= vocab:
         raise ValueError(
-            f"model: expected a vocabulary that leaves each of {ranks} ranks rows of the head of {described(model)}, got "
-            f"{vocab} in parts of {each}"
+            f"model: expected rows of the head of {described(model)} for each of {ranks} ranks, got {vocab} rows in "
+            f"parts of {each}"
         )
     return VocabShard(mesh.get_group(), each * mesh.get_local_rank(), vocab)
 
