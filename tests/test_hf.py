@@ -747,6 +747,21 @@ def test_the_router_loss_is_added_as_the_model_does() -> None:
         hf.loss(model, batch, "mle", reduction="none")
 
 
+def test_adalora_adds_its_own_term() -> None:
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "init_r": 3, "target_r": 2}
+    model = build("llama")
+    adapted = peft.get_peft_model(model, peft.AdaLoraConfig(**options, total_step=10, orth_reg_weight=0.7))
+    batch = padded(model)
+    own = adapted(**batch).loss
+    plain = model(**batch).loss
+    assert own - plain > 0.01
+    tokens = (targets(model, batch) != IGNORE).sum()
+    loss = hf.loss(adapted, batch, "mle", length_normalize=False)
+    without = hf.loss(model, batch, "mle", length_normalize=False)
+    torch.testing.assert_close(without * len(batch["labels"]) / tokens, plain)
+    torch.testing.assert_close(loss - without, own - plain)
+
+
 def test_what_changes_later_is_checked_again() -> None:
     model = build("llama")
     batch = padded(model)

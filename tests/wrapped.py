@@ -42,9 +42,9 @@ FSDP = {
     "fsdp2_tied": "FSDP2, a unit for each layer, tied head",
 }
 ZERO = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-# `empty`: the last rank has no token. `accumulated`: two micro-batches a step, of which the first isn't synchronised;
+# `lopsided`: all ranks but the first have one unit. `empty`: the last rank has no token. `accumulated`: two micro-batches a step, of which the first isn't synchronised;
 # `synced`: both are
-DATA = ("uneven", "empty", "accumulated", "synced")
+DATA = ("uneven", "lopsided", "empty", "accumulated", "synced")
 
 
 class Run(NamedTuple):
@@ -136,6 +136,9 @@ def micro_batches(run: Run) -> list[dict[str, Tensor]]:
     batch = batch_of(OBJECTIVES[run.objective]["unit"], empty)
     parts = 2 if run.how and run.data in ("accumulated", "synced") else 1
     size = each // parts
+    if run.how and run.data == "lopsided":
+        first = UNITS - world + 1
+        return [share(batch, slice(first + rank - 1, first + rank) if rank else slice(0, first))]
     return [share(batch, slice(first, first + size)) for first in range(rank * each, (rank + 1) * each, size)]
 
 
