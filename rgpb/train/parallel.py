@@ -45,11 +45,22 @@ def shard(model: Any, ranks: Ranks, device: torch.device) -> Any:
 def replicated(model: Any, device: torch.device) -> nn.Module:
     """The model in DDP, unless it is sharded already."""
     if sharded_by(model) is not None:
+        at_rest(model)
         return model
     from torch.nn.parallel import DistributedDataParallel
 
     hf.attach(model)
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def at_rest(model: nn.Module) -> None:
+    """Put each rank's part back in a sharded model's place: FSDP2's root keeps its whole parameters after a forward that
+    no backward follows, and whoever asks for parameters then, as an optimizer, gets those."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def save_state(place: Path, model: nn.Module, optimizer: Any, ranks: Ranks) -> None:
@@ -100,12 +111,14 @@ def whole_state(model: PreTrainedModel, ranks: Ranks) -> dict[str, Tensor] | Non
     """All parameters on rank 0, as `save_pretrained` takes them; None: the model itself has them. For all ranks."""
     if ranks.alone or sharded_by(model) is None:
         return None
+    at_rest(model)
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: Any = states.get_model_state_dict(model, options=options)
     return whole
 
 
 def _state(model: nn.Module, optimizer: Any | None) -> dict[str, Any]:
+    at_rest(model)
     state: dict[str, Any] = {"model": states.get_model_state_dict(model, options=TRAINED)}
     if optimizer is not None:
         state["optimizer"] = states.get_optimizer_state_dict(model, _bare(optimizer), options=TRAINED)
