@@ -36,8 +36,9 @@ def run(settings: list[TrainConfig], stop: int | None = None) -> list[Any]:
     """
     from rgpb.train.trainer import PreferenceTrainer
 
-    prepare()
-    torch.use_deterministic_algorithms(True)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        prepare()
+        torch.use_deterministic_algorithms(True)
     compute, results = PreferenceTrainer.compute_loss, []
 
     def breaks(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -59,3 +60,78 @@ def run(settings: list[TrainConfig], stop: int | None = None) -> list[Any]:
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def parts(settings: TrainConfig) -> list[int]:
+    """Interrupt the scoring of references in its fourth part, then run; the parts that were begun, in both."""
+    from rgpb.train import teacher
+
+    prepare()
+    torch.use_deterministic_algorithms(True)
+    begun: list[int] = []
+    name, size = teacher._part, teacher.PART
+
+    def counted(cache: Path, number: int) -> Path:
+        path = name(cache, number)
+        if not path.exists():
+            begun.append(number)
+        if len(begun) == 4:
+            begun.append(number)
+            raise KeyboardInterrupt
+        return path
+
+    teacher._part, teacher.PART = counted, 1
+    try:
+        run([settings])
+        teacher._part = name
+        result = run([settings])[0]
+        assert isinstance(result, dict), result
+    finally:
+        teacher._part, teacher.PART = name, size
+    return begun
+
+
+def prepare_torchrun() -> None:
+    """As `prepare`, in a process of torchrun that RGPB_TEST_KILL="<where> <step>,…" may end: one for each start."""
+    import signal
+    import time
+
+    from rgpb.train import trainer
+
+    settings_module.BUILT_IN["tiny-llama"] = ("LlamaConfig", SMALL)
+    report.plot = lambda runs, path: None
+    torch.use_deterministic_algorithms(True)
+    kills, start = os.environ.get("RGPB_TEST_KILL", "").split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    where, _, step = kills[start].partition(" ") if start < len(kills) else ("", "", "")
+    if not where:
+        return
+    rank, at = os.environ["RANK"], int(step)
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save, replace, compute = trainer.save_state, os.replace, trainer.PreferenceTrainer.compute_loss
+
+    def saved(place: Path, *rest: Any) -> None:
+        if where == "save" and rank == "1" and place.parent.name == f"checkpoint-{at}.tmp":
+            die()
+        save(place, *rest)
+
+    def replaced(source: Any, target: Any) -> None:
+        if where == "rename" and Path(target).name == f"checkpoint-{at}":
+            die()
+        replace(source, target)
+
+    def computed(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.global_step == at and rank == "1":
+            if where == "hang":
+                time.sleep(1000)
+            if where == "step":
+                import threading
+
+                delay = int.from_bytes(os.urandom(2), "big") / 2**16 / 5  # within the next steps and saves
+                threading.Timer(delay, die).start()
+        return compute(self, *arguments, **keywords)
+
+    trainer.save_state, os.replace = saved, replaced
+    trainer.PreferenceTrainer.compute_loss = computed  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from rgpb import hf
@@ -24,6 +25,7 @@ def with_adapters(config: TrainConfig, model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = targets(config.lora_target)
+    torch.manual_seed(config.seed)  # all ranks draw the same
     try:
         alpha: Any = 2 * config.lora_r if config.lora_alpha is None else config.lora_alpha
         made = get_peft_model(
