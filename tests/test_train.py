@@ -644,11 +644,6 @@ class TestRefusals:
         assert cli.main(["train", "--data", path, "--output", "x", "--loss-option", "beta"]) == 2
         assert "loss_option: expected KEY=VALUE, got 'beta'" in capsys.readouterr().err
 
-    def test_several_processes(self, data, tmp_path, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="WORLD_SIZE: expected one process, got 2"):
-            train(config(data, tmp_path / "run"))
-
     def test_options_of_the_command(self):
         given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}

@@ -77,13 +77,13 @@ def differ(one: Path, other: Path) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def assert_metrics(one: Path, other: Path, rel: float = 1e-4) -> None:
-    """The same lines, with the same numbers to rounding."""
+def assert_metrics(one: Path, other: Path, rel: float = 1e-4, abs: float = 2e-5) -> None:
+    """The same lines, with the same numbers to rounding; rewards are small differences of sums near −100."""
     first, second = report.read_metrics(one), report.read_metrics(other)
     assert [(r["split"], r["step"], r.keys()) for r in first] == [(r["split"], r["step"], r.keys()) for r in second]
     for a, b in zip(first, second):
         for name in a.keys() - {"split", "device", "seconds", "peak_bytes"}:
-            assert b[name] == pytest.approx(a[name], rel=rel, abs=1e-6), (a["split"], a["step"], name)
+            assert b[name] == pytest.approx(a[name], rel=rel, abs=abs), (a["split"], a["step"], name)
 
 
 def one_and_several(ranks: Any, tmp_path: Path, cases: dict[str, TrainConfig]) -> None:
@@ -316,7 +316,7 @@ class TestDeaths:
         ]
         assert ranks(2)(training.run, [self.case(data, tmp_path / "cut", "ddp")])[0][0]["resumed"] == 2
         assert differ(tmp_path / "whole", tmp_path / "cut") == 0
-        assert_metrics(tmp_path / "whole", tmp_path / "cut", rel=1e-12)
+        assert_metrics(tmp_path / "whole", tmp_path / "cut", rel=0, abs=0)
         assert not list((tmp_path / "cut").glob("*.tmp"))
 
     @pytest.mark.full
@@ -333,7 +333,7 @@ class TestDeaths:
         assert process.returncode == 0, error
         assert error.count("Signal 9 (SIGKILL)") + error.count("exitcode: -9") >= 10, error
         assert differ(tmp_path / "whole", tmp_path / "cut") == 0
-        assert_metrics(tmp_path / "whole", tmp_path / "cut", rel=1e-12)
+        assert_metrics(tmp_path / "whole", tmp_path / "cut", rel=0, abs=0)
         assert not list((tmp_path / "cut").glob("*.tmp"))
 
     @pytest.mark.full
