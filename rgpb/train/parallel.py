@@ -54,8 +54,8 @@ def replicated(model: Any, device: torch.device) -> nn.Module:
 
 
 def at_rest(model: nn.Module) -> None:
-    """Put each rank's part back in a sharded model's place: FSDP2's root keeps its whole parameters after a forward that
-    no backward follows, and whoever asks for parameters then, as an optimizer, gets those."""
+    """Let a sharded model hold each rank's part alone. FSDP2's root keeps its whole parameters after a forward that no
+    backward follows; an optimizer that asks then gets those, and steps what the model never reads again."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -125,7 +125,7 @@ def with_reference(
         weights: its fingerprint.
         sets: of units.
     """
-    device = device_of(config)
+    device, ranks.doing = device_of(config), "the reference scores"
     known: dict[int, RefScores] = {}  # by the tokens' identity: the evaluation set may be a part of the training set
 
     def scored(data: PreferenceDataset) -> PreferenceDataset:

@@ -376,6 +376,7 @@ class PreferenceTrainer(Trainer):
             return super()._save_checkpoint(model, trial)
         folder, ranks = self.stage.folder / f"checkpoint-{self.state.global_step}", self.ranks
         place = folder.with_suffix(".tmp")
+        ranks.doing = f"the checkpoint of step {self.state.global_step}"
         ranks.by_first(lambda: _emptied(place))
         save_state(place / "dcp", self._bare, self.optimizer, ranks)
         progress = self.progress()
@@ -434,6 +435,7 @@ class PreferenceTrainer(Trainer):
         model: Any = self.model
         stage, training, ranks, size = self.stage, model.training, self.ranks, self.stage.config.batch_size
         parts: list[tuple[int, dict[str, Tensor]]] = []
+        ranks.doing = f"the evaluation after step {self.state.global_step}"
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
         model.eval()
         collate: Any = self.data_collator
