@@ -487,6 +487,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "options-response": lambda: options("response"),
     "options-pair": lambda: options("pair"),
     "options-group": lambda: options("group"),
+    "plan-ranks": lambda: planned("rgpb plan --model llama-3-405b --tokens 8192 --loss dpo --tp 8 --fsdp 64"),
     "plan-gpu": lambda: planned("rgpb plan --model llama-3-8b --tokens 8192 --loss bnf --workspace 4GiB"),
 }
 MARKED = re.compile(r"(<!-- begin ([a-z0-9-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)

@@ -15,22 +15,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rgpb.engine.call import Tensors
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.shards import scored as scored_by
 from rgpb.engine.skipping import Skipped
 from rgpb.engine.sweeps import loss as single_pass
-from rgpb.engine.sweeps import score
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
 from rgpb.logprob import linear_logprob
 from rgpb.metrics import metrics
 from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve, unit_values
-from rgpb.objectives.registry import RESERVED
+from rgpb.objectives.registry import RESERVED, units
+from rgpb.parallel import all_sum, from_first, gradient_times, ranks_of
 from rgpb.validation import (
     Reference as Reference,  # public from here, also for type checkers
 )
@@ -40,12 +41,17 @@ from rgpb.validation import (
     check_ignore_index,
     check_inputs,
     check_label,
+    check_ranks,
+    check_scores,
     check_units,
     make_call,
     make_layout,
     reference_scores,
     tokens_of_units,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # what changes how a loss is computed, not what
 HOW = ("impl", "engine", "path", "grad_tolerance", "sort_vocab", "workspace")
@@ -62,7 +68,10 @@ def fused_loss(
     group_size: int | None = None,
     rewards: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    data_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     ignore_index: int = -100,
+    temperature: float = 1.0,
     reduction: str = "mean",
     return_metrics: bool = False,
     impl: str = "auto",
@@ -93,8 +102,21 @@ def fused_loss(
         group_size: K, 2 or more, for objectives of groups; default: from `rewards`.
         rewards: [G, K] numbers, higher is better, for objectives that need them (swepo, infonca, nca, multi_dpo). Those
             of responses without tokens aren't read.
-        cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing.
+        cu_seqlens: int32 or int64 [B+1], from 0 to N, not decreasing. With a `data_group` B may be 0.
+        data_group: a process group of R ranks that hold other responses of the same batch, any number of them or none.
+            What an objective takes from the batch (kto, bco) and the metrics are over all of them. The mean over the
+            ranks, which DDP and FSDP take of gradients, is then the loss of all units together: with "mean" a rank's
+            value is R / (units of all ranks) · Σ over its own, with "sum" R · Σ; with "none" each value is as it is.
+        sequence_group: a process group of ranks that hold other tokens of the same responses, in the order of the
+            ranks: `hidden`, `target` and per-token `ref` are the rank's own, cut anywhere (a rank may have no token of
+            a response), all else is the same on each. `target` is shifted before it is cut. The value is the same on
+            all of them; each one's gradient is that of its own tokens, times the number of ranks, so that the mean over
+            all ranks of both groups is the gradient of the whole. Where gradients are summed over this group, divide
+            by it.
         ignore_index: positions with this target don't count.
+        temperature: T above 0: all probabilities are those of softmax(z / T), z the logits with soft-cap and scale, as
+            where completions were sampled at T. A `(ref_hidden, ref_head)` is scored at the same T; scores that are
+            given should be.
         reduction: "mean" over units, "sum", or "none" for one value per unit.
         return_metrics: also return a dict of detached tensors, 0-d but for `skipped/bound` (`metrics`).
         impl: the kernel set; "auto" takes what is predicted to be fastest. See `linear_logprob`.
@@ -112,28 +134,37 @@ def fused_loss(
     Raises:
         ValueError: as `linear_logprob`; and a missing or surplus `ref`, `label`, `group_size` or `rewards`, labels
             other than bool or ±1, rewards that aren't finite, a number of responses that pairs or groups don't divide,
-            `cu_seqlens` that don't fit, an unknown objective, option or reduction.
+            `cu_seqlens` that don't fit, a group that isn't this rank's, an unknown objective, option or reduction.
     """
-    head = check_inputs(hidden, head, target)
+    given, head = head, check_inputs(hidden, head, target, temperature)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
-    layout = make_layout(target, cu_seqlens, ignore_index)
+    check_ranks(data_group, sequence_group)
+    scored = partial(
+        linear_logprob, ignore_index=ignore_index, temperature=temperature, impl=how.impl, workspace=workspace
+    )
+    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
+    how = how._replace(split=sequence_group is not None)
     check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-    scored = partial(linear_logprob, ignore_index=ignore_index, impl=how.impl, workspace=workspace)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, scored)
-    responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward)  # type: ignore[arg-type]
-    if spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1:
+    responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward, data_group)  # type: ignore[arg-type]
+    if _draws(spec, options, group_size):
         with torch.no_grad():
-            candidates = scored(hidden, head, target).flat()
-        target, options, responses = _only_drawn(spec, candidates, target, ignore_index, options, responses)
+            candidates = scored(hidden, given, target).flat()
+        keep = drawn(spec, responses._replace(policy=candidates), options)
+        for group in (None if head.shard is None else head.shard.group, sequence_group):
+            keep = from_first(keep, group)  # ranks with the same responses draw the same
+        target, options, responses = _only_drawn(spec, keep, target, ignore_index, options, responses)
         layout = responses.layout
     options = {name: value for name, value in options.items() if not isinstance(value, torch.Generator)}
+    # over the ranks of a batch, a mean is a sum whose factor comes after
+    reduced = "sum" if reduction == "mean" and data_group is not None else reduction
     call = make_call(
-        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduction, entropy=spec.entropy,
+        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, entropy=spec.entropy,
         entropy_grad=spec.entropy_grad, group_size=group_size, unit_tokens=tokens_of_units(spec, layout, group_size),
     )  # fmt: skip
     report = hidden.new_empty(0)
@@ -141,17 +172,18 @@ def fused_loss(
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
         value, statistics = made.loss, made[1:4]
     else:
-        found = score(Tensors.of(hidden, head, target), call)
+        found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report
     z_y, lse_other, h_o = statistics[0], statistics[1], statistics[2] if spec.entropy else None
-    if h_o is not None and not spec.entropy_grad:
-        h_o = h_o.detach()
     responses = responses._replace(policy=token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False))
+    count = units(spec, layout.responses, group_size)
     if value is None:
         values = unit_values(spec, responses, options)
-        if reduction != "none":
-            values = values.mean() if reduction == "mean" and values.numel() else values.sum()
-        value = values.to(z_y.dtype)
+        count = values.numel()
+        value = _reduced(values, reduced).to(z_y.dtype)
+    if data_group is not None and reduction != "none":
+        value = value * _share(value, count, reduction, data_group)
+    value = gradient_times(value, ranks_of(sequence_group))
     if not return_metrics:
         return value
     with torch.no_grad():
@@ -163,15 +195,144 @@ def fused_loss(
     return value, measured
 
 
+def _share(value: Tensor, units: int, reduction: str, data_group: ProcessGroup) -> Tensor | int:
+    """What a rank's sum of values is multiplied by, so that the ranks' mean is the mean or sum of all units."""
+    ranks = ranks_of(data_group)
+    return ranks / all_sum(value.new_tensor(float(units)), data_group).clamp(min=1) if reduction == "mean" else ranks
+
+
+@torch.inference_mode(False)  # where scores may come from; it has no autograd
+def coefficients(
+    objective: str | Callable[..., Tensor] | Mapping[str, float],
+    scores: TokenScores | Tensor,
+    *,
+    target: Tensor | None = None,
+    label: Tensor | None = None,
+    ref: TokenScores | Tensor | None = None,
+    group_size: int | None = None,
+    rewards: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    **options: Any,
+) -> Any:
+    """The loss and the weight of each token, for a system that can only train on weighted cross-entropy.
+
+    w_t = −∂L/∂log p_t. With the weights held fixed, Σ_t w_t · (−log p_t) has the same gradient as the objective, but
+    only at the model that gave the scores: score and weigh anew before each step.
+
+    The weights of a loss of log(1 − p) (unlikelihood, sequence_unlikelihood, orpo) grow as p / (1 − p) on tokens that
+    are nearly certain. The cross-entropy multiplies them by its own 1 − p: where that rounds to 0, the gradient is 0.
+    Weights beyond the range of their type are cut to it.
+
+    Args:
+        objective: as `fused_loss` takes it.
+        scores: of the policy, [B, T], or packed [N] with `cu_seqlens`: a `TokenScores`, or log-probabilities. A
+            `TokenScores` is exact also for confident tokens. Detached.
+        target: int64 in the shape of `scores`. Only where it is `ignore_index` is read; default: all tokens count.
+        label, ref, group_size, rewards, cu_seqlens, ignore_index: as `fused_loss` takes them, without `(ref_hidden,
+            ref_head)`.
+        reduction: "mean" over units, "sum", or "none" for one value per unit, with the weights of their sum.
+        return_metrics: also return the metrics of `fused_loss`.
+        **options: the objective's own.
+
+    Returns:
+        (loss, weights), or (loss, weights, metrics), all detached. loss: 0-d or [U]; weights: in the shape of `scores`,
+        0 where masked; both float32 (float64 for float64 scores). `bnf` without `other_entropy` in the scores has
+        exact weights, but its loss is that with H_o = 0: less by the mean of label · (1 − f) · H_o.
+
+    Raises:
+        ValueError: as `fused_loss`; an objective whose gradient isn't one of log p alone (of the entropy, or of the
+            logsumexp), or one that needs `other_entropy` where there is none.
+    """
+    spec = resolve(objective)
+    options = check_options(spec, options)
+    ignore_index = check_ignore_index(ignore_index)
+    logp = scores.logp if isinstance(scores, TokenScores) else scores
+    if not isinstance(logp, Tensor):
+        raise ValueError(f"scores: expected TokenScores or a tensor of log-probabilities, got {type(scores).__name__}")
+    if target is None:
+        target = torch.full_like(logp, ignore_index + 1, dtype=torch.int64)
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"target: expected dtype int64 (of a mask, torch.where(mask, 0, {ignore_index})), got {got}")
+    if spec.entropy_grad:
+        raise ValueError(
+            f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves the "
+            "entropy; use fused_loss"
+        )
+    policy = check_scores("scores", scores, target, logp, ignore_index).flat()
+    layout = make_layout(target, cu_seqlens, ignore_index)
+    check_units(spec, layout, reduction)
+    label = check_label(spec, label, layout.responses, logp)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, logp)
+    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, ignore_index, None)
+    mask = target.reshape(-1) != ignore_index
+    with torch.enable_grad():
+        known = [
+            torch.where(mask, x.double(), 0.0).requires_grad_() for x in (policy.logp, policy.log_odds, policy.lse)
+        ]
+        seen = TokenScores(*known, None, _other_entropy(spec, policy, mask))
+        responses = Responses(seen, ref_scores, ref_sums, label, layout, group_size, reward)
+        if _draws(spec, options, group_size):
+            candidates = TokenScores(*(None if x is None else x.detach() for x in seen))  # type: ignore[arg-type]
+            keep = drawn(spec, responses._replace(policy=candidates), options)
+            _, options, responses = _only_drawn(spec, keep, target, ignore_index, options, responses)
+        value = _reduced(unit_values(spec, responses, options), reduction)
+        slopes = [torch.zeros_like(x) for x in known[:2]]
+        if value.requires_grad:
+            *found, of_lse = torch.autograd.grad(value.sum(), known, allow_unused=True)
+            if of_lse is not None:
+                raise ValueError(
+                    f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves "
+                    "the logsumexp; use fused_loss"
+                )
+            slopes = [zero if x is None else x for x, zero in zip(found, slopes)]
+    of_logp, of_odds = slopes
+    # where log p moves by 1, λ moves by 1 / (1 − p) = 1 + e^λ; 0 times that is 0 also where it is infinite
+    weights = -of_logp - torch.where(of_odds == 0, 0.0, of_odds * (1 + known[1].detach().exp()))
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    limit = torch.finfo(dtype).max
+    weights = torch.where(mask, weights, 0.0).clamp(-limit, limit).to(dtype).view(target.shape)
+    if not return_metrics:
+        return value.detach().to(dtype), weights
+    with torch.no_grad():
+        return value.detach().to(dtype), weights, metrics(responses, spec, options)
+
+
+def _other_entropy(spec: Objective, policy: TokenScores, mask: Tensor) -> Tensor | None:
+    """H_o of the scores where the objective asks for it. For bnf, whose gradient doesn't, 0 will do. float64 [P]"""
+    if not spec.entropy:
+        return None
+    if policy.other_entropy is not None:
+        return torch.where(mask, policy.other_entropy.double(), 0.0)
+    if {part.name for part, _ in spec.parts or ((spec, 1.0),) if part.entropy} != {"bnf"}:
+        raise ValueError(
+            f"scores: expected other_entropy for {spec.name}, got None; score with linear_logprob(…, entropy=True)"
+        )
+    return torch.zeros_like(mask, dtype=torch.float64)
+
+
+def _reduced(values: Tensor, reduction: str) -> Tensor:
+    """[U] → 0-d, or as it is for "none"."""
+    if reduction == "none":
+        return values
+    return values.mean() if reduction == "mean" and values.numel() else values.sum()
+
+
+def _draws(spec: Objective, options: dict[str, Any], group_size: int | None) -> bool:
+    """Whether some of the responses will be left out."""
+    return spec.draw is not None and {**(spec.options or {}), **options}.get("m") != (group_size or 0) - 1
+
+
 def _only_drawn(
-    spec: Objective, candidates: TokenScores, target: Tensor, ignore_index: int, options: dict[str, Any],
-    responses: Responses,
-) -> tuple[Tensor, dict[str, Any], Responses]:  # fmt: skip
+    spec: Objective, keep: Tensor, target: Tensor, ignore_index: int, options: dict[str, Any], responses: Responses
+) -> tuple[Tensor, dict[str, Any], Responses]:
     """The same without what the objective doesn't draw: that has no token any more, so it costs nothing.
 
-    candidates: scores of all responses, flat [P], without gradient.
+    keep: the responses that it draws, bool [B].
     """
-    keep = drawn(spec, responses._replace(policy=candidates), options)
     layout, sums = responses.layout, responses.ref_sums
     kept = _of_response(keep, layout, target)
     mask = kept.reshape(-1) if layout.mask is None else layout.mask & kept.reshape(-1)
@@ -231,7 +392,8 @@ def _loss(name: str) -> Callable[..., Any]:
         required += [] if spec.rewards else ["group_size"]
         keywords += [shared["group_size"]] if spec.rewards else []
     keywords += [shared[n].replace(default=inspect.Parameter.empty) for n in required]
-    keywords += [shared[n] for n in ("cu_seqlens", "ignore_index", "reduction", "return_metrics", *HOW)]
+    others = ("cu_seqlens", "data_group", "sequence_group", "ignore_index", "temperature", "reduction")
+    keywords += [shared[n] for n in (*others, "return_metrics", *HOW)]
     loss.__name__ = loss.__qualname__ = f"{name}_loss"
     loss.__signature__ = inspect.Signature([*tensors, *keywords])  # type: ignore[attr-defined]
     loss.__doc__ = f"{inspect.getdoc(spec.function)}\n\nArguments, results and errors as `fused_loss`."

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rgpb.parallel import VocabShard
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,12 +32,16 @@ class LMHead(NamedTuple):
         softcap: final logit soft-cap (Gemma-2: 30.0), a positive number, or None.
         scale: multiplier of the logits before the soft-cap (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`,
             T5's d_model^-½ where the embeddings are tied).
+        shard: where the ranks of a group hold the rows of the head together, which of them are this rank's
+            (`rgpb.parallel.VocabShard`); `weight` and `bias` are then those rows. All ranks of the group have the same
+            hidden states and targets.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    shard: VocabShard | None = None
 
     @classmethod
     def from_model(cls, model: nn.Module) -> LMHead:

@@ -6,11 +6,16 @@ responses of a group.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rgpb.parallel import all_max, all_sum, sum_before
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TokenScores(NamedTuple):
@@ -71,19 +76,24 @@ class Layout(NamedTuple):
         tokens: int64 [B], unmasked tokens of the *whole* response. A layout may cover only a part of the
             positions (a chunk); `mean` still divides by the whole count, so partial means add up.
         mask: bool [P], True on positions that count, or None where all do.
+        group: the ranks that hold other positions of the same responses, in the order of these; or None. Sums are over
+            all of them, and `tokens` counts all.
     """
 
     responses: int
     lengths: Tensor | None
     tokens: Tensor
     mask: Tensor | None
+    group: ProcessGroup | None = None
 
     def sum(self, per_token: Tensor) -> Tensor:
         """Σ over each response's unmasked tokens. [P] → float64 [B]."""
         values = per_token.double() if self.mask is None else torch.where(self.mask, per_token.double(), 0.0)
         if self.lengths is None:
-            return values.view(self.responses, len(values) // max(self.responses, 1)).sum(1)
-        return sum_of_each(values, self.lengths)
+            sums = values.view(self.responses, len(values) // max(self.responses, 1)).sum(1)
+        else:
+            sums = sum_of_each(values, self.lengths)
+        return all_sum(sums, self.group)
 
     def mean(self, per_token: Tensor) -> Tensor:
         """`sum` over the whole response's token count; 0 for a response without tokens. [P] → float64 [B]."""
@@ -101,6 +111,7 @@ class Responses(NamedTuple):
         layout: the grouping of the P positions.
         group_size: K where responses come in groups, consecutive rows, else None.
         rewards: float64 [B], one of each response, or None. 0 for responses without tokens.
+        data_group: the ranks that hold other responses of the batch, or None.
     """
 
     policy: TokenScores
@@ -110,6 +121,7 @@ class Responses(NamedTuple):
     layout: Layout
     group_size: int | None = None
     rewards: Tensor | None = None
+    data_group: ProcessGroup | None = None
 
     @property
     def n(self) -> Tensor:
@@ -160,13 +172,28 @@ class Responses(NamedTuple):
         lengths = torch.full_like(layout.tokens, width) if layout.lengths is None else layout.lengths
         upto = logp.cumsum(0)
         start = F.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
+        if layout.group is not None:
+            start = start - sum_before(sum_of_each(logp, lengths), layout.group)
         left = torch.where(counts, upto - logp - repeat(start, lengths, len(logp)) + rest, -torch.inf)
         most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf)
+        most = all_max(most, layout.group)
         known = most > -torch.inf
         most = torch.where(known, most, 0.0)
         parts = torch.where(counts, left - repeat(most, lengths, len(logp)), -torch.inf).exp()
-        total = torch.where(known, sum_of_each(parts, lengths), 1.0)
+        total = torch.where(known, all_sum(sum_of_each(parts, lengths), layout.group), 1.0)
         return torch.where(known, most + total.log(), -torch.inf)
+
+    def total(self, values: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sum and number of the values in the whole batch, of all its ranks; float64 0-d, without gradient.
+
+        Args:
+            values: any shape, one or none of each response.
+            which: bool in that shape, the values that count; default: all.
+        """
+        values = values.detach().double()
+        which = torch.ones_like(values, dtype=torch.bool) if which is None else which
+        total, count = all_sum(torch.stack([torch.where(which, values, 0.0).sum(), which.sum()]), self.data_group)
+        return total, count
 
     def log_ratios(self, length_normalize: bool = False) -> Tensor:
         """Δ = Σ log π_θ − Σ log π_ref, or that per token. float64 [B]."""

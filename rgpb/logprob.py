@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rgpb.engine.call import Tensors
 from rgpb.engine.plan import DEFAULT_WORKSPACE
-from rgpb.engine.sweeps import score
+from rgpb.engine.shards import scored
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores, token_scores
 from rgpb.validation import check_how, check_ignore_index, check_inputs, make_call
@@ -24,6 +23,7 @@ def linear_logprob(
     target: Tensor,
     *,
     ignore_index: int = -100,
+    temperature: float = 1.0,
     entropy: bool = False,
     impl: str = "auto",
     engine: str | None = None,
@@ -32,7 +32,7 @@ def linear_logprob(
     sort_vocab: bool = False,
     workspace: int = DEFAULT_WORKSPACE,
 ) -> TokenScores:
-    """Score each target token under softmax(head(hidden)), without the logits.
+    """Score each target token under softmax(head(hidden) / temperature), without the logits.
 
     Differentiable in `hidden`, the head's weight and its bias, for any upstream gradient on any of the scores; once: a
     second derivative is refused. Logits are formed and kept in float32 (float64 for float64 input) whatever the inputs'
@@ -40,9 +40,12 @@ def linear_logprob(
 
     Args:
         hidden: [..., H] float64, float32, bfloat16 or float16; padded [B, T, H] or packed [N, H] alike.
-        head: weight [V, H] of the same dtype and device, or an `LMHead`. Under autocast the dtypes may differ.
+        head: weight [V, H] of the same dtype and device, or an `LMHead`. Under autocast the dtypes may differ. With
+            `LMHead(shard=…)` the head lies on several ranks, which all give the same hidden states and targets.
         target: int64 [...], the token that `hidden` at the same place predicts; or `ignore_index`.
         ignore_index: positions with this target cost nothing and score 0.
+        temperature: T above 0: the scores are those of softmax(z / T), z the logits with soft-cap and scale. It costs
+            nothing.
         entropy: also fill `entropy` and `other_entropy`.
         impl: the kernel set. "triton": library products, and row kernels over chunks of float32 logits (CUDA and ROCm);
             "tiled": Triton kernels that never write a logit (the same); "cpp": as "triton", for CPUs, where it was
@@ -64,16 +67,18 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, a target outside [0, V) other than `ignore_index`,
-            hidden states that aren't finite, an `impl` or `path` that is unknown or can't serve the request, a
-            `grad_tolerance` with `entropy` (whose gradient has no such bound), or a `workspace` too small for one row.
+            hidden states that aren't finite, a `temperature` that isn't positive, an `impl` or `path` that is
+            unknown or can't serve the request, a `grad_tolerance` with `entropy` (whose gradient has no such bound) or
+            with a sharded head, a `workspace` too small for one row, or a call inside forward mode or a transform of
+            `torch.func`.
 
     Source: the log-odds form is this library's; the pull-back is Lemma 4.1 of Tuan & Wang 2024 (arXiv 2408.16751).
     """
-    head = check_inputs(hidden, head, target)
+    head = check_inputs(hidden, head, target, temperature)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     ignore_index = check_ignore_index(ignore_index)
     call = make_call(hidden, head, how, ignore_index, entropy=entropy, entropy_grad=entropy)
-    found = score(Tensors.of(hidden, head, target), call)
+    found = scored(hidden, head, target, call, entropy)
     h_o = found.h_o if entropy else None
     scores = token_scores(found.z_y, found.lse_other, h_o, mask=target.reshape(-1) != ignore_index, entropy=entropy)
     return TokenScores(*(None if x is None else x.view(target.shape) for x in scores))  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
     averaged over responses. `agility`: mean e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §6).
     With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs and groups `rewards/accuracies`, the
     part of (chosen, rejected) in which the chosen's is higher; β = 1 where the objective has none. Without labels,
-    pairs or groups all responses count as chosen.
+    pairs or groups all responses count as chosen. With a `data_group` all are means over the responses of its ranks.
     """
     total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
     count = responses.layout.tokens
@@ -43,7 +43,8 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
         bad = bad & compared
 
     def average(values: Tensor, which: Tensor) -> Tensor:
-        return torch.where(which, values, 0).sum() / which.sum()
+        summed, number = responses.total(values, which)
+        return summed / number
 
     out = {"logps/chosen": average(total, good), "perplexity": average(torch.exp(-mean), good)}
     if spec.unit == "pair" or grouped or responses.label is not None:

@@ -37,9 +37,10 @@ def logits(hidden: Tensor, head: Tensor | LMHead) -> Tensor:
         [..., V] in the dtype of `hidden`.
 
     Raises:
-        ValueError: H or the dtypes differ.
+        ValueError: H or the dtypes differ, or the head is sharded.
     """
-    weight, bias, softcap, scale = as_head(head)
+    weight, bias, softcap, scale, shard = as_head(head)
+    _expect(shard is None, "head.shard", "None, a whole head", shard)
     _expect(hidden.dtype == weight.dtype, "hidden", f"the head's {weight.dtype}", hidden.dtype)
     h = weight.shape[-1]
     _expect(hidden.shape[-1] == h, "hidden", f"[..., {h}] to match the head", list(hidden.shape))
@@ -127,6 +128,7 @@ class Loss:
         drawn: for each group the rows of the negatives that were drawn, counted from 1 (row 0 is y₀).
         cu_seqlens: integers [B + 1], the bounds of the packed responses.
         ignore_index: the target that marks a masked position. Its hidden state and reference are never read.
+        temperature: what the policy's logits are divided by.
         reduction: "mean", "sum" or "none" over the units.
         options: the keywords of the formula.
 
@@ -166,6 +168,7 @@ class Loss:
         drawn: Sequence[Sequence[int]] | None = None,
         cu_seqlens: Tensor | None = None,
         ignore_index: int = -100,
+        temperature: float = 1.0,
         reduction: str = "mean",
         **options: Any,
     ) -> Tensor:
@@ -180,7 +183,9 @@ class Loss:
         ):
             _expect((value is not None) == needed, name, f"{kind if needed else None} for {self.__name__}", value)
         _expect(reduction in ("mean", "sum", "none"), "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-        responses = _responses(hidden, head, target, ref, ref_logits, label, cu_seqlens, ignore_index)
+        responses = _responses(
+            hidden, head, target, ref, ref_logits, label, cu_seqlens, ignore_index, temperature
+        )  # fmt: skip
         if self.unit == "batch":
             values = self._of_batch(responses, options)
         elif group_size is not None:
@@ -598,6 +603,7 @@ def _responses(
     label: Tensor | None,
     cu_seqlens: Tensor | None,
     ignore_index: int,
+    temperature: float,
 ) -> list[Response]:
     """Cut the batch into responses and leave the masked positions out."""
     _check_target(hidden, head, target, ignore_index)
@@ -626,7 +632,7 @@ def _responses(
     responses = []
     for place, its_label in zip(places, labels):
         mask = target[place] != ignore_index
-        z, y = logits(hidden[place][mask], head), target[place][mask]
+        z, y = logits(hidden[place][mask], head) / temperature, target[place][mask]
         logp = rest = z.new_full(y.shape, math.nan)
         if ref is not None:
             logp = ref[place][mask].detach().to(z.dtype).clamp(max=0)

@@ -10,25 +10,31 @@ G groups, K responses of a group.
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
-from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, Plan, Sizes, chunks, of_impl, plan, sizes
+from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, Plan, Sizes, chunks, of_impl, plan, sizes
 from rgpb.head import LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
+from rgpb.parallel import VocabShard, all_sum, check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -42,13 +48,17 @@ Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 
 
 class How(NamedTuple):
-    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each."""
+    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each.
+
+    `split`: whether other ranks have tokens of the same responses.
+    """
 
     impl: str = "auto"
     path: str = "auto"
     grad_tolerance: float | str | None = None
     sort_vocab: bool = False
     workspace: int = DEFAULT_WORKSPACE
+    split: bool = False
 
 
 def check_how(
@@ -188,6 +198,7 @@ def plan_call(
         entropy_grad=entropy_grad,
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
+        split=SHARDED if head.shard is not None else SPLIT if how.split else "",
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
@@ -212,6 +223,11 @@ def make_call(
 ) -> Call:
     """The `Call` of checked arguments. Args and errors as `plan_call`; `group_size` is K, or None."""
     tolerance = check_tolerance(how.grad_tolerance, how.sort_vocab, entropy_grad, head.weight.dtype)
+    if tolerance is not None and head.shard is not None:
+        raise ValueError(
+            "grad_tolerance: expected None with a sharded head, of which no rank knows all masses; "
+            f"got {how.grad_tolerance!r}"
+        )
     options = {} if options is None else options
     made, shape = plan_call(
         hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
@@ -244,8 +260,8 @@ def make_call(
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHead:
-    """What can be refused of the tensors from shapes, dtypes and devices alone."""
+def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperature: float = 1.0) -> LMHead:
+    """What can be refused of the tensors from shapes, dtypes and devices alone; and the head at the temperature."""
     head = as_head(head)
     weight, bias = head.weight, head.bias
     for name, given in (("hidden", hidden), ("head.weight", weight), ("target", target)):
@@ -280,12 +296,62 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor) -> LMHea
     for name, tensor in (("head.weight", weight), ("target", target), ("head.bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
+    _check_transforms({"hidden": hidden, "head.weight": weight, "head.bias": bias})
     softcap, scale = head.softcap, head.scale
     if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
         raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")
     if not _is_number(scale) or not abs(scale) < 1e30:
         raise ValueError(f"head.scale: expected a finite number, got {scale}")
-    return head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale))
+    _check_shard(head.shard, weight.shape[0])
+    return _at_temperature(
+        head._replace(softcap=None if softcap is None else float(softcap), scale=float(scale)), temperature
+    )
+
+
+def _at_temperature(head: LMHead, temperature: float) -> LMHead:
+    """The head whose logits are z / T: c · tanh(s / c) / T = c' · tanh(s' / c') with c' = c / T and s' = s / T."""
+    if not _is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a positive finite number, got {temperature!r}")
+    scale, softcap = head.scale / temperature, None if head.softcap is None else head.softcap / temperature
+    if not abs(scale) < 1e30 or not (softcap is None or 1e-30 < softcap < 1e30):
+        raise ValueError(
+            "temperature: expected one that leaves the head's scale below 1e30 and its soft-cap from 1e-30 to 1e30, "
+            f"got {temperature!r} with scale={head.scale} and softcap={head.softcap}"
+        )
+    return head._replace(softcap=softcap, scale=scale)
+
+
+def _in_transform(x: Tensor) -> bool:
+    forward = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():  # a trace shows no tangents
+        return forward
+    functorch: Any = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or (forward and forward_ad.unpack_dual(x).tangent is not None)
+
+
+def _check_transforms(tensors: dict[str, Tensor | None]) -> None:
+    """Refuse tangents, which the operators would drop, and `torch.func`, for whose transforms they have no rule."""
+    for name, x in tensors.items():
+        if x is not None and _in_transform(x):
+            raise ValueError(
+                f"{name}: expected a tensor without tangent, outside the transforms of torch.func (jvp, jacfwd, grad, "
+                "vmap, …), got one inside; use backward() or torch.autograd.grad, or rgpb.reference, the dense form, "
+                "which serves them all"
+            )
+
+
+def _check_shard(shard: VocabShard | None, rows: int) -> None:
+    """Refuse a shard that isn't one, or that the rows of the weight don't fit."""
+    if shard is None:
+        return
+    if not isinstance(shard, VocabShard):
+        raise ValueError(f"head.shard: expected a VocabShard or None, got {type(shard).__name__}")
+    check_group("head.shard.group", shard.group)
+    if not 0 <= shard.start <= shard.vocab - rows:
+        raise ValueError(
+            f"head.shard: expected {rows} rows of head.weight within the {shard.vocab} of the whole head, "
+            f"got the first at {shard.start}"
+        )
 
 
 def _is_number(x: object) -> bool:
@@ -302,8 +368,24 @@ def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> 
     return cache(lambda: members.sum(0).tolist())
 
 
-def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Layout:
-    """The grouping of a padded [B, T] or packed [N] target."""
+def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | None) -> None:
+    """Refuse groups that this rank doesn't belong to."""
+    for name, group in (("data_group", data_group), ("sequence_group", sequence_group)):
+        if group is not None:
+            check_group(name, group)
+
+
+def make_layout(
+    target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, sequence_group: ProcessGroup | None = None,
+    empty: bool = False,
+) -> Layout:  # fmt: skip
+    """The grouping of a padded [B, T] or packed [N] target; `empty`: packed, B may be 0 as it may be padded."""
+    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2)
+    return layout._replace(tokens=all_sum(layout.tokens, sequence_group), group=sequence_group)
+
+
+def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int) -> Layout:
+    """That of this rank's tokens alone."""
     mask = target != ignore_index
     if cu_seqlens is None:
         if target.ndim != 2:
@@ -313,7 +395,7 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
         raise ValueError(f"target: expected packed shape [N] together with cu_seqlens, got {list(target.shape)}")
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < least or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens: expected int32 or int64 of shape [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
@@ -321,7 +403,7 @@ def make_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int) ->
         raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
     lengths = cu_seqlens.long().diff()
     if not torch.compiler.is_compiling():
-        ends = [int(cu_seqlens[0]), int(lengths.min()), int(cu_seqlens[-1])]
+        ends = [int(cu_seqlens[0]), min(lengths.tolist(), default=0), int(cu_seqlens[-1])]
         if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
             raise ValueError(
                 f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
@@ -412,11 +494,11 @@ def check_groups(
 
 def reference_scores(
     spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
-    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores],
+    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
     """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B].
 
-    score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way.
+    score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way; None where it can't.
     """
     if ref is None:
         if spec.ref is not None:
@@ -424,41 +506,47 @@ def reference_scores(
         return None, None
     if spec.ref is None and is_registered(spec):
         raise ValueError(f"ref: expected None, since {spec.name} has no reference, got {type(ref).__name__}")
-    if isinstance(ref, Tensor):
-        if ref.shape == (layout.responses,) and ref.shape != target.shape:
-            if spec.ref == "tokens":
-                raise ValueError(
-                    f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
-                    f"got one sum per response, {list(ref.shape)}"
-                )
-            _check_ref("ref", ref, ref.shape, hidden)
-            there = layout.tokens > 0
-            _check_logp("ref", ref, there)
-            return None, torch.where(there, ref.detach().double(), 0.0)
-        _check_ref("ref", ref, target.shape, hidden)
-        _check_logp("ref", ref, target != ignore_index)
-        logp = ref.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
-        # log(1 − p) from log p, each branch where it is exact
-        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
-        scores = TokenScores(logp, logp - complement, torch.zeros_like(logp))
-    elif isinstance(ref, TokenScores):
-        scores = ref
-        for name in ("logp", "log_odds"):
-            _check_ref(f"ref.{name}", getattr(ref, name), target.shape, hidden)
-        scored = (scores.logp != 0) | (scores.log_odds != 0) | (scores.lse != 0)
-        _check_logp("ref.logp", torch.where(scored, scores.logp, torch.nan), target != ignore_index)
-    elif isinstance(ref, tuple) and len(ref) == 2:
+    if isinstance(ref, Tensor) and ref.shape == (layout.responses,) and ref.shape != target.shape:
+        if spec.ref == "tokens":
+            raise ValueError(
+                f"ref: expected scores per token, {list(target.shape)}, for {spec.name}, "
+                f"got one sum per response, {list(ref.shape)}"
+            )
+        _check_ref("ref", ref, ref.shape, hidden)
+        there = layout.tokens > 0
+        _check_logp("ref", ref, there)
+        return None, torch.where(there, ref.detach().double(), 0.0)
+    if isinstance(ref, Tensor | TokenScores):
+        scores = check_scores("ref", ref, target, hidden, ignore_index)
+    elif isinstance(ref, tuple) and len(ref) == 2 and score is not None:
         with torch.no_grad():
             scores = score(*ref, target)
     else:
-        raise ValueError(
-            "ref: expected TokenScores, a tensor of log-probabilities or (ref_hidden, ref_head), "
-            f"got {type(ref).__name__}"
-        )
+        pair = "" if score is None else " or (ref_hidden, ref_head)"
+        raise ValueError(f"ref: expected TokenScores, a tensor of log-probabilities{pair}, got {type(ref).__name__}")
     flat = TokenScores(
         *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
     )
     return flat, layout.sum(flat.logp)
+
+
+def check_scores(
+    name: str, given: TokenScores | Tensor, target: Tensor, hidden: Tensor, ignore_index: int
+) -> TokenScores:
+    """Scores of each token, detached; of log-probabilities alone the log-odds are made from them."""
+    counts = target != ignore_index
+    if isinstance(given, Tensor):
+        _check_ref(name, given, target.shape, hidden)
+        _check_logp(name, given, counts)
+        logp = given.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
+        # log(1 − p) from log p, each branch where it is exact
+        complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
+        return TokenScores(logp, logp - complement, torch.zeros_like(logp))
+    for field in ("logp", "log_odds", "lse"):
+        _check_ref(f"{name}.{field}", getattr(given, field), target.shape, hidden)
+    scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
+    _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
+    return TokenScores(*(None if x is None else x.detach() for x in given))  # type: ignore[arg-type]
 
 
 def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:

@@ -76,10 +76,14 @@ def pytest_ignore_collect(collection_path, config):
         return "mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
 
 
+NO_GPU = "-m gpu: there is no GPU that torch can use here, so every test is deselected and nothing was checked"
+
+
 def pytest_report_header(config):
     rows = "whole products" if covering.FULL else f"covering arrays, seed {covering.SEED}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"parameters: {rows}; {gpu}"
+    lines = [f"parameters: {rows}; {gpu}"]
+    return lines + [NO_GPU] * (config.getoption("-m") == "gpu" and not torch.cuda.is_available())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -95,7 +99,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The receipts of all compiled kernels into one file, unless a test failed. Here, since workers can't do that."""
+    """That there is no GPU; and the receipts of all compiled kernels into one file, unless a test failed. Here, since
+    workers can't do that."""
+    if config.getoption("-m") == "gpu" and not torch.cuda.is_available():
+        terminalreporter.write_line(NO_GPU)  # also with -q, which has no header
     stats = terminalreporter.stats
     if not config.getoption("--write-receipts") or stats.get("failed") or stats.get("error"):
         return

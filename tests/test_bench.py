@@ -560,6 +560,31 @@ def test_time_of_the_naive_form_on_a_gpu(capsys):
     assert plan_of(capsys, *LLAMA, "--dtype", "fp32")["naive"][1:] == []  # no rates for these products
 
 
+def test_a_head_on_several_ranks(capsys):
+    """What a rank holds, and what it sends in a ring; beside the whole head on each."""
+    assert command("plan", "--tp", 8, "--fsdp", 64, "--model", "llama-3-405b") == 0
+    capsys.readouterr()
+    head, states = 16384 * 128256 * 2 / MIB, 8192 * 16384 * 4 / MIB
+    shown = plan_of(capsys, "--tp", 8, "--fsdp", 64, "--model", "llama-3-405b", "--loss", "dpo")
+    assert shown["ranks"] == ["512: 8 hold the head together, 16,032 rows each, and have the same tokens"]
+    assert shown["holds"][0].startswith(
+        f"{head / 8:,.1f} MiB of the head, and as much for its gradient; between steps "
+    )
+    assert shown["holds"][0].endswith(f"{head / 512:,.1f} MiB each; {2 * states:,.1f} MiB for X and dX in float32")
+    scores = 2 * 7 / 8 * 3 * 8192 * 4 / MIB
+    assert shown["sends"] == [
+        f"{head / 8 * 63 / 64:,.1f} MiB for the head from 64 ranks, and as much for its gradient",
+        f"{scores:,.1f} MiB for the scores and {2 * 7 / 8 * states:,.1f} MiB for dX, summed over 8 ranks",
+    ]
+    assert shown["beside"][1].startswith(f"sends {head * 511 / 512:,.1f} MiB, ")
+    assert shown["path"][0].startswith("two_pass: the head is sharded")
+    frozen = plan_of(capsys, "--fsdp", 64, *LLAMA, "--frozen-head")
+    assert frozen["ranks"] == ["64"]
+    assert frozen["sends"] == [f"{4096 * 128256 * 2 / MIB * 63 / 64:,.1f} MiB for the head from 64 ranks"]
+    with pytest.raises(ValueError, match="tp: expected at most the 4 rows of the head, got 5"):
+        command("plan", "--tp", 5, "--hidden", 8, "--vocab", 4)
+
+
 def test_h100_has_an_h200s_rates_and_less_memory(capsys):
     h100, h200 = (plan_of(capsys, *LLAMA, "--gpu", gpu) for gpu in ("h100", "h200"))
     assert h100["time"] == [

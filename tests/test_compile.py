@@ -157,10 +157,27 @@ def test_small_autograd_works_under_a_dispatch_mode(given):
     torch.testing.assert_close(counted, eager, rtol=0, atol=0)
 
 
-def options_of_dpo(hidden, weight, target, beta=0.1, softcap=None, scale=1.0, ignore_index=-100, workspace=1 << 20):
+def options_of_dpo(
+    hidden, weight, target, beta=0.1, softcap=None, scale=1.0, ignore_index=-100, workspace=1 << 20, temperature=1.0
+):
     ref = torch.full(target.shape, -2.0)
     head = LMHead(weight, None, softcap, scale)
-    return dpo_loss(hidden, head, target, ref=ref, beta=beta, ignore_index=ignore_index, workspace=workspace)
+    how = {"ignore_index": ignore_index, "workspace": workspace, "temperature": temperature}
+    return dpo_loss(hidden, head, target, ref=ref, beta=beta, **how)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+def test_forward_mode_is_refused_of_what_is_compiled(given):
+    """Also where it was compiled before, and where the compiler sees the transform itself."""
+    hidden, weight, target = given[0].detach(), given[1].detach(), given[3]
+    step, tangent = lambda x: linear_logprob(x, weight, target).logp.sum(), torch.ones_like(hidden)
+    compiled = torch.compile(step, backend="eager")
+    compiled(hidden)
+    inside = torch.compile(lambda x: torch.func.jvp(step, (x,), (tangent,)), backend="eager")
+    for forward in (lambda: torch.func.jvp(compiled, (hidden,), (tangent,)), lambda: inside(hidden)):
+        with pytest.raises(ValueError, match="hidden: expected a tensor without tangent"):
+            forward()
 
 
 @pytest.mark.compile
@@ -171,8 +188,9 @@ def options_of_dpo(hidden, weight, target, beta=0.1, softcap=None, scale=1.0, ig
         [(0.1,), (0.2,), (0.35,)],
         [(0.1, 30.0), (0.1, 20.0), (0.1, 15.5)],
         [(0.1, None, 0.5, -1, 1 << 20), (0.1, None, 0.25, -7, 1 << 21), (0.1, None, 0.125, -3, 1 << 19)],
+        [(0.1, 30.0, 1.0, -100, 1 << 20, t) for t in (0.9, 0.8, 0.7)],
     ],
-    ids=["shapes", "beta", "softcap", "scale, ignore_index, workspace"],
+    ids=["shapes", "beta", "softcap", "scale, ignore_index, workspace", "temperature"],
 )
 def test_a_compiler_takes_what_changes_from_call_to_call(given):
     """What it has a symbol for becomes a number in the call's text."""

@@ -281,6 +281,38 @@ def test_backward_twice_gives_the_same():
             torch.testing.assert_close(a, b)
 
 
+@impls
+@pytest.mark.parametrize("head", HEADS)
+def test_temperature_divides_the_logits(head, impl):
+    """Behind the soft-cap; a reference's head has the same temperature and a soft-cap of its own."""
+    hidden, lm_head, target, _ = batch((6, 7, 131, 13), head=head)
+    ref_hidden, ref_head, _, _ = batch((6, 7, 131, 13), head="soft-cap and scale")
+    z = reference.logits(hidden, lm_head) / 0.6
+    scores = linear_logprob(hidden, lm_head, target, temperature=0.6, impl=impl)
+    mask, y = target != -100, target.clamp(min=0)[..., None]
+    wanted = torch.where(mask, z.log_softmax(-1).gather(-1, y)[..., 0], 0.0)
+    torch.testing.assert_close(scores.logp, wanted, rtol=1e-9, atol=1e-9)
+    ref_logits = reference.logits(ref_hidden, ref_head).detach() / 0.6
+    for name, options in (("dpo", {}), ("bnf", {"label": torch.arange(6) % 2 * 2 - 1})):
+        loss = fused_loss(
+            hidden, lm_head, target, objective=name, ref=(ref_hidden, ref_head), temperature=0.6, impl=impl, **options
+        )
+        exact = reference.LOSSES[name](hidden, lm_head, target, ref_logits=ref_logits, temperature=0.6, **options)
+        torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-9)
+        found, truth = (torch.autograd.grad(x, leaves(hidden, lm_head)) for x in (loss, exact))
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_temperature_of_what_is_drawn():
+    """Candidates are scored at it once, not twice."""
+    hidden, head, target, ref_logits = batch((6, 7, 131, 13), head="soft-cap and scale")
+    given = {"ref": ref_scores(ref_logits, target), "group_size": 3, "temperature": 0.05}
+    loss = fused_loss(hidden, head, target, objective="mc_po", sampler="max", beta=5.0, **given)
+    cold = LMHead(head.weight, head.bias, head.softcap / 0.05, head.scale / 0.05)
+    same = fused_loss(hidden, cold, target, objective="mc_po", sampler="max", beta=5.0, **{**given, "temperature": 1})
+    torch.testing.assert_close(loss, same, rtol=1e-9, atol=1e-9)
+
+
 def test_second_derivatives_are_refused():
     hidden, head, target, _ = batch((2, 3, 7, 4))
     for loss in (mle_loss(hidden, head, target), linear_logprob(hidden, head, target).logp.sum()):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; what a module imports, also inside a function, lies on its own floor or below.
 FLOORS = (
     ("rgpb.kernels",),
+    ("rgpb.parallel",),
     ("rgpb.head", "rgpb.layout"),
     ("rgpb.objectives",),
     ("rgpb.engine",),

@@ -122,6 +122,16 @@ CASES = {
         lambda: {"head": LMHead(torch.randn(V, H), scale=float("nan"))},
         r"head\.scale: expected a finite number, got nan",
     ),
+    "temperature": (lambda: {"temperature": 0.0}, r"temperature: expected a positive finite number, got 0\.0"),
+    "temperature infinite": (
+        lambda: {"temperature": math.inf},
+        "temperature: expected a positive finite number, got inf",
+    ),
+    "temperature text": (lambda: {"temperature": "1"}, "temperature: expected a positive finite number, got '1'"),
+    "temperature tiny": (
+        lambda: {"temperature": 1e-29, "head": LMHead(torch.randn(V, H), softcap=30.0)},
+        r"temperature: expected one that leaves the head's scale .*, got 1e-29 with scale=1\.0 and softcap=30\.0",
+    ),
     "ref NaN": (lambda: {"ref": torch.full((B, T), torch.nan)}, "ref: expected a log-probability, at most 0.* got nan"),
     "ref NLL": (lambda: {"ref": torch.full((B, T), 2.0)}, "ref: expected a log-probability, at most 0.* got 2"),
     "ref of another mask": (other_mask, r"ref\.logp: expected a log-probability, .* at flat position 4"),
@@ -419,3 +429,49 @@ def test_the_old_engine_argument():
         mle_loss(*tensors, path="frozen")
     with pytest.raises(ValueError, match="options of dpo: expected .*did you mean 'beta'"):
         FusedLoss("dpo", bta=0.1)
+
+
+def dual(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+torchs_own = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
+    "dual tensors": dual,
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (torch.ones_like(x),)),
+    "linearize": lambda f, x: torch.func.linearize(f, x),
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+}
+
+
+@torchs_own
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.parametrize("name", ["hidden", "head.weight", "head.bias"])
+def test_forward_mode_and_transforms_are_refused(how, name):
+    """The first would give a derivative of 0 without a word; `torch.func` would speak of setup_context."""
+    hidden, weight, bias, target = torch.randn(B, T, H), torch.randn(V, H), torch.randn(V), torch.randint(V, (B, T))
+
+    def scores(x):
+        given = {"hidden": hidden, "head.weight": weight, "head.bias": bias, name: x}
+        return linear_logprob(given["hidden"], LMHead(given["head.weight"], given["head.bias"]), target).logp.sum()
+
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor without tangent, .* or rgpb.reference"):
+        TRANSFORMS[how](scores, {"hidden": hidden, "head.weight": weight, "head.bias": bias}[name])
+
+
+@torchs_own
+def test_beside_forward_mode():
+    """What has no tangent is served there."""
+    hidden, weight, target = torch.randn(B, T, H), torch.randn(V, H), torch.randint(V, (B, T))
+    wanted = linear_logprob(hidden, weight, target).logp.sum()
+    value, slope = torch.func.jvp(
+        lambda x: x * linear_logprob(hidden, weight, target).logp.sum(), (torch.tensor(2.0),), (torch.tensor(1.0),)
+    )
+    torch.testing.assert_close((value, slope), (2 * wanted, wanted))
+    with pytest.raises(ValueError, match="hidden: expected a tensor without tangent"):
+        dual(lambda x: dpo_loss(x, weight, target, ref=torch.zeros(B)), hidden)

@@ -27,6 +27,7 @@ from rgpb.objectives import (
     reward_scale,
     unit_values,
 )
+from rgpb.objectives.pairs import mean_complement
 from rgpb.objectives.registry import RESERVED
 from rgpb.validation import How, plan_call
 
@@ -350,7 +351,7 @@ def test_options_that_are_refused():
         ("mc_po", {"m": True}, "options of mc_po: expected m to be a whole number, got True"),
         ("mc_po", {"m": 1.5}, "options of mc_po: expected m to be a whole number, got 1.5"),
         ("mc_po", {"m": 0}, "options of mc_po: expected m to be a whole number of at least 1, got 0"),
-        ("mc_po", {"generator": 3}, "options of mc_po: expected generator to be a Generator or None, got 3"),
+        ("mc_po", {"generator": 3}, "options of mc_po: expected generator to be a torch.Generator or None, got 3"),
         ("mc_po", {"sampler": "Min"}, "sampler to be 'mc', 'max', 'min' or 'random', got 'Min'; did you mean 'min'[?]"),
         ("dpo", {"beta": math.nan}, "options of dpo: expected beta to be a finite number, got nan"),
         ("dpo", {"beta": 10**400}, "options of dpo: expected beta to be a finite number, got 1000"),
@@ -360,7 +361,7 @@ def test_options_that_are_refused():
         ("dpo", {"label_smoothing": 0.5}, "label_smoothing to be a number of at least 0 and below 0.5, got 0.5"),
         ("dpo", {"betta": 1}, r"options of dpo: expected a subset of .*, got \['betta'\]; did you mean 'beta'[?]"),
         ("ipo", {"length_normalize": 1}, "options of ipo: expected length_normalize to be a bool, got 1"),
-        ("kto", {"z0": "x"}, "of kto: expected z0 to be a Tensor, a RunningMean, a finite number or None, got 'x'"),
+        ("kto", {"z0": "x"}, "expected z0 to be a torch.Tensor, a RunningMean, a finite number or None, got 'x'"),
         ("bco", {"delta": True}, "of bco: expected delta to be a RunningMean, a finite number or None, got True"),
         ("bco", {"delta": torch.ones(1)}, "delta to be a RunningMean, a finite number or None, got Tensor"),
         ("mle + dpo", {"dpo.beta": 0}, r"options of 1.0\*mle \+ 1.0\*dpo: expected dpo.beta to be a number above 0"),
@@ -438,7 +439,7 @@ def test_ranges_of_ones_own():
 def test_the_reserved_names_are_those_of_fused_loss():
     shown = set(inspect.signature(fused_loss).parameters) - {"options"}
     assert shown <= RESERVED
-    assert RESERVED - shown <= {"path"}
+    assert RESERVED - shown == {"scores"}  # of `coefficients`
 
 
 def test_references_as_sums():
@@ -585,6 +586,20 @@ def test_the_loss_of_what_was_drawn(m):
     assert not made[0][~keep].any()
 
 
+def test_what_was_not_drawn_is_no_negative():
+    """Also where the objective is called by itself, on all candidates."""
+    _, seen = responses(lengths=[3, 5, 2, 4, 1, 6, 2, 2], group_size=4)
+    options = {"beta": 0.5, "m": 2, "sampler": "max"}
+    values = OBJECTIVES["mc_po"].function(seen, **options)
+    keep = seen.groups(draw_negatives(seen, options))
+    ratios = 0.5 * seen.groups(seen.log_ratios())
+    wanted = [-(its[kept].log_softmax(0)[0]) for its, kept in zip(ratios, keep)]
+    assert keep.sum(1).tolist() == [3, 3]
+    torch.testing.assert_close(values, torch.stack(wanted))
+    with pytest.raises(ValueError, match="m: expected a whole number from 1 to 3, the candidates of a group, got 0"):
+        OBJECTIVES["mc_po"].function(seen, m=0)
+
+
 def test_drawing_with_a_generator_leaves_the_global_state_alone():
     hidden, weight, target, ref = batch(6)
     torch.manual_seed(4)
@@ -629,6 +644,16 @@ def test_one_response_leaves_the_others_alone(packed):
             made = torch.autograd.grad(both[1], (hidden, weight))
             for a, b in zip(made, torch.autograd.grad(alone, (hidden, weight))):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.5, 12.0, 60.0, 300.0])
+def test_the_complement_of_a_response_is_per_token(margin):
+    """Tokens of one p have that mean, so log(1 − e^S̄) is log(1 − p), also where S rounds to 0."""
+    _, seen = responses()
+    odds = torch.full_like(seen.policy.log_odds, margin)
+    seen = seen._replace(policy=TokenScores(F.logsigmoid(odds), odds, torch.ones_like(odds)))
+    wanted = F.logsigmoid(odds.new_tensor(-margin)).expand(len(LENGTHS))
+    torch.testing.assert_close(mean_complement(seen), wanted, rtol=1e-9, atol=0)
 
 
 def test_an_impossible_rejected_token_costs_nothing():

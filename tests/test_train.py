@@ -25,6 +25,7 @@ from rgpb.demo import arithmetic_pairs
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
 from rgpb.train import TrainConfig, command, models, report, teacher, train
 from rgpb.train import config as settings_module
+from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
 from rgpb.train.tokens import Collator, RefScores, reference_of, tokenise, train_tokenizer
 from rgpb.train.trainer import PreferenceTrainer, Stage
@@ -644,6 +645,20 @@ class TestRefusals:
         assert cli.main(["train", "--data", path, "--output", "x", "--loss-option", "beta"]) == 2
         assert "loss_option: expected KEY=VALUE, got 'beta'" in capsys.readouterr().err
 
+    def test_another_loss_in_the_same_folder(self, data, tmp_path, capsys):
+        """A folder holds one run. Nothing is trained for this."""
+        folder, preferences = tmp_path / "run", read_preferences(data)
+        open_run(folder, config(data, folder, loss="bnf"), preferences, None, None)
+        (folder / "metrics.jsonl").touch()
+        given = ["--data", data, "--output", str(folder), "--loss", "dpo", "--steps", "4", "--cpu", "--quiet"]
+        assert cli.main(["train", *given]) == 2
+        error = capsys.readouterr().err
+        assert re.search(
+            rf"output: expected the settings of the run in {folder}, .*loss is 'bnf' there and 'dpo' now", error
+        )
+        assert "take another --output, or --overwrite to start anew" in error
+        assert json.loads((folder / "run.json").read_text())["settings"]["loss"] == "bnf"
+
     def test_options_of_the_command(self):
         given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
@@ -653,10 +668,17 @@ class TestRefusals:
     def test_help_names_the_options_of_every_loss(self, capsys):
         with pytest.raises(SystemExit):
             cli.main(["train", "--help"])
-        text = capsys.readouterr().out.partition("options of the objectives")[2]
+        shown = capsys.readouterr().out
+        text = shown.partition("options of the objectives")[2]
         for name, spec in OBJECTIVES.items():
             after = text.partition(f"\n  {name}")[2]
-            assert all(f"    {key}: " in after for key in spec.options)
+            assert all(f"    {key}: " in after for key in spec.options if key != "generator")
+        assert "generator" not in text
+        assert "    delta: float, default its mean over all batches\n" in text
+        assert "    z0: float, default estimated from mismatched completions\n" in text
+        flags = " ".join(shown.partition("options of the objectives")[0].split())
+        assert "--lr LR peak learning rate (a positive number; default: 1e-05)" in flags
+        assert "--steps STEPS optimizer steps, instead of --epochs (a positive whole number)" in flags
 
     def test_importing_the_package_leaves_transformers_alone(self):
         program = "import sys, rgpb, rgpb.cli; sys.exit('transformers' in sys.modules)"
@@ -695,7 +717,7 @@ class TestReport:
         last = [records(folder)[-1] for folder in runs.values()]
         assert "| extra | 1 | – |" in text
         assert re.search(rf"\| agility.* \| {last[0]['agility']:.4g} \(.*\) \| {last[1]['agility']:.4g} \(", text)
-        assert re.search(r"higher reward on the preferred \| .* \| – \(–\) \|", text)  # simpo has no reference
+        assert re.search(r"higher reward on the chosen \| .* \| – \(–\) \|", text)  # simpo has no reference
         assert "A note." in text
         report.show(report.table(report.read_metrics(tmp_path / "bnf")), "title")
         assert f"{last[0]['perplexity']:.4g}" in capsys.readouterr().out

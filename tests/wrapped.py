@@ -5,7 +5,6 @@ Run on the ranks of tests/ranks.py by tests/test_wrapped.py. Dimensions: B respo
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -160,7 +159,8 @@ def weights_of(model: Any, wrapped: Any) -> dict[str, Tensor]:
 
 
 def train(
-    how: str | None, named: dict[str, Any], batch: dict[str, Tensor], parts: list[slice], steps: int = 5, bf16: bool = False,
+    how: str | None, named: dict[str, Any], batch: dict[str, Tensor], parts: list[slice], steps: int = 5,
+    bf16: bool = False,
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
     """The first step's loss and gradients, and the weights after so many steps of AdamW; on the first rank alone."""
     model, wrapped = wrap(how, bf16)

@@ -35,6 +35,7 @@ IMPORTS = """
 import torch
 from typing import Any, Literal, overload
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from rgpb.head import LMHead
 from rgpb.objectives import RunningMean
 """

@@ -6,6 +6,7 @@ A number over the seeds is a list or, of runs that kept no more than that, the t
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from .judge import VERDICTS, Values, every, judge, spread
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
+COLUMNS = 3  # panels of a picture beside each other
+RATE = re.compile(r" at ([\d.e-]+)(?= |$)")  # as trials name what they train at several learning rates
 ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
 
 
@@ -110,18 +113,26 @@ def _picture(its: Mapping[str, Any]) -> Figure:
         name for name in dict.fromkeys(p.quantity for p in (*claim.parts, *claim.beside)) if name in its["values"]
     ]
     panels = {name: its["values"][name] for name in wanted or its["values"]}
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
     height = 1.2 + 0.22 * max(len(methods) for methods in panels.values())
-    figure = Figure(figsize=(4.6 * len(panels), height), layout="constrained")
-    for axes, (quantity, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    figure = Figure(figsize=(4.6 * columns, height * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (quantity, methods) in zip(grid, panels.items()):
         for place, found in enumerate(methods.values()):
             dots = [] if isinstance(found, str) else [float(x) for x in found if math.isfinite(float(x))]
             text = found if isinstance(found, str) else spread(dots) if dots else "nan"
             mean, _, error = text.partition(" ± ")
             axes.errorbar(float(mean), place, xerr=float(error or 0), fmt="|", color="tab:blue", capsize=3)
             axes.plot(dots, [place] * len(dots), ".", color="black")
-        axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        names = [RATE.sub(r", learning rate \1", name) for name in methods]
+        axes.set_yticks(range(len(methods)), names, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{quantity}; mean ± standard error", fontsize=8)
+        axes.set_xlabel(f"{quantity}\nmean ± standard error", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{its['claim']}: {its['verdict']}", fontsize=9)
     return figure

@@ -259,7 +259,9 @@ def result_dtype(x: Tensor) -> torch.dtype:
 
 def logits_of(x: Tensor, head: LMHead, dtype: torch.dtype) -> Tensor:
     """[C, H] → [C, V] in `dtype`; the weight is converted a slice at a time."""
-    weight, bias, softcap, scale = as_head(head)
+    weight, bias, softcap, scale, shard = as_head(head)
+    if shard is not None:
+        raise ValueError(f"head.shard: expected None, a whole head, got {shard}")
     z = x.new_empty(len(x), len(weight), dtype=dtype)
     for first in range(0, len(weight), SLICE):
         part = slice(first, first + SLICE)

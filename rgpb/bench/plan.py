@@ -16,7 +16,21 @@ import torch
 
 from rgpb.arguments import argument, parse_bytes, positive
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
-from rgpb.engine.plan import RATES, Plan, Rates, Sizes, of_impl, plan, predicted_seconds, sizes
+from rgpb.engine.plan import (
+    RATES,
+    SHARDED,
+    Plan,
+    Rates,
+    Sizes,
+    of_impl,
+    plan,
+    predicted_seconds,
+    ring_gathered,
+    ring_reduced,
+    shard_held,
+    shard_traffic,
+    sizes,
+)
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.objectives import Objective, resolve
 
@@ -58,6 +72,7 @@ HEADS = {
     "llama-2-70b": Head(8192, 32000),
     "llama-3-8b": Head(4096, 128256),
     "llama-3-70b": Head(8192, 128256),
+    "llama-3-405b": Head(16384, 128256),
     "llama-3.1-8b": Head(4096, 128256),
     "llama-3.1-70b": Head(8192, 128256),
     "llama-3.1-405b": Head(16384, 128256),
@@ -99,7 +114,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand `plan`."""
     parser = subparsers.add_parser("plan", help="what a call will run, why, and what it costs", description=__doc__)
-    parser.add_argument("--tokens", type=argument(positive), required=True, help="N, response tokens")
+    parser.add_argument(
+        "--tokens", type=argument(positive), default=8192, help="N, response tokens of a rank; default %(default)s"
+    )
     parser.add_argument("--model", metavar="NAME", help=f"{', '.join(HEADS)}; or a folder with a config.json")
     for name, text in (("hidden", "H"), ("vocab", "V")):
         parser.add_argument(f"--{name}", type=argument(positive), help=f"{text}, in place of --model")
@@ -118,6 +135,11 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--skipping", action="store_true", help="with a grad_tolerance")
     parser.add_argument("--frozen-head", action="store_true", help="the head has no gradient, as with LoRA")
+    for name, text in (
+        ("tp", "that hold the head together, each some of its rows, and have the same tokens"),
+        ("fsdp", "that have other tokens, and each a part of the (rows of the) head between steps"),
+    ):
+        parser.add_argument(f"--{name}", type=argument(positive), default=1, help=f"ranks {text}; default %(default)s")
     parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
     parser.set_defaults(run=run)
 
@@ -229,22 +251,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"gpu: expected no --gpu beside --device-type cpu, got {a.gpu!r}")
     gpu = a.gpu or "h200"
     impls = _impls(a.impl, cuda)
-    head = sizes(
-        lm_head.vocab, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None
-    )
+    if a.tp > lm_head.vocab:
+        raise ValueError(f"tp: expected at most the {lm_head.vocab} rows of the head, got {a.tp}")
+    rows = -(-lm_head.vocab // a.tp)
+    head = sizes(rows, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None)
     chosen = plan(
         a.tokens, head, impls, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
-        entropy_grad=spec.entropy_grad, skipping=a.skipping, unit_tokens=units_of(a, spec), workspace=a.workspace,
+        entropy_grad=spec.entropy_grad, skipping=a.skipping, split=SHARDED if a.tp > 1 else "",
+        unit_tokens=units_of(a, spec), workspace=a.workspace,
     )  # fmt: skip
     head = of_impl(head, chosen.impl)
     softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
     moved = naive_moved(dtype.itemsize, spec.entropy or spec.entropy_grad, softcap)
-    naive = naive_bytes(a.tokens, lm_head.vocab, dtype.itemsize, softcap=softcap)
-    weight = lm_head.vocab * lm_head.width * dtype.itemsize
+    naive = naive_bytes(a.tokens, rows, dtype.itemsize, softcap=softcap)
+    weight = rows * lm_head.width * dtype.itemsize
     named = "" if a.model is None else f"{a.model}: "
     capped = f", logits soft-capped at {lm_head.softcap:g}" if lm_head.softcap is not None else ""
     print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
-    print(f"head    {named}H = {lm_head.width}, V = {lm_head.vocab}, {_mebibytes(weight)}{capped}")
+    whole = lm_head.vocab * lm_head.width * dtype.itemsize
+    print(f"head    {named}H = {lm_head.width}, V = {lm_head.vocab}, {_mebibytes(whole)}{capped}")
+    if a.tp * a.fsdp > 1:
+        print(_ranks(a, lm_head, spec.entropy, dtype.itemsize))
     print(f"path    {chosen.path}: {chosen.reason}")
     print(f"impl    {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
@@ -274,11 +301,36 @@ def run(arguments: argparse.Namespace) -> int:
             f"{units} × 2·N·V·H at the library's rate, {moved}·N·V bytes at that of copies"
         )
     held = 2 * a.tokens * lm_head.width * dtype.itemsize + (1 if a.frozen_head else 2) * weight
+    held += shard_held(a.tokens, lm_head.width, 4) * (a.tp > 1)
     print(f"fits    {_fits(held + chosen.extra_bytes, held + naive, gpu if cuda else None)}")
     print(
         "        hidden states, head, their gradients, the above; not counted: the rest of the model, optimiser states"
     )
     return 0
+
+
+def _ranks(a: argparse.Namespace, head: Head, entropy: bool, itemsize: int) -> str:
+    """What a rank holds and sends, and what it would with the whole head on each. The lines below it are a rank's."""
+    rows, gradient = -(-head.vocab // a.tp), "" if a.frozen_head else ", and as much for its gradient"
+    own, whole = rows * head.width * itemsize, head.vocab * head.width * itemsize
+    lines = [f"ranks   {a.tp * a.fsdp}"]
+    holds, sends = f"{_mebibytes(own)} of the head{gradient}", []
+    if a.fsdp > 1:
+        holds += f"; between steps {_mebibytes(-(-own // a.fsdp))} each"
+        sends += [f"{_mebibytes(ring_gathered(own, a.fsdp))} for the head from {a.fsdp} ranks{gradient}"]
+    if a.tp > 1:
+        lines[0] += f": {a.tp} hold the head together, {rows:,} rows each, and have the same tokens"
+        holds += f"; {_mebibytes(shard_held(a.tokens, head.width, 4))} for X and dX in float32"
+        scores, hidden = (_mebibytes(ring_reduced(n, a.tp)) for n in shard_traffic(a.tokens, head.width, 4, entropy))
+        sends += [f"{scores} for the scores and {hidden} for dX, summed over {a.tp} ranks"]
+    lines += [f"holds   {holds}", f"sends   {sends[0]}", *(f"        {text}" for text in sends[1:])]
+    if a.tp > 1:
+        gathered = _mebibytes(ring_gathered(whole, a.tp * a.fsdp))
+        lines += [
+            f"beside  the whole head on each rank, for 1/{a.tp} of the tokens: holds {_mebibytes(whole)}{gradient};",
+            f"        sends {gathered}{gradient}",
+        ]
+    return "\n".join(lines)
 
 
 def _impls(impl: str | None, cuda: bool) -> tuple[str, ...]:

@@ -148,6 +148,12 @@ class Tensors(NamedTuple):
         """Those of a call, flat; hidden [..., H], target [...]."""
         return Tensors(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, target.reshape(-1), **more)
 
+    def need(self, *names: str) -> list[Tensor]:
+        """The tensors of these names, which every call of the operator that asks has."""
+        found = [x for name in names if (x := getattr(self, name)) is not None]
+        assert len(found) == len(names)
+        return found
+
     def pack(self, call: Call) -> tuple[list[Tensor], str]:
         """An operator's arguments: those that are there, and the call that names them."""
         given = tuple(name for name, x in zip(self._fields, self) if x is not None)

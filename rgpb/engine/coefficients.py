@@ -32,15 +32,12 @@ class Coefficients:
     """
 
     def __init__(self, tensors: Tensors, call: Call):
-        target, lengths = tensors.target, tensors.lengths
-        assert target is not None
-        assert lengths is not None
-        assert tensors.weight is not None
+        weight, target, lengths = tensors.need("weight", "target", "lengths")
         self.t, self.call, self.spec, self.options = tensors, call, resolve(call.objective), dict(call.options)
         self.count = tokens_of_each(target != call.ignore_index, lengths)
         self.units = units(self.spec, len(self.count), call.group_size)
         self.total = target.new_zeros((), dtype=torch.float64)
-        self.acc_dtype = acc_dtype(tensors.weight.dtype)
+        self.acc_dtype = acc_dtype(weight.dtype)
 
     def chunks(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream] | TokenTerms]]:
         """Rows of at most `rows`, or of one unit, with what turns their statistics into coefficients, or the loss

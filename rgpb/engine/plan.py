@@ -56,6 +56,9 @@ CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 
 
 PATHS = ("auto", "forward", "single", "frozen", "two_pass")
+# Why there is no single pass where ranks share a head, or responses.
+SHARDED = "the head is sharded: coefficients are known after all its ranks have scored"
+SPLIT = "sequence_group: coefficients are known after all ranks with tokens of a response have scored"
 # More rows than any call has: what fits is then bounded by the workspace alone.
 ANY = 1 << 62
 
@@ -122,6 +125,7 @@ class Request(NamedTuple):
         entropy_grad: whether the gradient of the entropy is asked for.
         skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
         sort_vocab: whether the vocabulary is put in order for that.
+        split: why coefficients aren't known before other ranks have scored; "" where they are.
         unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
             in a single pass those longer than a chunk take a sweep more.
         path: of `PATHS`; "auto" for the cheapest that fits.
@@ -137,6 +141,7 @@ class Request(NamedTuple):
     entropy_grad: bool = False
     skipping: bool = False
     sort_vocab: bool = False
+    split: str = ""
     unit_tokens: Callable[[], Sequence[int]] | None = None
     path: str = "auto"
     workspace: int = DEFAULT_WORKSPACE
@@ -411,6 +416,38 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
     return Chunks(rows, scored, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
 
 
+class Traffic(NamedTuple):
+    """Bytes that a rank of a sharded head gives to all-reduces.
+
+    Attributes:
+        scores: in the forward: [N] of the largest logsumexp; [2, N], with entropy [3, N], of what is summed.
+        hidden: in the backward: dX [N, H].
+    """
+
+    scores: int
+    hidden: int
+
+
+def shard_traffic(tokens: int, width: int, acc: int, entropy: bool, hidden_grad: bool = True) -> Traffic:
+    """What travels for N tokens, in accumulators of `acc` bytes; H = `width`."""
+    return Traffic((3 + entropy) * tokens * acc, hidden_grad * tokens * width * acc)
+
+
+def shard_held(tokens: int, width: int, acc: int) -> int:
+    """Bytes that a sharded head takes beyond a whole one's: at most X and dX [N, H] in accumulators."""
+    return 2 * tokens * width * acc
+
+
+def ring_reduced(size: int, ranks: int) -> int:
+    """Bytes that each rank sends where `size` bytes are all-reduced in a ring: R − 1 parts of R, twice."""
+    return 2 * ring_gathered(size, ranks)
+
+
+def ring_gathered(size: int, ranks: int) -> int:
+    """The same where `size` bytes in all are gathered from the ranks, or reduced and scattered to them."""
+    return size * (ranks - 1) // ranks
+
+
 def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> Plan:
     """The cheapest path that fits the workspace, on the kernel set that is predicted to be fastest.
 
@@ -501,6 +538,8 @@ def _plan(head: Sizes, request: Request) -> Plan:
 
 def _not_single(head: Sizes, request: Request) -> str | None:
     """Why gradients can't be made in the forward, or None where they can."""
+    if request.split:
+        return request.split
     if request.couples == "batch":
         return "the objective may couple the whole batch"
     if not request.scalar:

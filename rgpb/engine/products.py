@@ -43,10 +43,8 @@ class Problem(NamedTuple):
     @staticmethod
     def of(tensors: Tensors, call: Call) -> Problem:
         """That of an operator's tensors."""
-        assert tensors.hidden is not None
-        assert tensors.weight is not None
-        assert tensors.target is not None
-        return Problem(tensors.hidden, tensors.weight, tensors.bias, tensors.target, call)
+        hidden, weight, target = tensors.need("hidden", "weight", "target")
+        return Problem(hidden, weight, tensors.bias, target, call)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -50,25 +50,24 @@ def fill(into: Statistics, found: Statistics, rows: Rows) -> None:
             column[rows] = value
 
 
-def check_rows(p: Problem, kept: Kept) -> None:
-    """Refuse what would turn into a finite but wrong loss.
+def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Kept) -> None:
+    """Refuse what would turn into a finite but wrong loss. hidden [P, H], target [P]
 
     Raises:
         ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
     """
-    vocab, ignore = p.weight.shape[0], p.call.ignore_index
-    outside = ((p.target < 0) | (p.target >= vocab)) & (p.target != ignore)
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore)
     rows = kept.rows((0, kept.count))
     finite = outside.new_ones(0)
     if kept.count:
-        least, most = p.hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+        least, most = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
         finite = ((least > -torch.inf) & (most < torch.inf))[rows]
     ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
     if not ok[0]:
         at = int(outside.nonzero()[0])
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
-            f"got {int(p.target[at])} at flat position {at}"
+            f"got {int(target[at])} at flat position {at}"
         )
     if not ok[1]:
         at = int((~finite).nonzero()[0])
@@ -105,7 +104,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     p = Problem.of(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p, kept)
+        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
         order = p.target.new_empty(0)
         if call.sort_vocab:
             order = order_by_mass(p, kept) if kept.count else torch.arange(len(p.weight), device=order.device)
@@ -136,10 +135,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
 
 
 def _score_fake(t: Tensors, call: Call) -> Scored:
-    hidden, weight, target = t.hidden, t.weight, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     acc, positions, skip = acc_dtype(weight.dtype), target.shape, call.tolerance is not None
     return Scored(
         hidden.new_empty(positions, dtype=acc),
@@ -235,13 +231,11 @@ def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> Non
     call = Call.parse(text)
     t = Tensors.unpack(inputs, call)
     p = Problem.of(t._replace(hidden=accumulated), call)
-    assert t.z_y is not None
-    assert t.g_zy is not None
-    assert t.g_lo is not None
+    z_y, g_zy, g_lo = t.need("z_y", "g_zy", "g_lo")
     kept = p.target != call.ignore_index
     with p.running():
-        rest = (t.g_zy + t.g_lo) * p.epilogue().jacobian(t.z_y)
-        rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, t.g_lo, 0)[:, None]
+        rest = (g_zy + g_lo) * p.epilogue().jacobian(z_y)
+        rest, g_lo = torch.where(kept, rest, 0)[:, None], torch.where(kept, g_lo, 0)[:, None]
         target = torch.where(kept, p.target, 0)
         step = max(1, min(1 << 24, call.workspace) // (4 * 8 * p.weight.shape[1]))
         for rows in spans(len(target), step):
@@ -284,7 +278,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
         kept = p.kept()
-        check_rows(p, kept)
+        check_rows(p.hidden, p.target, len(p.weight), call.ignore_index, kept)
         entropy = objective.spec.entropy
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
         statistics = empty_statistics(p, entropy)
@@ -325,10 +319,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
-    hidden, weight, target = t.hidden, t.weight, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     statistic = hidden.new_empty(target.shape, dtype=acc_dtype(weight.dtype))
     nothing = [hidden.new_empty(0) for _ in range(3)]
     need_hidden, need_weight, need_bias = call.needs
@@ -386,11 +377,8 @@ def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
     """Gradients of hidden, weight and bias from recomputed logits, empty where not needed; and with a tolerance the
     report: the bound of each position and the share of tiles that were skipped."""
     p = Problem.of(t, call)
-    assert t.z_y is not None
-    assert t.lse_other is not None
-    assert t.g_zy is not None
-    assert t.g_lo is not None
-    statistics, upstream = Statistics(t.z_y, t.lse_other, t.h_o), Upstream(t.g_zy, t.g_lo, t.g_ho)
+    z_y, lse_other, g_zy, g_lo = t.need("z_y", "lse_other", "g_zy", "g_lo")
+    statistics, upstream = Statistics(z_y, lse_other, t.h_o), Upstream(g_zy, g_lo, t.g_ho)
     need_hidden, need_weight, need_bias = call.needs
     dhidden, report = p.hidden.new_empty(0), p.hidden.new_empty(0, dtype=torch.float32)
     dweight: Tensor | None = None
@@ -412,15 +400,12 @@ def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
 
 
 def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
-    hidden, weight, bias, target = t.hidden, t.weight, t.bias, t.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = t.need("hidden", "weight", "target")
     need_hidden, need_weight, need_bias = call.needs
     return [
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
+        torch.empty_like(t.bias) if need_bias and t.bias is not None else weight.new_empty(0),
         hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
     ]
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rgpb.head import described
-from rgpb.hf.wrappers import inner
+from rgpb.hf.wrappers import innermost
 
 
 @dataclass
@@ -116,11 +116,10 @@ class Attached:
 
     def take(self, model: PreTrainedModel) -> nn.Module:
         """Put our forward in the place of the head's, wherever the head is now; returns the head's module."""
-        head: Any = model.get_output_embeddings()
-        while head is not None and (wrapped := inner(head)) is not None:
-            head = wrapped
-        if head is None:
+        found = model.get_output_embeddings()
+        if found is None:
             raise ValueError(f"model: expected an LM head, got none in {described(model)}")
+        head: nn.Module = innermost(found)
         before = None if self.head is None else _placed(self.head)
         if self.head is head and before is not None:
             return head

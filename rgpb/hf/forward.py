@@ -18,7 +18,7 @@ from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
 from rgpb.hf.checks import check_head, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
-from rgpb.hf.wrappers import around, base_of, is_bare_replica
+from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -61,6 +61,7 @@ def loss(
     ref: Reference | nn.Module | str | None = None,
     group_size: int | None = None,
     rewards: Tensor | None = None,
+    data_group: Any = "auto",
     **options: Any,
 ) -> Any:
     """`fused_loss` of a batch under a transformers model.
@@ -78,6 +79,9 @@ def loss(
             or a reference model, run here in evaluation mode without gradients; or "base", for `model` without its PEFT
             adapters.
         group_size, rewards: K, and [G, K], for the objectives of groups.
+        data_group: the ranks that hold other responses of the batch, as for `fused_loss`; "auto" takes those over which
+            DDP, FSDP or DeepSpeed around the model averages gradients, so that training is that of one process on all
+            of the batch. None treats each rank's batch as one of its own.
         options: the objective's own, and those of `fused_loss` (`reduction`, `return_metrics`, `impl`, `engine`, …).
 
     Returns:
@@ -86,7 +90,7 @@ def loss(
     Raises:
         ValueError: as for `token_scores` and `fused_loss`.
     """
-    how = {name: options[name] for name in ("impl", "workspace") if name in options}
+    how: dict[str, Any] = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
     if isinstance(ref, str) and ref != "base":
         raise ValueError(f"ref: expected scores, a model or 'base', got {ref!r}")
     if isinstance(ref, str | nn.Module):
@@ -96,6 +100,10 @@ def loss(
         batch, ref, group_size, rewards = _drawn(model, batch, spec, ref, group_size, rewards, options, how)
     call = _Call(model, batch)
     call.check_replicas()
+    if isinstance(data_group, str):
+        if data_group != "auto":
+            raise ValueError(f"data_group: expected a process group, None or 'auto', got {data_group!r}")
+        data_group = batch_group(model) if torch.is_grad_enabled() else None
     metrics: dict[str, Tensor] | None = None
 
     def run(hidden: Tensor, head: LMHead) -> Results:
@@ -103,7 +111,8 @@ def loss(
         there = partial(_on, hidden.device)
         value = fused_loss(
             hidden, head, there(call.flat_target), objective=objective, label=there(label), ref=there(ref),
-            cu_seqlens=there(call.cu_seqlens), group_size=group_size, rewards=there(rewards), **options,
+            cu_seqlens=there(call.cu_seqlens), group_size=group_size, rewards=there(rewards),
+            data_group=data_group, **options,
         )  # fmt: skip
         if options.get("return_metrics"):
             value, metrics = value
@@ -197,6 +206,11 @@ class _Call:
         wanted = shifted if labels is None else labels
         if not isinstance(ids, Tensor) or not isinstance(wanted, Tensor) or ids.dim() != 2:
             raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
+        if not ids.numel():
+            raise ValueError(
+                f"input_ids: expected at least one row, got shape {list(ids.shape)}, which transformers doesn't take; a "
+                f"rank that has nothing gives a row whose labels are all {IGNORE}"
+            )
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
         if shifted is not None:

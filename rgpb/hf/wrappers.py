@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,12 @@ def inner(module: nn.Module) -> nn.Module | None:
     """What a wrapper wraps, or None."""
     known = classes(module)
     return next((getattr(module, place) for name, place in _INNER.items() if name in known), None)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """What stands inside all wrappers of a module."""
+    inside = inner(module)
+    return module if inside is None else innermost(inside)
 
 
 def around(model: nn.Module) -> Iterator[nn.Module]:
@@ -82,3 +89,31 @@ def is_bare_replica(model: nn.Module) -> bool:
         return False
     wrapped = any(_SYNCHRONISED & classes(at) for at in around(model))
     return not wrapped and not any(hasattr(parameter, "device_mesh") for parameter in trained)
+
+
+def batch_group(model: nn.Module) -> Any:
+    """The process group over which what stands around a model averages gradients; None where nothing does.
+
+    Raises:
+        ValueError: several groups that together aren't all ranks.
+    """
+    groups: list[Any] = []
+    for at in around(model):
+        known = classes(at)
+        if "torch.distributed.fsdp.FSDPModule" in known:
+            info = at._get_fsdp_state()._fsdp_param_groups[0].mesh_info  # type: ignore[operator, union-attr]
+            names = ("shard_process_group", "replicate_process_group")
+        elif any(name in known for name in _INNER):
+            info, names = at, ("process_group", "_inter_node_pg", "data_parallel_group")
+        else:
+            continue
+        groups += [group for name in names if (group := getattr(info, name, None)) is not None]
+    sizes = [torch.distributed.get_world_size(group) for group in groups]
+    if len(groups) < 2 or max(sizes) == 1:
+        return next(iter(groups), None)
+    if math.prod(sizes) == torch.distributed.get_world_size():
+        return torch.distributed.group.WORLD
+    raise ValueError(
+        f"model: expected gradients averaged over one group of ranks, or over all, got groups of {sizes}; name the "
+        "ranks of the batch: data_group="
+    )

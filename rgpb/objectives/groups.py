@@ -103,7 +103,7 @@ def draw_negatives(responses: Responses, options: dict[str, Any]) -> Tensor:
     beta, sampler = options.get("beta", 0.1), options.get("sampler", "mc")
     m, generator = options.get("m", 1), options.get("generator")
     size = responses.group_size or 0
-    if not m < size:
+    if not 1 <= m < size:
         raise ValueError(f"m: expected a whole number from 1 to {size - 1}, the candidates of a group, got {m!r}")
     scores, _, present = _scores(responses, beta)
     keys = scores.detach()

@@ -33,7 +33,11 @@ RESERVED = {
     "group_size",
     "rewards",
     "cu_seqlens",
+    "data_group",
+    "sequence_group",
     "ignore_index",
+    "temperature",
+    "scores",
     "reduction",
     "return_metrics",
     "impl",
@@ -296,7 +300,7 @@ def _fits(value: Any, kind: type) -> bool:
 
 def _words(kind: type) -> str:
     known = {float: "a finite number", int: "a whole number", types.NoneType: "None"}
-    return known.get(kind, f"a {kind.__name__}")
+    return known.get(kind, f"a {'torch.' * (getattr(torch, kind.__name__, None) is kind)}{kind.__name__}")
 
 
 def _range_text(option: Option, allowed: Range) -> str:

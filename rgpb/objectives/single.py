@@ -92,9 +92,15 @@ class RunningMean(nn.Module):
 
         [n] → 0-d, float64.
         """
-        self.mean, self.count = self.mean.to(values.device), self.count.to(values.device)
-        count = self.count + values.numel()
-        mean = self.mean + (values.double() - self.mean).sum() / count.clamp(min=1)
+        values = values.double()
+        return self.take(values.sum(), values.new_tensor(float(values.numel())))
+
+    @torch.no_grad()
+    def take(self, total: Tensor, number: Tensor) -> Tensor:
+        """The same of values of which the sum and the number are known. 0-d, float64"""
+        self.mean, self.count = self.mean.to(total.device), self.count.to(total.device)
+        count = self.count + number
+        mean = self.mean + (total - number * self.mean) / count.clamp(min=1)
         if self.training:
             self.mean.copy_(mean)
             self.count.copy_(count)
@@ -141,9 +147,11 @@ def kto(
     """
     ratio, label = responses.log_ratios(), _labels(responses)
     if isinstance(z0, Tensor):
-        if not z0.numel() or not (torch.compiler.is_compiling() or bool(z0.isfinite().all())):
+        total, number = responses.total(z0)
+        baseline = total / number
+        if not (torch.compiler.is_compiling() or bool(baseline.isfinite())):
             raise ValueError(f"z0: expected finite numbers, at least one, got others among {z0.numel()}")
-        baseline = z0.detach().double().mean().clamp(min=0)
+        baseline = baseline.clamp(min=0)
     else:
         baseline = _baseline(z0, ratio, responses)
         baseline = baseline if isinstance(z0, float | int) else baseline.clamp(min=0)  # a number is taken as it is
@@ -161,5 +169,5 @@ def _baseline(given: RunningMean | float | None, values: Tensor, responses: Resp
     """What single responses are compared with, 0-d and without gradient."""
     if isinstance(given, float | int):
         return values.new_tensor(float(given))
-    known = values.detach()[responses.present]
-    return known.sum() / max(known.numel(), 1) if given is None else given(known)
+    total, number = responses.total(values, responses.present)
+    return total / number.clamp(min=1) if given is None else given.take(total, number)

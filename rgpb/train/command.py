@@ -10,7 +10,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from rgpb.objectives import OBJECTIVES, describe_options
+from rgpb.objectives import OBJECTIVES, Objective, describe_options
+from rgpb.objectives.registry import OptionText
 from rgpb.train.config import TrainConfig
 from rgpb.train.ranks import close_ranks, own_rank, processes, report_failure
 from rgpb.train.report import read_metrics, show, table
@@ -31,13 +32,33 @@ def add_parser(subparsers: Any) -> None:
 
 
 def described_losses() -> str:
-    """Every objective's options and their defaults, for the end of the help."""
+    """Every objective's options that can be typed, and their defaults, for the end of the help."""
     lines = ["options of the objectives, as --loss-option KEY=VALUE (of one term of a sum: TERM.KEY=VALUE):"]
     for name, spec in sorted(OBJECTIVES.items()):
-        lines.append(f"  {name}" if spec.options else f"  {name}: none")
-        for o in describe_options(spec):
-            lines.append(f"    {o.name}: {o.type}, default {o.default or 'none'}{'; ' + o.range if o.range else ''}")
+        typed = [
+            f"    {o.name}: {kind}, default {_default(spec, o)}{'; ' + o.range if o.range else ''}"
+            for o in describe_options(spec)
+            if (kind := _typed(spec, o))
+        ]
+        lines += [f"  {name}", *typed] if typed else [f"  {name}: none"]
     return "\n".join(lines)
+
+
+def _typed(spec: Objective, option: OptionText) -> str:
+    """The types among an option's that a command line can say; "" where it can say none."""
+    classes = (spec.declared or {})[option.name][0].classes
+    if classes is None:
+        return option.type
+    return " or ".join(kind.__name__ for kind in classes if kind in (bool, int, float, str))
+
+
+def _default(spec: Objective, option: OptionText) -> str:
+    """What an option is where it isn't given, in a run."""
+    if option.name in spec.running:
+        return "its mean over all batches"
+    if option.name in spec.mismatched:
+        return "estimated from mismatched completions"
+    return option.default or "none"
 
 
 def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:
@@ -54,14 +75,15 @@ def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:
     elif kind.startswith("dict"):
         parser.add_argument(flag, action="append", default=[], metavar="KEY=VALUE", **keywords)
     else:
-        shown = "" if required or entry.default is None else f" (default: {entry.default})"
+        shown = [meta["allowed"].text] if meta.get("allowed") and "type" not in meta else []
+        shown += [] if required or entry.default is None else [f"default: {entry.default}"]
         parser.add_argument(
             flag,
             type=meta.get("type") or {"int": int, "float": float}.get(kind.partition(" ")[0], str),
             choices=choices,
             required=required,
             default=None if required else entry.default,
-            **{**keywords, "help": meta["help"] + shown},
+            **{**keywords, "help": meta["help"] + (f" ({'; '.join(shown)})" if shown else "")},
         )
 
 

@@ -88,7 +88,7 @@ class TrainConfig:
         None, "with --online: of a completion; default: what --max-length leaves", WHOLE
     )
     sft_epochs: float = _option(
-        0.0, "first fine-tune that long on the preferred responses; that is then the reference", NONNEGATIVE
+        0.0, "first fine-tune that long on the chosen responses; that is then the reference", NONNEGATIVE
     )
     sft_lr: float | None = _option(None, "learning rate of the fine-tuning; default: --lr", POSITIVE)
     epochs: float = _option(1.0, "passes over the data", POSITIVE)
@@ -98,7 +98,7 @@ class TrainConfig:
     )
     grad_accum: int = _option(1, "batches per optimizer step", COUNT)
     lr: float = _option(1e-5, "peak learning rate", POSITIVE)
-    warmup: float = _option(0.1, "part of the steps over which it rises", PART)
+    warmup: float = _option(0.1, "how long it rises", PART)
     schedule: str = _option("linear", "how it falls", choices=("linear", "cosine", "constant"))
     weight_decay: float = _option(0.0, "AdamW's", NONNEGATIVE)
     max_grad_norm: float = _option(1.0, "gradients are clipped to it; 0: not at all", NONNEGATIVE)
@@ -187,7 +187,8 @@ class TrainConfig:
             raise ValueError(f"sft_lr: expected none without sft_epochs, got {self.sft_lr}")
         options = check_options(spec, self.loss_option)
         if self.online and options.get("m", 1) >= self.candidates:
-            raise ValueError(f"loss_option: expected m of less than {self.candidates} candidates, got {options['m']}")
+            most = self.candidates - 1
+            raise ValueError(f"loss_option: expected m from 1 to {most}, less than the candidates, got {options['m']}")
         return spec, options
 
 

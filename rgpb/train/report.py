@@ -15,13 +15,13 @@ from rgpb.train.files import save_whole_file, write_text
 METRICS = {
     "loss": "loss",
     "reward/sampled": "mean reward of completions sampled from the model",
-    "perplexity": "perplexity of preferred responses",
-    "agility": "agility: p(preferred) − p(dispreferred) per token",
+    "perplexity": "perplexity of chosen responses",
+    "agility": "agility: p(chosen) − p(rejected) per token",
     "rewards/margins": "reward margin",
-    "rewards/accuracies": "pairs with the higher reward on the preferred",
-    "logps/accuracies": "pairs with the higher likelihood per token on the preferred",
-    "logps/chosen": "log-likelihood of preferred responses",
-    "logps/rejected": "log-likelihood of dispreferred responses",
+    "rewards/accuracies": "pairs with the higher reward on the chosen",
+    "logps/accuracies": "pairs with the higher likelihood per token on the chosen",
+    "logps/chosen": "log-likelihood of chosen responses",
+    "logps/rejected": "log-likelihood of rejected responses",
 }
 
 # How lines look: of evaluations and of training batches
@@ -30,9 +30,9 @@ TRAINED: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.45}
 
 # What panels show beside the losses: title, unit, metrics
 SHARED = (
-    ("reward margin of preferred over dispreferred", "β · difference of log-ratios, nats", ("rewards/margins",)),
-    ("perplexity of preferred responses", "perplexity, e^(nats per token)", ("perplexity",)),
-    ("agility", "p(preferred) − p(dispreferred) per token", ("agility",)),
+    ("reward margin of chosen over rejected", "β · difference of log-ratios, nats", ("rewards/margins",)),
+    ("perplexity of chosen responses", "perplexity, e^(nats per token)", ("perplexity",)),
+    ("agility", "p(chosen) − p(rejected) per token", ("agility",)),
     ("log-likelihood of responses", "change since the start, nats", ("logps/chosen", "logps/rejected")),
     ("pairs ranked rightly by likelihood", "share of pairs", ("logps/accuracies",)),
     ("reward of sampled completions", "mean reward", ("reward/sampled",)),
@@ -252,8 +252,8 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     ]
     if any(curve.dashed for panel in drawn for curve in panel.curves):
         keys += [
-            Line2D([], [], color="0.3", linewidth=1.8, linestyle="-", label="solid: preferred"),
-            Line2D([], [], color="0.3", linewidth=1.8, linestyle="--", label="dashed: dispreferred"),
+            Line2D([], [], color="0.3", linewidth=1.8, linestyle="-", label="solid: chosen"),
+            Line2D([], [], color="0.3", linewidth=1.8, linestyle="--", label="dashed: rejected"),
         ]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), 4), fontsize=9, frameon=False)
     save_whole_file(path, lambda place: figure.savefig(place, dpi=100, format="png"))

@@ -278,6 +278,7 @@ class PreferenceTrainer(Trainer):
                 label=label if spec.label else None,
                 ref=reference_of(inputs),
                 reduction="sum",
+                data_group=None,  # ranks share what the batch couples through `running` and `estimated`
                 return_metrics=True,
                 workspace=stage.config.workspace,
                 **group_arguments(spec, inputs),
