@@ -476,11 +476,12 @@ class SharedMean(RunningMean):
         super().__init__()
         self.ranks, self.counts = ranks, True
 
-    def forward(self, values: Tensor) -> Tensor:
+    def take(self, total: Tensor, number: Tensor) -> Tensor:
         if not self.ranks.alone:
-            found = self.ranks.gather(values.detach().cpu() if self.counts else values.detach().cpu()[:0])
-            values = torch.cat(found).to(values.device)
-        return super().forward(values)
+            found = self.ranks.gather((float(total), float(number)) if self.counts else (0.0, 0.0))
+            total = total.new_tensor(math.fsum(total for total, _ in found))
+            number = number.new_tensor(math.fsum(number for _, number in found))
+        return super().take(total, number)
 
 
 def _emptied(place: Path) -> None:
