@@ -659,11 +659,6 @@ class TestRefusals:
         assert "take another --output, or --overwrite to start anew" in error
         assert json.loads((folder / "run.json").read_text())["settings"]["loss"] == "bnf"
 
-    def test_several_processes(self, data, tmp_path, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="WORLD_SIZE: expected one process, got 2"):
-            train(config(data, tmp_path / "run"))
-
     def test_options_of_the_command(self):
         given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}

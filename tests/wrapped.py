@@ -42,7 +42,8 @@ FSDP = {
     "fsdp2_tied": "FSDP2, a unit for each layer, tied head",
 }
 ZERO = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-# `lopsided`: all ranks but the first have one unit. `empty`: the last rank has no token. `accumulated`: two micro-batches a step, of which the first isn't synchronised;
+# `lopsided`: all ranks but the first have one unit. `empty`: the last rank has no token. `accumulated`: two
+# micro-batches a step, of which the first isn't synchronised;
 # `synced`: both are
 DATA = ("uneven", "lopsided", "empty", "accumulated", "synced")
 

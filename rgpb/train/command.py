@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from rgpb.objectives import OBJECTIVES, Objective, describe_options
 from rgpb.objectives.registry import OptionText
 from rgpb.train.config import TrainConfig
+from rgpb.train.ranks import close_ranks, own_rank, processes, report_failure
 from rgpb.train.report import read_metrics, show, table
 from rgpb.train.run import train
 
@@ -108,7 +111,19 @@ def run(arguments: argparse.Namespace) -> int:
     values = {entry.name: getattr(arguments, entry.name) for entry in fields(TrainConfig)}
     values["loss_option"] = parse_options(values["loss_option"])
     config = TrainConfig(**values)
-    result = train(config)
+    if processes() == 1:
+        result = train(config)
+    else:
+        try:
+            result = train(config)
+        except Exception as error:
+            report_failure(error, getattr(error, "ranks", None), config.timeout)
+            sys.stderr.flush()
+            os._exit(2 if isinstance(error, ValueError) else 1)  # nothing waits for ranks that are gone
+        first = own_rank() == 0
+        close_ranks()
+        if not first:
+            return 0
     if result["resumed"] is None:
         print(f"{config.output} is finished already; wrote its report again")
     elif result["resumed"]:

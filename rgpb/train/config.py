@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rgpb.arguments import argument, parse_bytes
@@ -30,8 +32,9 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# What has a meaning with `online` alone.
+# What has a meaning with `online` alone, and with `lora_r` alone.
 ONLINE = ("reward", "candidates", "refresh", "temperature", "max_new_tokens")
+LORA = ("lora_alpha", "lora_target", "merge")
 
 
 class Range(NamedTuple):
@@ -90,7 +93,9 @@ class TrainConfig:
     sft_lr: float | None = _option(None, "learning rate of the fine-tuning; default: --lr", POSITIVE)
     epochs: float = _option(1.0, "passes over the data", POSITIVE)
     steps: int | None = _option(None, "optimizer steps, instead of --epochs", WHOLE)
-    batch_size: int = _option(8, "groups, pairs, or responses of unpaired data, in a batch", COUNT)
+    batch_size: int = _option(
+        8, "groups, pairs, or responses of unpaired data, in a batch; of all processes together", COUNT
+    )
     grad_accum: int = _option(1, "batches per optimizer step", COUNT)
     lr: float = _option(1e-5, "peak learning rate", POSITIVE)
     warmup: float = _option(0.1, "how long it rises", PART)
@@ -103,6 +108,21 @@ class TrainConfig:
     )
     packing: bool = _option(False, "put responses end to end instead of padding them")
     bf16: bool = _option(False, "bfloat16 autocast; weights stay float32")
+    dtype: str = _option(
+        "float32", "of the weights while they train; bf16 is saved in the dtype of --model", choices=("float32", "bf16")
+    )
+    lora_r: int | None = _option(None, "train adapters (LoRA) of this rank, by PEFT, instead of the weights", COUNT)
+    lora_alpha: float | None = _option(None, "with --lora-r: scale of the adapters; default: twice the rank", POSITIVE)
+    lora_target: str | None = _option(
+        None, "with --lora-r: names of modules, such as q_proj,v_proj, or all-linear; default: PEFT's for the family"
+    )
+    merge: bool = _option(False, "with --lora-r: also save the weights with the adapters added in, under merged/")
+    parallel: str | None = _option(
+        None,
+        "on several processes: the whole model in each (ddp), or a part in each (fsdp2); default: ddp",
+        choices=("ddp", "fsdp2"),
+    )
+    timeout: float = _option(1800.0, "seconds until a process that doesn't answer counts as missing", POSITIVE)
     gradient_checkpointing: bool = _option(False, "recompute the backbone's activations instead of keeping them")
     cpu: bool = _option(False, "don't use a GPU")
     workspace: int = _option(
@@ -129,8 +149,6 @@ class TrainConfig:
             spec = resolve(self.loss)
         except ValueError as error:
             raise ValueError(f"loss: {str(error).removeprefix('objective: ')}") from None
-        if self.pairing not in PAIRINGS:
-            raise ValueError(f"pairing: expected one of {PAIRINGS}, got {self.pairing!r}")
         if spec.unit == "group" and self.pairing != "best-worst":
             raise ValueError(f"pairing: expected none, since {self.loss} takes whole groups; got {self.pairing!r}")
         for entry in fields(self):
@@ -146,6 +164,23 @@ class TrainConfig:
             value = getattr(self, entry.name)
             if entry.name in ONLINE and not self.online and value != entry.default:
                 raise ValueError(f"{entry.name}: expected none without online, got {value!r}")
+            if entry.name in LORA and self.lora_r is None and value != entry.default:
+                raise ValueError(f"{entry.name}: expected none without lora_r, got {value!r}")
+            choices = entry.metadata.get("choices")
+            if choices and value not in choices and not (value is None and entry.default is None):
+                raise ValueError(f"{entry.name}: expected one of {choices}, got {value!r}")
+        if self.bf16 and self.dtype == "bf16":
+            raise ValueError("bf16: expected False with dtype='bf16', whose weights need no autocast; got True")
+        if self.lora_r is not None and self.model in BUILT_IN and not Path(self.model).is_dir() and not self.sft_epochs:
+            raise ValueError(
+                f"lora_r: expected a folder as model, since adapters alone are saved; got {self.model!r}, a new model"
+            )
+        if self.lora_r is not None and importlib.util.find_spec("peft") is None:
+            raise ValueError('lora_r: expected peft to be installed (pip install "rgpb[peft]"), got none')
+        if self.online and self.lora_r is not None:
+            raise ValueError(f"lora_r: expected none with online, got {self.lora_r}")
+        if self.online and self.parallel == "fsdp2":
+            raise ValueError("parallel: expected ddp with online, whose samples a whole model makes; got 'fsdp2'")
         if self.online and self.sft_epochs:
             raise ValueError(f"sft_epochs: expected 0 with online, which has prompts alone; got {self.sft_epochs}")
         if not self.sft_epochs and self.sft_lr is not None:

@@ -7,7 +7,7 @@ import inspect
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ import transformers
 from rgpb.objectives import OBJECTIVES, parse_sum, resolve
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_json
+from rgpb.train.machine import parallel_of, precision_of
+from rgpb.train.ranks import processes
 from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
-FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress")
+FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout")
 
 # What a run writes, and `overwrite` removes.
 OWN = (
     *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
-    *("checkpoint-*", "ref-*.safetensors"),
+    *("merged", "checkpoint-*", "ref-*.safetensors"),
 )
 
 
@@ -51,14 +53,20 @@ def open_run(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
         _check_same(folder, settings, reward)
+        write_json(note, {**json.loads(note.read_text()), **_machine(config)})
         return
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     sources = {"data": str(config.data), "eval_data": config.eval_data}
-    content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions}
+    content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions, **_machine(config)}
     if reward is not None:
         content["reward source"] = _source(reward)
     write_json(note, content)
+
+
+def _machine(config: TrainConfig) -> dict[str, Any]:
+    """What may be another when a run goes on: how many processes share the work, and how; the precision that gives."""
+    return {"processes": processes(), "parallel": parallel_of(config), "precision": precision_of(config)}
 
 
 def _settings(
@@ -85,7 +93,8 @@ def _settings(
 
 def _check_same(folder: Path, settings: dict[str, Any], reward: Reward | None) -> None:
     noted = json.loads((folder / "run.json").read_text())
-    earlier = noted["settings"]
+    # settings that there weren't yet when the run began have their defaults
+    earlier = {**{entry.name: entry.default for entry in fields(TrainConfig)}, **noted["settings"]}
     if reward is not None and noted.get("reward source") != _source(reward):
         print(f"reward: {settings['reward']} has changed since this run began; what it judged so far stays")
     differing = [
@@ -127,11 +136,19 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint. Incomplete ones, from an interrupted save, are removed."""
     complete = []
     for path in folder.glob("checkpoint-*"):
-        if (path / "progress.json").exists():
+        if (path / "progress.json").exists() and path.suffix != ".tmp":
             complete.append(path)
         else:
             shutil.rmtree(path)
     return max(complete, key=step_of, default=None)
+
+
+def drop_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest complete ones; one whose removal is interrupted is no checkpoint any more."""
+    complete = [path for path in folder.glob("checkpoint-*") if (path / "progress.json").exists()]
+    for path in sorted((path for path in complete if path.suffix != ".tmp"), key=step_of)[:-keep]:
+        (path / "progress.json").unlink()
+        shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rgpb import hf
 from rgpb.train.config import BUILT_IN, TrainConfig
-from rgpb.train.files import save_whole_folder
+from rgpb.train.files import save_whole_folder, write_json
 from rgpb.train.rows import Preferences
 from rgpb.train.tokens import PreferenceDataset, texts_of, train_tokenizer
 
@@ -40,9 +41,9 @@ def make_tokenizer(config: TrainConfig, family: str | None, folder: Path, prefer
 
 
 def make_model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTrainedModel:
-    """The model to train, in float32; a new one with weights drawn from the run's seed."""
+    """The model to train; a new one with weights drawn from the run's seed, in float32."""
     if family is None:
-        return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, local_files_only=True)
+        return load_model(config, config.model)
     kind, sizes = BUILT_IN[family]
     tokens = {
         "bos_token_id": tokenizer.eos_token_id,
@@ -52,7 +53,43 @@ def make_model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTr
     length = max(2048, config.max_length)
     made = getattr(transformers, kind)(vocab_size=len(tokenizer), max_position_embeddings=length, **sizes, **tokens)
     transformers.set_seed(config.seed)
-    return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    if dtype_of(config) != torch.float32:
+        drawn, model = model, AutoModelForCausalLM.from_config(made, dtype=dtype_of(config))
+        model.load_state_dict(drawn.state_dict())
+    return model
+
+
+def load_model(config: TrainConfig, folder: str | Path) -> PreTrainedModel:
+    """A folder's model, with weights of the dtype that the run trains in."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config), local_files_only=True)
+
+
+def dtype_of(config: TrainConfig) -> torch.dtype:
+    """Of the weights while they train."""
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def saved_dtype(config: TrainConfig, family: str | None) -> torch.dtype:
+    """Of the weights when they are saved: float32, or with `dtype="bf16"` what the model's folder has."""
+    if config.dtype == "float32" or family is not None:
+        return torch.float32
+    return AutoConfig.from_pretrained(config.model, local_files_only=True).dtype or torch.float32
+
+
+def save_model(place: Path, model: Any, state: dict[str, Any] | None, dtype: torch.dtype) -> None:
+    """`save_pretrained` with floating-point weights of that dtype.
+
+    Args:
+        state: all parameters, where the model holds parts of them.
+    """
+    whole = model.state_dict() if state is None else state
+    cast = {name: x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x for name, x in whole.items()}
+    changed = any(cast[name] is not x for name, x in whole.items())
+    model.save_pretrained(place, **({} if state is None and not changed else {"state_dict": cast}))
+    note = place / "config.json"
+    if changed and note.exists():
+        write_json(note, {**json.loads(note.read_text()), "dtype": str(dtype).removeprefix("torch.")})
 
 
 def check_tokens(model: PreTrainedModel, name: str, sets: Sequence[PreferenceDataset]) -> None:
@@ -71,7 +108,5 @@ def check_sizes(model: PreTrainedModel, name: str, token: int, length: int) -> N
 
 
 def reference_model(config: TrainConfig) -> PreTrainedModel | None:
-    """The model of `ref_model`, in float32, or None."""
-    if config.ref_model is None:
-        return None
-    return AutoModelForCausalLM.from_pretrained(config.ref_model, dtype=torch.float32, local_files_only=True)
+    """The model of `ref_model`, or None."""
+    return None if config.ref_model is None else load_model(config, config.ref_model)

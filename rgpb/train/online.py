@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rgpb import hf
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_text
+from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 from rgpb.train.teacher import score_references
@@ -60,6 +61,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         folder: for `round-<number>.jsonl`: prompt, completions, rewards and the completions' token ids.
         units: how many there are in all.
         ties: whether completions that are as good as the best stay in its group: the objective has to know rewards.
+        ranks: of several, the first samples and judges for all.
 
     Raises:
         ValueError: lengths that leave no room for a completion.
@@ -67,7 +69,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
 
     def __init__(
         self, prompts: Preferences, tokenizer: Any, config: TrainConfig, *, reward: Reward, ref: PreTrainedModel | None,
-        folder: Path, units: int, ties: bool,
+        folder: Path, units: int, ties: bool, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         max_length, max_new_tokens = config.max_length, config.max_new_tokens
         limit = prompt_limit(tokenizer, max_length, config.max_prompt_length)
@@ -80,6 +82,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 f"prompt, got {max_new_tokens}"
             )
         self.tokenizer, self.config, self.reward, self.ref, self.folder = tokenizer, config, reward, ref, folder
+        self.ranks = ranks
         self.units, self.per_round = units, config.refresh * config.batch_size * config.grad_accum
         self.candidates, self.new_tokens, self.ties = config.candidates, max_new_tokens or room, ties
         self.pad = pad_of(tokenizer)
@@ -119,15 +122,18 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         A prompt whose completions are all judged alike teaches nothing: its group has no response.
         """
         file = self.folder / f"{name}.jsonl"
-        if file.exists():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        else:
+
+        def made_or_kept() -> list[dict[str, Any]]:
+            if file.exists():
+                return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             rows = self.judged(model, which, name, self.candidates)
             self.folder.mkdir(exist_ok=True)
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text(file, text)
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            return rows
+
+        rows = self.ranks.by_first(made_or_kept)
         values = [row["rewards"] for row in rows]
-        if log:
+        if log and self.ranks.first:
             self.log("reward/sampled", math.fsum(map(math.fsum, values)) / (len(values) * self.candidates), len(values))
             tied = sum(len(set(v)) == 1 for v in values)
             self.log("reward/tied", tied / len(values), len(values))
@@ -180,7 +186,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
 
     def mean_reward(self, model: PreTrainedModel, which: Sequence[int]) -> float:
         """Of one completion of each of these prompts, sampled anew with the same seed each time."""
-        rows = self.judged(model, which, "evaluation", 1)
+        rows = self.ranks.by_first(lambda: self.judged(model, which, "evaluation", 1))
         return math.fsum(row["rewards"][0] for row in rows) / len(rows)
 
     @torch.no_grad()

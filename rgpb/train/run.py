@@ -6,26 +6,40 @@ import copy
 import gc
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rgpb import hf
 from rgpb.objectives import OBJECTIVES, Objective, option
+from rgpb.train.adapters import save_merged, with_adapters
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
 from rgpb.train.evaluate import wants_preferred
+from rgpb.train.files import save_whole_folder
 from rgpb.train.folder import open_run
-from rgpb.train.machine import check_devices, device_of, moved
-from rgpb.train.models import check_sizes, check_tokens, family_of, make_model, make_tokenizer, reference_model
+from rgpb.train.machine import check_devices, device_of, moved, parallel_of
+from rgpb.train.models import (
+    check_sizes,
+    check_tokens,
+    family_of,
+    load_model,
+    make_model,
+    make_tokenizer,
+    reference_model,
+    saved_dtype,
+)
 from rgpb.train.online import Rollouts
+from rgpb.train.parallel import shard
+from rgpb.train.ranks import Ranks, open_ranks, own_rank
 from rgpb.train.report import counted
 from rgpb.train.report import write as write_report
 from rgpb.train.rewards import Reward, reward_of
 from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
-from rgpb.train.teacher import with_reference
+from rgpb.train.teacher import weights_fingerprint, with_reference
 from rgpb.train.tokens import PreferenceDataset, pad_of, prompt_limit, tokenise
 from rgpb.train.trainer import Stage
 
@@ -45,6 +59,7 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
         ValueError: settings, data, model or output folder that can't be used. Data is read and checked before any work.
     """
     spec, options = config.check()
+    config = replace(config, progress=config.progress and own_rank() == 0)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: this module's own
     reward = reward_of(config, reward)
     preferences = _read(config.data, spec, config.online)
@@ -52,26 +67,51 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
     family = family_of(config)
     check_devices(config)
     folder = Path(config.output)
-    open_run(folder, config, preferences, held_out, reward)
-    stage = Stage(folder, config, spec, options, f"training {'online ' if config.online else ''}with {spec.name}")
-    if stage.result.exists():
-        write_report(folder)
-        return {**json.loads(stage.result.read_text()), "resumed": None}
+    if own_rank() == 0:
+        open_run(folder, config, preferences, held_out, reward)
+    ranks = open_ranks(device_of(config), config.timeout)
+    try:
+        return _run(config, spec, options, ranks, family, preferences, held_out, reward)
+    except Exception as error:
+        error.ranks = ranks  # type: ignore[attr-defined]
+        raise
+
+
+def _run(
+    config: TrainConfig, spec: Objective, options: dict[str, Any], ranks: Ranks, family: str | None,
+    preferences: Preferences, held_out: Preferences | None, reward: Reward | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What is left once the settings, the data and the folder are known to be good."""
+    folder, title = Path(config.output), f"training {'online ' if config.online else ''}with {spec.name}"
+    stage = Stage(folder, config, spec, options, title, ranks)
+    stage.dtype = saved_dtype(config, family)
+    done = ranks.by_first(lambda: json.loads(stage.result.read_text()) if stage.result.exists() else None)
+    if done is not None:
+        if ranks.first:
+            write_report(folder)
+        return {**done, "resumed": None}
+    ranks.by_first(lambda: _made(make_tokenizer(config, family, folder, preferences)))
     tokenizer = make_tokenizer(config, family, folder, preferences)
     if reward is None:
         result = _on_data(stage, family, tokenizer, preferences, held_out)
     else:
         result = _on_rollouts(stage, family, tokenizer, preferences, held_out, reward)
-    write_report(folder)
+    if ranks.first:
+        write_report(folder)
     return result
+
+
+def _made(value: Any) -> bool:
+    """That it is there, for the other ranks."""
+    return value is not None
 
 
 def _on_data(
     stage: Stage, family: str | None, tokenizer: Any, preferences: Preferences, held_out: Preferences | None
 ) -> dict[str, Any]:
     """Tokens, fine-tuning, reference scores, training."""
-    config, spec, options = stage.config, stage.spec, stage.options
-    model = make_model(config, family, tokenizer)
+    config, spec, options, ranks = stage.config, stage.spec, stage.options, stage.ranks
+    model: Any = make_model(config, family, tokenizer)
     hf.check_head(model)
 
     def tokenised(data: Preferences) -> PreferenceDataset:
@@ -94,24 +134,53 @@ def _on_data(
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
             print(f"{name} data: {counted(data.counts)}")
+    base = Path(config.model)
     if config.sft_epochs:
-        tuning = Stage(stage.folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning")
+        tuning = Stage(stage.folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning", ranks)
+        tuning.dtype, base = stage.dtype, tuning.folder / "model"
+        model = _placed(stage, model)
         tuning.fit(model, tokenizer, train_set.preferred(), eval_set, epochs=config.sft_epochs, lr=config.sft_lr)
         del model
         gc.collect()  # Trainer and its callbacks hold each other, and the model on the GPU
-        model = AutoModelForCausalLM.from_pretrained(tuning.folder / "model", dtype=torch.float32)
-    if spec.ref is not None:
-        train_set, eval_set = with_reference(config, stage.folder, model, pad_of(tokenizer), train_set, eval_set)
+        model = load_model(config, base)
+    sets = [train_set, eval_set]
+    if spec.ref is None:
+        model = _placed(stage, with_adapters(config, model))
+    elif config.ref_model is not None:
+        ref: Any = reference_model(config)
+        check_tokens(ref, config.ref_model, sets)
+        weights = weights_fingerprint(ref)
+        sets = with_reference(config, stage.folder, _placed(stage, ref), weights, pad_of(tokenizer), sets, ranks)
+        del ref
+        gc.collect()
+        model = _placed(stage, with_adapters(config, model))
+    else:
+        weights = weights_fingerprint(model)
+        model = _placed(stage, with_adapters(config, model))
+        sets = with_reference(config, stage.folder, model, weights, pad_of(tokenizer), sets, ranks)
+    train_set, eval_set = sets
     if wants_preferred(spec):
         train_set = train_set.preferred()
-    return stage.fit(model, tokenizer, train_set, eval_set, epochs=config.epochs, steps=config.steps)
+    result = stage.fit(model, tokenizer, train_set, eval_set, epochs=config.epochs, steps=config.steps)
+    if config.merge:
+        merged = partial(save_merged, base, stage.folder / "model", dtype=stage.dtype)
+        ranks.by_first(lambda: save_whole_folder(stage.folder / "merged", merged, tokenizer.save_pretrained))
+    return result
+
+
+def _placed(stage: Stage, model: Any) -> Any:
+    """The model on its device, in parts where the run wants that."""
+    device = device_of(stage.config)
+    if parallel_of(stage.config) == "fsdp2":
+        return shard(model, stage.ranks, device)
+    return moved(model, device)
 
 
 def _on_rollouts(
     stage: Stage, family: str | None, tokenizer: Any, prompts: Preferences, held_out: Preferences | None, reward: Reward
 ) -> dict[str, Any]:
     """Sampling, judging and training in turn; evaluated on groups sampled once, before the first step."""
-    config, spec = stage.config, stage.spec
+    config, spec, ranks = stage.config, stage.spec, stage.ranks
     model, ref = make_model(config, family, tokenizer), None
     hf.check_head(model)
     if spec.ref is not None:
@@ -126,6 +195,7 @@ def _on_rollouts(
     steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
     ref = None if ref is None else moved(ref, device_of(config))
     common: dict[str, Any] = {"reward": reward, "ref": ref, "folder": stage.folder / "rollouts", "ties": spec.rewards}
+    common["ranks"] = ranks
     data = Rollouts(prompts, tokenizer, config, units=steps * per_step, **common)
     asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
     some = range(min(EVAL_SAMPLE, len(asked.asked)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,11 +15,14 @@ from transformers import PreTrainedModel
 
 from rgpb import hf
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.train.adapters import without_adapters
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import save_whole_file
-from rgpb.train.machine import device_of, moved
-from rgpb.train.models import check_tokens, reference_model
+from rgpb.train.machine import device_of
+from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.tokens import Collator, PreferenceDataset, RefScores
+
+PART = 256  # batches between two savings of what is computed so far
 
 
 @torch.no_grad()
@@ -30,8 +35,12 @@ def score_references(
     workspace: int = DEFAULT_WORKSPACE,
     bf16: bool = False,
     progress: bool = False,
+    ranks: Ranks = ALONE,
+    cache: Path | None = None,
 ) -> RefScores:
     """Scores of every completion token under `model`, longest responses first: memory is short at once, or never.
+
+    Batches are the same on any number of ranks, which take them in turn.
 
     Args:
         model: a causal LM, on the device to use.
@@ -39,6 +48,8 @@ def score_references(
         pad: token that fills up padded rows.
         batch_size: responses at a time.
         workspace, bf16, progress: as in `TrainConfig`.
+        ranks: who share the work.
+        cache: file beside which parts are kept, so that an interrupted call goes on; None: nowhere.
 
     Returns:
         float32, on the CPU.
@@ -49,20 +60,44 @@ def score_references(
     lengths = data.lengths()
     order = lengths.argsort(descending=True, stable=True)
     order = order[(lengths > data.prompts)[order]]
-    collate, device = Collator(pad), hf.read_head(model).weight.device
+    collate, device = Collator(pad), next(model.parameters()).device
     model.eval()
     bar = tqdm(total=len(order), desc="reference", unit="response", disable=not progress)
+    flats = {"logp": logp, "log_odds": log_odds}
+    batches = order.split(batch_size)
+    parts = [batches[i : i + PART] for i in range(0, len(batches), PART)]
     with bar, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        for part in order.split(batch_size):
-            batch = collate([(data.response(r),) for r in part.tolist()])
-            del batch["label"]
-            scores = hf.token_scores(model, {k: v.to(device) for k, v in batch.items()}, workspace=workspace)
-            for name, flat in (("logp", logp), ("log_odds", log_odds)):
-                rows = getattr(scores, name).float().cpu()
-                for row, r in zip(rows, part.tolist()):
-                    flat[starts[r] : starts[r + 1]] = row[int(data.prompts[r]) - 1 : int(lengths[r]) - 1]
-            bar.update(len(part))
+        for number, part in enumerate(parts):
+            kept = None if cache is None or len(parts) == 1 else _part(cache, number)
+            places = [torch.arange(int(starts[r]), int(starts[r + 1])) for r in torch.cat(part).tolist()]
+            place = torch.cat(places)
+            if kept is not None and ranks.by_first(kept.exists):
+                for name, found in load_file(kept).items():
+                    flats[name][place] = found
+                bar.update(len(places))
+                continue
+            for first in range(0, len(part), ranks.world):
+                mine = first + ranks.rank  # beyond the last: once more the last, so that all ranks run the model
+                responses = part[min(mine, len(part) - 1)].tolist()
+                batch = collate([(data.response(r),) for r in responses])
+                del batch["label"]
+                scores = hf.token_scores(model, {k: v.to(device) for k, v in batch.items()}, workspace=workspace)
+                for name, flat in flats.items():
+                    for row, r in zip(getattr(scores, name).float().cpu(), responses if mine < len(part) else ()):
+                        flat[starts[r] : starts[r + 1]] = row[int(data.prompts[r]) - 1 : int(lengths[r]) - 1]
+                bar.update(sum(len(x) for x in part[first : first + ranks.world]))
+            values = {name: flat[place] for name, flat in flats.items()}  # 0 where another rank has them
+            ranks.add_up(list(values.values()))
+            for name, flat in flats.items():
+                flat[place] = values[name]
+            if kept is not None and ranks.first:
+                save_whole_file(kept, partial(save_file, values))
     return RefScores(logp, log_odds, starts)
+
+
+def _part(cache: Path, number: int) -> Path:
+    """Where a part of the scores is kept until all are there."""
+    return cache.with_name(f"{cache.stem}-part-{number:05d}{cache.suffix}")
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -77,17 +112,20 @@ def weights_fingerprint(model: nn.Module) -> str:
 def with_reference(
     config: TrainConfig,
     folder: Path,
-    model: PreTrainedModel,
+    ref: PreTrainedModel,
+    weights: str,
     pad: int,
-    train_set: PreferenceDataset,
-    eval_set: PreferenceDataset,
-) -> tuple[PreferenceDataset, PreferenceDataset]:
-    """Both sets, and their mismatches, with reference scores, from the cache where they are there."""
-    ref = reference_model(config) or model
-    if config.ref_model is not None:
-        check_tokens(ref, config.ref_model, (train_set, eval_set))
-    device = device_of(config)
-    weights = weights_fingerprint(ref)
+    sets: Sequence[PreferenceDataset],
+    ranks: Ranks = ALONE,
+) -> list[PreferenceDataset]:
+    """The sets, and their mismatches, with reference scores, from the cache where they are there.
+
+    Args:
+        ref: the reference, whole or sharded; with adapters it is the model without them.
+        weights: its fingerprint.
+        sets: of units.
+    """
+    device, ranks.doing = device_of(config), "the reference scores"
     known: dict[int, RefScores] = {}  # by the tokens' identity: the evaluation set may be a part of the training set
 
     def scored(data: PreferenceDataset) -> PreferenceDataset:
@@ -97,20 +135,26 @@ def with_reference(
             return data.with_ref(known[id(data.tokens)])
         key = hashlib.sha256(f"{weights} {data.fingerprint()} {config.bf16} {device.type}".encode()).hexdigest()[:16]
         cache = folder / f"ref-{key}.safetensors"
-        if cache.exists():
+        if ranks.by_first(cache.exists):
             ref_scores = RefScores(**load_file(cache))
         else:
-            ref_scores = score_references(
-                moved(ref, device),
-                data,
-                pad=pad,
-                batch_size=4 * config.batch_size,
-                workspace=config.workspace,
-                bf16=config.bf16,
-                progress=config.progress,
-            )
-            save_whole_file(cache, lambda path, scores=ref_scores: save_file(scores._asdict(), path))  # type: ignore[misc]
+            with without_adapters(ref):
+                ref_scores = score_references(
+                    ref,
+                    data,
+                    pad=pad,
+                    batch_size=4 * config.batch_size,
+                    workspace=config.workspace,
+                    bf16=config.bf16,
+                    progress=config.progress,
+                    ranks=ranks,
+                    cache=cache,
+                )
+            if ranks.first:
+                save_whole_file(cache, partial(save_file, ref_scores._asdict()))
+                for part in folder.glob(f"{cache.stem}-part-*"):
+                    part.unlink()
         known[id(data.tokens)] = ref_scores
         return data.with_ref(ref_scores)
 
-    return scored(train_set), scored(eval_set)
+    return [scored(data) for data in sets]

@@ -5,10 +5,13 @@ A `Stage` is one objective in one folder: `metrics.jsonl`, `checkpoint-*`, `mode
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rgpb import hf
 from rgpb.objectives import Objective, RunningMean, option
@@ -34,8 +37,12 @@ from rgpb.train.evaluate import (
     summarise,
 )
 from rgpb.train.files import save_whole_file, save_whole_folder, write_json
-from rgpb.train.folder import last_checkpoint, step_of
-from rgpb.train.machine import device_of, moved, peak_bytes, reset_peak
+from rgpb.train.folder import drop_checkpoints, last_checkpoint, step_of
+from rgpb.train.machine import device_of, peak_bytes, reset_peak
+from rgpb.train.models import save_model
+from rgpb.train.order import FILLER, Shares, loader
+from rgpb.train.parallel import load_state, load_trainers, replicated, save_state, whole_state
+from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.report import read_metrics
 from rgpb.train.tokens import Collator, PreferenceDataset, pad_of, reference_of
 
@@ -48,16 +55,24 @@ class Stage:
         config: the run's settings.
         spec, options: the objective and its options.
         title: for the progress bar.
+        ranks: who share the work.
+
+    Attributes:
+        dtype: of the weights when they are saved.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, spec: Objective, options: dict[str, Any], title: str) -> None:
+    def __init__(
+        self, folder: Path, config: TrainConfig, spec: Objective, options: dict[str, Any], title: str,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         self.folder, self.config, self.spec, self.options, self.title = folder, config, spec, options, title
+        self.ranks, self.dtype = ranks, torch.float32
         self.metrics = folder / "metrics.jsonl"
         self.result = folder / "result.json"
 
     def fit(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: Any,
         train_set: Any,
         eval_set: PreferenceDataset,
@@ -70,18 +85,20 @@ class Stage:
         """Train from the last complete checkpoint, or from the start; save the model; write and return the result.
 
         Args:
+            model: on its device, in PEFT where it has adapters; of several ranks' models each is the same or a part.
             train_set: a `PreferenceDataset`, or `rgpb.train.online.Rollouts`, whose policy the model becomes.
             epochs: passes over the data, unless `steps` says how many optimizer steps.
             lr: peak learning rate; default: the run's.
             measure: metrics of the model that each evaluation adds.
         """
-        if self.result.exists():
-            return {**json.loads(self.result.read_text()), "resumed": None}
-        config = self.config
+        config, ranks = self.config, self.ranks
+        finished = ranks.by_first(lambda: json.loads(self.result.read_text()) if self.result.exists() else None)
+        if finished is not None:
+            return {**finished, "resumed": None}
         self.folder.mkdir(exist_ok=True)
         per_epoch = math.ceil(math.ceil(len(train_set) / config.batch_size) / config.grad_accum)
         total = steps or math.ceil(epochs * per_epoch)
-        checkpoint = last_checkpoint(self.folder)
+        checkpoint = ranks.by_first(lambda: last_checkpoint(self.folder))
         done = 0 if checkpoint is None else step_of(checkpoint)
         reset_peak(device_of(config))
         trainer = PreferenceTrainer(
@@ -96,22 +113,27 @@ class Stage:
         if hasattr(train_set, "policy"):
             train_set.policy, train_set.log = trainer.model, trainer.add
         if checkpoint is None:
-            self.metrics.unlink(missing_ok=True)
+            ranks.by_first(lambda: self.metrics.unlink(missing_ok=True))
             trainer.evaluate()
         else:
             trainer.restore(checkpoint)
         if done < total:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=torch.float32)
-            trainer.model = moved(loaded, device_of(config))
+            trainer.load_weights(str(checkpoint))
             trainer.state.global_step, trainer.state.epoch = done, done / per_epoch
-        records = read_metrics(self.folder)
+        ranks.doing = "the end"
+        records = ranks.by_first(lambda: read_metrics(self.folder))
         if not any(r["split"] == "eval" and r["step"] == total for r in records):
             trainer.evaluate()
-            records = read_metrics(self.folder)
+            records = ranks.by_first(lambda: read_metrics(self.folder))
         trained: Any = trainer.model
-        save_whole_folder(self.folder / "model", trained.save_pretrained, tokenizer.save_pretrained)
+        state = whole_state(trained, ranks)
+
+        def save(place: Path) -> None:
+            save_model(place, trained, state, self.dtype)
+
+        ranks.by_first(lambda: save_whole_folder(self.folder / "model", save, tokenizer.save_pretrained))
         evaluations = [record for record in records if record["split"] == "eval"]
         result = {
             "objective": self.spec.name,
@@ -124,7 +146,7 @@ class Stage:
             "before": evaluations[0],
             "after": evaluations[-1],
         }
-        write_json(self.result, result)
+        ranks.by_first(lambda: write_json(self.result, result))
         return {**result, "resumed": done}
 
     def _arguments(self, total: int, lr: float) -> transformers.TrainingArguments:
@@ -150,19 +172,25 @@ class Stage:
             eval_strategy="no" if config.eval_steps is None else "steps",
             eval_steps=config.eval_steps,
             save_steps=config.save_steps,
-            save_total_limit=config.keep_checkpoints,
+            save_total_limit=None,  # `_Checkpoints` drops old ones, once the new one is complete
+            average_tokens_across_devices=False,  # `compute_loss` does it, by units
             dataloader_pin_memory=device_of(config).type == "cuda",
             dataloader_num_workers=0,
             remove_unused_columns=False,
             report_to="none",
             disable_tqdm=True,  # `_Bar` is shown instead
+            ddp_backend=None if self.ranks.alone or device_of(config).type == "cuda" else "gloo",
         )
 
 
 class PreferenceTrainer(Trainer):
     """transformers' Trainer with the loss taken from hidden states and head, and evaluation likewise.
 
-    A step's loss is the mean over all units of its batches, so gradient accumulation gives what one batch would.
+    A step's loss is the mean over all units of its batches, so gradient accumulation gives what one batch would, and
+    so do several ranks, each of which has its share of every batch.
+
+    On several ranks the order of the data is Trainer's own of one process; accelerate's sampler would repeat units to
+    fill up the last batches. Random states are a function of seed, step and rank, so a checkpoint needs none.
 
     Args:
         stage: objective, options and where metrics go.
@@ -173,19 +201,23 @@ class PreferenceTrainer(Trainer):
         super().__init__(**keywords)
         # Trainer then leaves it to `compute_loss` to divide by what `get_batch_samples` counted.
         self.model_accepts_loss_kwargs = True
-        self.stage = stage
+        self.stage, self.ranks = stage, stage.ranks
         self._sums: dict[str, list[Any]] = {}  # name → [Σ weight · value, Σ weight] since the last log
         self._started, self._peak = time.monotonic(), 0
         # averages over the whole run that the objective compares with, unless they were given as numbers
-        self.running = {name: RunningMean() for name in stage.spec.running if option(stage.options, name) is None}
+        self.running = {
+            name: SharedMean(self.ranks) for name in stage.spec.running if option(stage.options, name) is None
+        }
         self.measure: Callable[[Any], dict[str, float]] = lambda model: {}
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
-        if stage.config.progress:
+        if stage.config.progress and self.ranks.first:
             self.add_callback(_Bar(stage.title))
 
     def units(self, batch: dict[str, Tensor]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
+        if bool(batch.get(FILLER, False)):
+            return 0
         return units_of(self.stage.spec, len(batch["label"]), group_size_of(batch))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -193,20 +225,52 @@ class PreferenceTrainer(Trainer):
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data) if hasattr(data, "policy") else super()._get_train_sampler(train_dataset)
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own, or this rank's share of the same batches."""
+        if self.ranks.alone:
+            return super().get_train_dataloader()
+        data: Any = self.train_dataset
+        config = self.stage.config
+        shares = Shares(len(data), config.batch_size, None if hasattr(data, "policy") else config.seed, self.ranks)
+        collate: Any = self.data_collator
+        return loader(data, collate, shares, self.args.device)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Trainer's own, or with DDP or FSDP2 around the model, and the optimizer over what that leaves."""
+        if self.ranks.alone:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        wrapped = self.model_wrapped = replicated(self._bare, self.args.device)
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps=max_steps)
+        if resume_from_checkpoint is not None:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        handler: Any = self.callback_handler
+        handler.model, handler.optimizer, handler.lr_scheduler = self.model, self.optimizer, self.lr_scheduler
+        handler.train_dataloader = train_dataloader
+        return wrapped, train_dataloader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step, and the number of their units."""
+        """The batches of one step, and the number of their units on all ranks."""
+        step = self.state.global_step
+        self.ranks.doing = f"step {step + 1}"
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(self.units(batch) for batch in batches)
+        if not self.ranks.alone:
+            torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
+        return batches, self.ranks.total(sum(self.units(batch) for batch in batches))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Σ of the batch's values over the number of units in the whole step."""
+        """Σ of the batch's values over the number of units in the whole step, of all ranks."""
         stage, spec, label, units = self.stage, self.stage.spec, inputs["label"], self.units(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != FILLER}
+        for mean in self.running.values():
+            mean.counts = units > 0
         with self.accelerator.autocast():
             estimated = mismatched_ratios(model, inputs, spec, stage.options, stage.config.workspace)
+            estimated = {name: self.ranks_values(x if units else x[:0]) for name, x in estimated.items()}
             loss, metrics = hf.loss(
                 model,
                 model_inputs(inputs),
@@ -214,19 +278,30 @@ class PreferenceTrainer(Trainer):
                 label=label if spec.label else None,
                 ref=reference_of(inputs),
                 reduction="sum",
+                data_group=None,  # ranks share what the batch couples through `running` and `estimated`
                 return_metrics=True,
                 workspace=stage.config.workspace,
                 **group_arguments(spec, inputs),
                 **{**estimated, **stage.options, **self.running},
             )
+        if not units:
+            return 0 * loss
         there = present_of(inputs)
         good, bad = (label & there).sum(), (~label & there).sum()
         weights = {"chosen": good, "perplexity": good, "rejected": bad}
         self.add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
             self.add(name, value, weights.get(name.rpartition("/")[2], units))
-        loss = loss / (num_items_in_batch or units)
+        loss = loss * self.ranks.world / (num_items_in_batch or units)  # gradients are averaged over ranks
         return (loss, {}) if return_outputs else loss
+
+    def ranks_values(self, values: Tensor) -> Tensor:
+        """Of all ranks, one rank after the other."""
+        return values if self.ranks.alone else torch.cat(self.ranks.gather(values.cpu())).to(values.device)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def add(self, name: str, value: Tensor | float, weight: float | Tensor) -> None:
         """Into the averages of the next log; a batch without such responses (nan) counts for nothing."""
@@ -239,13 +314,25 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's logs, with the averages since the last one."""
         if "loss" in logs:
-            logs.update({name: float(total) / float(weight) for name, (total, weight) in self._sums.items() if weight})
+            sums = self._all_sums()
+            logs.update({name: total / weight for name, (total, weight) in sums.items() if weight})
             self._sums = {}
             self._record("train", logs)
         super().log(logs, start_time)
 
+    def _all_sums(self) -> dict[str, list[float]]:
+        """The sums since the last log, of all ranks."""
+        whole: dict[str, list[float]] = {}
+        for sums in self.ranks.gather({name: [float(x) for x in entry] for name, entry in self._sums.items()}):
+            for name, (total, weight) in sums.items():
+                entry = whole.setdefault(name, [0.0, 0.0])
+                whole[name] = [entry[0] + total, entry[1] + weight]
+        return whole
+
     def _record(self, split: str, values: dict[str, float]) -> None:
-        self._peak = max(self._peak, peak_bytes(self.args.device))
+        self._peak = max(self._peak, *self.ranks.gather(peak_bytes(self.args.device)))
+        if not self.ranks.first:
+            return
         record = {
             "split": split,
             "step": self.state.global_step,
@@ -263,7 +350,7 @@ class PreferenceTrainer(Trainer):
         """What a checkpoint needs beside Trainer's own files."""
         return {
             "step": self.state.global_step,
-            "sums": {name: [float(x) for x in entry] for name, entry in self._sums.items()},
+            "sums": self._all_sums(),
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
             "logged": getattr(self.train_dataset, "logged", None),
@@ -273,8 +360,9 @@ class PreferenceTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Metrics as they were at a checkpoint."""
         progress = json.loads((checkpoint / "progress.json").read_text())
-        save_whole_file(self.stage.metrics, lambda place: shutil.copyfile(checkpoint / "metrics.jsonl", place))
-        self._sums = progress["sums"]
+        if self.ranks.first:
+            save_whole_file(self.stage.metrics, lambda place: shutil.copyfile(checkpoint / "metrics.jsonl", place))
+        self._sums = progress["sums"] if self.ranks.first else {}
         self._started = time.monotonic() - progress["seconds"]
         self._peak = progress["peak_bytes"]
         if progress["logged"] is not None:
@@ -283,20 +371,84 @@ class PreferenceTrainer(Trainer):
             self.running[name].mean.fill_(mean)
             self.running[name].count.fill_(count)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's own; of several ranks a folder that gets its name when all of them have written theirs."""
+        if self.ranks.alone:
+            return super()._save_checkpoint(model, trial)
+        folder, ranks = self.stage.folder / f"checkpoint-{self.state.global_step}", self.ranks
+        place = folder.with_suffix(".tmp")
+        ranks.doing = f"the checkpoint of step {self.state.global_step}"
+        ranks.by_first(lambda: _emptied(place))
+        save_state(place / "dcp", self._bare, self.optimizer, ranks)
+        progress = self.progress()
+
+        def complete() -> None:
+            torch.save(self.lr_scheduler.state_dict(), place / "scheduler.pt")  # type: ignore[union-attr]
+            self.state.save_to_json(str(place / "trainer_state.json"))
+            shutil.copyfile(self.stage.metrics, place / "metrics.jsonl")
+            write_json(place / "progress.json", progress)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(place, folder)
+            drop_checkpoints(self.stage.folder, self.stage.config.keep_checkpoints)
+
+        ranks.by_first(complete)
+
+    @property
+    def _bare(self) -> Any:
+        """The model without DDP."""
+        return self.model
+
+    def load_weights(self, checkpoint: str) -> None:
+        """The model alone, as it was at a checkpoint of any number of ranks."""
+        if (Path(checkpoint) / "dcp").exists():
+            load_state(Path(checkpoint) / "dcp", self._bare, None, self.ranks)
+        elif self.ranks.alone:
+            super()._load_from_checkpoint(checkpoint)
+        else:
+            load_trainers(Path(checkpoint), self._bare, None)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Trainer's own, where the checkpoint and this run are of one process; else it comes with the optimizer."""
+        if self.ranks.alone and not (Path(resume_from_checkpoint) / "dcp").exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's own, where the checkpoint and this run are of one process; else by the parameters' names."""
+        place = None if checkpoint is None else Path(checkpoint)
+        if place is None or (self.ranks.alone and not (place / "dcp").exists()):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if (place / "dcp").exists():
+            load_state(place / "dcp", self._bare, self.optimizer, self.ranks)
+        else:
+            load_trainers(place, self._bare, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(place / "scheduler.pt", weights_only=True))  # type: ignore[union-attr]
+
     @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and metrics of the whole evaluation set, exact averages over its responses (see `summarise`)."""
+        """Loss and metrics of the whole evaluation set, exact averages over its responses (see `summarise`).
+
+        Ranks take whole batches in turn, so each is what it is in one process.
+        """
         data: PreferenceDataset = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[assignment]
         model: Any = self.model
-        stage, parts, training = self.stage, [], model.training
+        stage, training, ranks, size = self.stage, model.training, self.ranks, self.stage.config.batch_size
+        parts: list[tuple[int, dict[str, Tensor]]] = []
+        ranks.doing = f"the evaluation after step {self.state.global_step}"
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
-        if "generator" in (stage.spec.options or {}):  # the same draws at every evaluation
-            options["generator"] = torch.Generator().manual_seed(stage.config.seed)
         model.eval()
-        for inputs in self.get_eval_dataloader(data):  # type: ignore[arg-type]
-            batch = self._prepare_inputs(inputs)
+        collate: Any = self.data_collator
+        firsts = range(0, len(data), size)
+        for number in range(ranks.rank, len(firsts) + ranks.rank, ranks.world):
+            first = firsts[
+                min(number, len(firsts) - 1)
+            ]  # beyond the last: once more the last, which counts for nothing
+            batch = self._prepare_inputs(collate([data[i] for i in range(first, min(first + size, len(data)))]))
+            if "generator" in (stage.spec.options or {}):  # the same draws at every evaluation
+                seed = zlib.crc32(f"{stage.config.seed} evaluation {number}".encode())
+                options["generator"] = torch.Generator().manual_seed(seed)
             with self.accelerator.autocast():
                 estimated = mismatched_ratios(model, batch, stage.spec, stage.options, stage.config.workspace)
                 columns = score_batch(model, batch, stage.spec, {**estimated, **options}, stage.config.workspace)
@@ -304,9 +456,11 @@ class PreferenceTrainer(Trainer):
             # a group's responses are consecutive, a pair's half a batch apart
             grouped = data.rewards is not None
             shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
-            parts.append(shaped)
+            if number < len(firsts):
+                parts.append((number, shaped))
         model.train(training)
-        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
+        whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         metrics = {**summarise(whole, stage.spec, stage.options), **self.measure(model)}
         self._record("eval", metrics)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -315,16 +469,41 @@ class PreferenceTrainer(Trainer):
         return named
 
 
+class SharedMean(RunningMean):
+    """The mean of all ranks' values; `counts` says whether this rank's own do."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks, self.counts = ranks, True
+
+    def take(self, total: Tensor, number: Tensor) -> Tensor:
+        if not self.ranks.alone:
+            found = self.ranks.gather((float(total), float(number)) if self.counts else (0.0, 0.0))
+            total = total.new_tensor(math.fsum(total for total, _ in found))
+            number = number.new_tensor(math.fsum(number for _, number in found))
+        return super().take(total, number)
+
+
+def _emptied(place: Path) -> None:
+    """A new folder, in the place of what an interrupted save has left."""
+    if place.exists():
+        shutil.rmtree(place)
+    place.mkdir()
+
+
 class _Checkpoints(TrainerCallback):
-    """Writes `progress.json` into a checkpoint when all else is in it."""
+    """Writes `progress.json` into a checkpoint of one process when all else is in it."""
 
     def __init__(self, trainer: PreferenceTrainer) -> None:
         self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.trainer.ranks.alone:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         shutil.copyfile(self.trainer.stage.metrics, folder / "metrics.jsonl")
         write_json(folder / "progress.json", self.trainer.progress())
+        drop_checkpoints(self.trainer.stage.folder, self.trainer.stage.config.keep_checkpoints)
 
 
 class _Bar(TrainerCallback):

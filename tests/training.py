@@ -1,0 +1,137 @@
+"""Runs of `rgpb train` on the ranks of tests/ranks.py, and what they leave; for tests/test_train_ranks.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rgpb.train import TrainConfig, report, train
+from rgpb.train import config as settings_module
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def prepare() -> None:
+    """The built-in model, smaller, and no pictures; what torchrun says beside what tests/ranks.py says."""
+    settings_module.BUILT_IN["tiny-llama"] = ("LlamaConfig", SMALL)
+    report.plot = lambda runs, path: None
+    world = os.environ.get("WORLD_SIZE", "1")
+    os.environ.update(LOCAL_WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="1")
+
+
+def config(data: str, output: Any, **changes: Any) -> TrainConfig:
+    settings: dict[str, Any] = {"loss": "dpo", "steps": 5, "batch_size": 4, "lr": 3e-3, "vocab_size": 258, "cpu": True}
+    settings |= {"log_steps": 2, "save_steps": 100, "progress": False}
+    return TrainConfig(data=data, output=str(output), **{**settings, **changes})
+
+
+def run(settings: list[TrainConfig], stop: int | None = None) -> list[Any]:
+    """The results of runs, one after the other; or the errors that they end in.
+
+    stop: a step before which each run is broken off, on all ranks.
+    """
+    from rgpb.train.trainer import PreferenceTrainer
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        prepare()
+        torch.use_deterministic_algorithms(True)
+    compute, results = PreferenceTrainer.compute_loss, []
+
+    def breaks(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.global_step == stop:
+            raise KeyboardInterrupt
+        return compute(self, *arguments, **keywords)
+
+    for each in settings:
+        PreferenceTrainer.compute_loss = breaks if stop is not None else compute  # type: ignore[method-assign]
+        try:
+            results.append(train(each))
+        except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+            results.append(f"{type(error).__name__}: {error}")
+        finally:
+            PreferenceTrainer.compute_loss = compute  # type: ignore[method-assign]
+    return results
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def parts(settings: TrainConfig) -> list[int]:
+    """Interrupt the scoring of references in its fourth part, then run; the parts that were begun, in both."""
+    from rgpb.train import teacher
+
+    prepare()
+    torch.use_deterministic_algorithms(True)
+    begun: list[int] = []
+    name, size = teacher._part, teacher.PART
+
+    def counted(cache: Path, number: int) -> Path:
+        path = name(cache, number)
+        if not path.exists():
+            begun.append(number)
+        if len(begun) == 4:
+            begun.append(number)
+            raise KeyboardInterrupt
+        return path
+
+    teacher._part, teacher.PART = counted, 1
+    try:
+        run([settings])
+        teacher._part = name
+        result = run([settings])[0]
+        assert isinstance(result, dict), result
+    finally:
+        teacher._part, teacher.PART = name, size
+    return begun
+
+
+def prepare_torchrun() -> None:
+    """As `prepare`, in a process of torchrun that RGPB_TEST_KILL="<where> <step>,…" may end: one for each start."""
+    import signal
+    import time
+
+    from rgpb.train import trainer
+
+    settings_module.BUILT_IN["tiny-llama"] = ("LlamaConfig", SMALL)
+    report.plot = lambda runs, path: None
+    torch.use_deterministic_algorithms(True)
+    kills, start = os.environ.get("RGPB_TEST_KILL", "").split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    where, _, step = kills[start].partition(" ") if start < len(kills) else ("", "", "")
+    if not where:
+        return
+    rank, at = os.environ["RANK"], int(step)
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save, replace, compute = trainer.save_state, os.replace, trainer.PreferenceTrainer.compute_loss
+
+    def saved(place: Path, *rest: Any) -> None:
+        if where == "save" and rank == "1" and place.parent.name == f"checkpoint-{at}.tmp":
+            die()
+        save(place, *rest)
+
+    def replaced(source: Any, target: Any) -> None:
+        if where == "rename" and Path(target).name == f"checkpoint-{at}":
+            die()
+        replace(source, target)
+
+    def computed(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.state.global_step == at and rank == "1":
+            if where == "hang":
+                time.sleep(1000)
+            if where == "step":
+                import threading
+
+                delay = int.from_bytes(os.urandom(2), "big") / 2**16 / 5  # within the next steps and saves
+                threading.Timer(delay, die).start()
+        return compute(self, *arguments, **keywords)
+
+    trainer.save_state, os.replace = saved, replaced
+    trainer.PreferenceTrainer.compute_loss = computed  # type: ignore[method-assign]
