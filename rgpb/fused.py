@@ -146,7 +146,6 @@ def fused_loss(
         linear_logprob, ignore_index=ignore_index, temperature=temperature, impl=how.impl, workspace=workspace
     )
     layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
-    how = how._replace(split=sequence_group is not None)
     check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, hidden)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
@@ -166,6 +165,7 @@ def fused_loss(
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, entropy=spec.entropy,
         entropy_grad=spec.entropy_grad, group_size=group_size, unit_tokens=tokens_of_units(spec, layout, group_size),
+        split=sequence_group is not None,
     )  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":

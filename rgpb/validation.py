@@ -48,17 +48,13 @@ Reference = TokenScores | Tensor | tuple[Tensor, Tensor | LMHead]
 
 
 class How(NamedTuple):
-    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each.
-
-    `split`: whether other ranks have tokens of the same responses.
-    """
+    """How a loss is computed, as a caller says it; `linear_logprob` has the meaning of each."""
 
     impl: str = "auto"
     path: str = "auto"
     grad_tolerance: float | str | None = None
     sort_vocab: bool = False
     workspace: int = DEFAULT_WORKSPACE
-    split: bool = False
 
 
 def check_how(
@@ -167,12 +163,14 @@ def plan_call(
     reduction: str = "mean",
     entropy_grad: bool = False,
     unit_tokens: Callable[[], Sequence[int]] | None = None,
+    split: bool = False,
 ) -> tuple[Plan, Sizes]:
     """What will run for these tensors, and the sizes that decided it.
 
     Args:
         spec, options, reduction: the objective, its options and how its values are reduced; None for scores alone.
         unit_tokens: see `engine.plan.Request`.
+        split: whether other ranks have tokens of the same responses.
 
     Raises:
         ValueError: an `impl` or a `path` that can't serve the request, or a `workspace` too small for one row.
@@ -207,7 +205,7 @@ def plan_call(
         entropy_grad=entropy_grad,
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
-        split=SHARDED if head.shard is not None else SPLIT if how.split else "",
+        split=SHARDED if head.shard is not None else SPLIT if split else "",
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
@@ -229,6 +227,7 @@ def make_call(
     entropy_grad: bool = False,
     group_size: int | None = None,
     unit_tokens: Callable[[], Sequence[int]] | None = None,
+    split: bool = False,
 ) -> Call:
     """The `Call` of checked arguments. Args and errors as `plan_call`; `group_size` is K, or None."""
     tolerance = check_tolerance(how.grad_tolerance, how.sort_vocab, entropy_grad, head.weight.dtype)
@@ -240,7 +239,7 @@ def make_call(
     options = {} if options is None else options
     made, shape = plan_call(
         hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
-        unit_tokens=unit_tokens,
+        unit_tokens=unit_tokens, split=split,
     )  # fmt: skip
     single, skip = made.path == "single", tolerance is not None and made.path == "two_pass"
     grad, bias, weight = torch.is_grad_enabled(), head.bias, head.weight

@@ -384,6 +384,7 @@ def with_accelerate(attached_first: bool) -> tuple[Trained, float, float, float]
     from accelerate.state import AcceleratorState
 
     run, model = Run("ddp", bf16=True, steps=1), model_of()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of whatever ran in this process before
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     try:
         if attached_first:
