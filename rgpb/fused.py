@@ -163,9 +163,8 @@ def fused_loss(
     # over the ranks of a batch, a mean is a sum whose factor comes after
     reduced = "sum" if reduction == "mean" and data_group is not None else reduction
     call = make_call(
-        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, entropy=spec.entropy,
-        entropy_grad=spec.entropy_grad, group_size=group_size, unit_tokens=tokens_of_units(spec, layout, group_size),
-        split=sequence_group is not None,
+        hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, group_size=group_size,
+        unit_tokens=tokens_of_units(spec, layout, group_size), split=sequence_group is not None,
     )  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":

@@ -77,7 +77,7 @@ def linear_logprob(
     head = check_inputs(hidden, head, target, temperature)
     how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
     ignore_index = check_ignore_index(ignore_index)
-    call = make_call(hidden, head, how, ignore_index, entropy=entropy, entropy_grad=entropy)
+    call = make_call(hidden, head, how, ignore_index, entropy=entropy)
     found = scored(hidden, head, target, call, entropy)
     h_o = found.h_o if entropy else None
     scores = token_scores(found.z_y, found.lse_other, h_o, mask=target.reshape(-1) != ignore_index, entropy=entropy)

@@ -224,12 +224,17 @@ def make_call(
     options: dict[str, Any] | None = None,
     reduction: str = "mean",
     entropy: bool = False,
-    entropy_grad: bool = False,
     group_size: int | None = None,
     unit_tokens: Callable[[], Sequence[int]] | None = None,
     split: bool = False,
 ) -> Call:
-    """The `Call` of checked arguments. Args and errors as `plan_call`; `group_size` is K, or None."""
+    """The `Call` of checked arguments. Args and errors as `plan_call`.
+
+    Args:
+        entropy: of scores alone, whether H_o is asked for, with its gradient; an objective says so itself.
+        group_size: K, or None.
+    """
+    entropy, entropy_grad = (entropy, entropy) if spec is None else (spec.entropy, spec.entropy_grad)
     tolerance = check_tolerance(how.grad_tolerance, how.sort_vocab, entropy_grad, head.weight.dtype)
     if tolerance is not None and head.shard is not None:
         raise ValueError(

@@ -87,7 +87,7 @@ def test_operators_pass_opcheck(given):
     rows, how = B * T, How(impl="torch", workspace=1 << 20)
     tensors = Tensors.of(hidden, head, target)
     tensors = tensors._replace(hidden=tensors.hidden.detach().requires_grad_())  # a leaf
-    opcheck(torch.ops.rgpb.score, tensors.pack(make_call(hidden, head, how, -100, entropy=True, entropy_grad=True)))
+    opcheck(torch.ops.rgpb.score, tensors.pack(make_call(hidden, head, how, -100, entropy=True)))
     label, sums = torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), ref.logp.sum(1).double()
     for name, extra, size in (
         ("bnf", {"label": label, "ref_logp": ref.logp.view(-1), "ref_log_odds": ref.log_odds.view(-1)}, None),
@@ -96,11 +96,11 @@ def test_operators_pass_opcheck(given):
         ("1.0*mle + 0.5*dpo", {"ref_sums": sums}, None),
     ):
         spec = resolve(name)
-        call = make_call(hidden, head, how, -100, spec=spec, entropy=spec.entropy, group_size=size)
+        call = make_call(hidden, head, how, -100, spec=spec, group_size=size)
         assert call.path == "single"
         opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.full((B,), T), **extra).pack(call))
     plain = Tensors(*(None if x is None else x.detach() for x in tensors))
-    call = make_call(hidden, head, how, -100, entropy=True, entropy_grad=True)._replace(needs=(True, True, True))
+    call = make_call(hidden, head, how, -100, entropy=True)._replace(needs=(True, True, True))
     found = Scored(*torch.ops.rgpb.score(*plain.pack(call)))
     g_zy, g_lo, g_ho = torch.randn(3, rows)
     known = plain._replace(z_y=found.z_y, lse_other=found.lse_other, g_zy=g_zy, g_lo=g_lo)
@@ -180,15 +180,19 @@ def test_forward_mode_is_refused_of_what_is_compiled(given):
             forward()
 
 
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "given",
     [
         [(), ()],
         [(0.1,), (0.2,), (0.35,)],
-        [(0.1, 30.0), (0.1, 20.0), (0.1, 15.5)],
-        [(0.1, None, 0.5, -1, 1 << 20), (0.1, None, 0.25, -7, 1 << 21), (0.1, None, 0.125, -3, 1 << 19)],
-        [(0.1, 30.0, 1.0, -100, 1 << 20, t) for t in (0.9, 0.8, 0.7)],
+        full([(0.1, 30.0), (0.1, 20.0), (0.1, 15.5)]),
+        full([(0.1, None, 0.5, -1, 1 << 20), (0.1, None, 0.25, -7, 1 << 21), (0.1, None, 0.125, -3, 1 << 19)]),
+        full([(0.1, 30.0, 1.0, -100, 1 << 20, t) for t in (0.9, 0.8, 0.7)]),
     ],
     ids=["shapes", "beta", "softcap", "scale, ignore_index, workspace", "temperature"],
 )

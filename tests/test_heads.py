@@ -310,7 +310,9 @@ def test_lora_on_a_frozen_head_costs_two_products() -> None:
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("how", sharded.HOW)
+@pytest.mark.parametrize(
+    "how", [how if how in ("saved", "lora_root") else pytest.param(how, marks=pytest.mark.full) for how in sharded.HOW]
+)
 def test_heads_that_fsdp_holds_elsewhere(how: str, ranks: Any) -> None:
     """Gradients are the means over the ranks, as of one process on the whole batch."""
     expected = sharded.step(how, None)
@@ -328,7 +330,9 @@ def test_heads_that_fsdp_holds_elsewhere(how: str, ranks: Any) -> None:
     "objective",
     ["bnf", "dpo", *(pytest.param(name, marks=pytest.mark.full) for name in ("swepo", "mc_po", "kto", "sum"))],
 )
-@pytest.mark.parametrize("how", sharded.PLANS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.full) if how == "with_fsdp" else how for how in sharded.PLANS]
+)
 def test_a_vocabulary_that_tensor_parallelism_splits(how: str, objective: str, ranks: Any) -> None:
     world = 4 if how == "with_fsdp" else 2
     value, expected = sharded.tensor_parallel(how, objective, False)

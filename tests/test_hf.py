@@ -817,27 +817,27 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile itself reads
-def test_compiled_models_run_compiled() -> None:
-    for whole in (False, True):
-        graphs: list[int] = []
+@pytest.mark.parametrize("whole", [True, full(False)])
+def test_compiled_models_run_compiled(whole: bool) -> None:
+    graphs: list[int] = []
 
-        def count(graph: torch.fx.GraphModule, inputs: Any, graphs: list[int] = graphs) -> Any:
-            graphs.append(len(graph.graph.nodes))
-            return graph
+    def count(graph: torch.fx.GraphModule, inputs: Any, graphs: list[int] = graphs) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph
 
-        torch._dynamo.reset()
-        model = build("llama")
-        expected = hf.token_scores(model, padded(model))
-        compiled: Any = model
-        if whole:
-            compiled = torch.compile(model, backend=count)
-        else:
-            model.compile(backend=count)
-        for _ in range(3):
-            scores = hf.token_scores(compiled, padded(model))
-        torch.testing.assert_close(scores.logp, expected.logp)
-        assert max(graphs) > 50, graphs  # the layers, not scraps of them
-        assert len(graphs) <= 6, graphs  # and once
+    torch._dynamo.reset()
+    model = build("llama")
+    expected = hf.token_scores(model, padded(model))
+    compiled: Any = model
+    if whole:
+        compiled = torch.compile(model, backend=count)
+    else:
+        model.compile(backend=count)
+    for _ in range(3):
+        scores = hf.token_scores(compiled, padded(model))
+    torch.testing.assert_close(scores.logp, expected.logp)
+    assert max(graphs) > 50, graphs  # the layers, not scraps of them
+    assert len(graphs) <= 6, graphs  # and once
 
 
 def test_documented_example() -> None:

@@ -95,7 +95,7 @@ def one_and_several(ranks: Any, tmp_path: Path, cases: dict[str, TrainConfig]) -
 
 
 class TestSameAsOneProcess:
-    @pytest.mark.parametrize("loss", ["bnf", "kto", full("dpo"), full("bco"), full("mle + 0.5*dpo")])
+    @pytest.mark.parametrize("loss", [full("bnf"), "kto", full("dpo"), full("bco"), full("mle + 0.5*dpo")])
     def test_losses(self, ranks, data, tmp_path, loss):
         """kto's z₀ and bco's mean are those of the batch of all ranks; the last batch has a unit for one rank alone."""
         settings: dict[str, Any] = {"loss": loss, "steps": 5, "eval_steps": 2}
@@ -134,6 +134,7 @@ class TestSameAsOneProcess:
             if loss != "swepo":  # of uneven groups agility is no sum over units
                 assert_metrics(tmp_path / "one", tmp_path / name)
 
+    @pytest.mark.full
     def test_adapters(self, ranks, data, base, tmp_path):
         """The reference is the model without them; `merged` is what model and adapters compute."""
         settings: dict[str, Any] = {"model": str(base), "lora_r": 2, "lora_target": "q_proj,down_proj", "lr": 1e-2}
@@ -155,7 +156,7 @@ class TestSameAsOneProcess:
         ids = torch.arange(5)[None]
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("changes", [{"dtype": "bf16"}, full({"bf16": True})])
+    @pytest.mark.parametrize("changes", [full({"dtype": "bf16"}), full({"bf16": True})])
     def test_bfloat16(self, ranks, data, tmp_path, changes):
         """As close as two roundings of bfloat16; saved in the dtype of what it came from."""
         cases = {
@@ -221,9 +222,9 @@ class TestCheckpoints:
     @pytest.mark.parametrize(
         ("before", "after"),
         [
-            ((2, "ddp"), (2, "ddp")),
+            full((2, "ddp"), (2, "ddp")),
             ((2, "fsdp2"), (1, None)),
-            ((1, None), (2, "fsdp2")),
+            full((1, None), (2, "fsdp2")),
             full((2, "fsdp2"), (2, "fsdp2")),
             full((2, "ddp"), (1, None)),
             full((1, None), (2, "ddp")),
@@ -303,6 +304,7 @@ class TestDeaths:
     def case(self, data, folder, parallel):
         return training.config(data, folder, steps=24, save_steps=2, log_steps=5, parallel=parallel)
 
+    @pytest.mark.full
     def test_killed_in_a_save(self, ranks, data, tmp_path):
         """Rank 1 before it writes its part, while rank 0 does. The run goes on elsewhere."""
         process = launch(
