@@ -137,3 +137,18 @@ def tensor_parallel(how: str, objective: str, ranks: bool) -> tuple[float, dict[
         dist.all_reduce(value, group=mesh["fsdp"].get_group())
         value = value / mesh["fsdp"].size()
     return value.item(), gradients_of(model)
+
+
+def drawn_alike() -> float:
+    """A loss whose negatives are drawn at random, with the vocabulary split over ranks that draw differently."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model: Any = wrapped.model_of()
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"lm_head": ColwiseParallel()})
+    batch = wrapped.share(wrapped.batch_of(wrapped.K), slice(0, wrapped.UNITS))
+    inputs = {key: x for key, x in batch.items() if key not in ("ref", "number")}
+    torch.manual_seed(dist.get_rank())
+    options = {"ref": batch["ref"], "group_size": wrapped.K, "m": 1, "sampler": "random"}
+    losses = [hf.loss(model, inputs, "mc_po", **options) for _ in range(3)]
+    sum(losses).backward()
+    return sum(losses).item()

@@ -343,6 +343,12 @@ def test_a_vocabulary_that_tensor_parallelism_splits(how: str, objective: str, r
             assert (gradients[key] - gradient).norm() <= 2e-6 * gradient.norm(), key
 
 
+@pytest.mark.xdist_group("ranks")
+def test_ranks_of_a_split_head_draw_the_same(ranks: Any) -> None:
+    one, other = ranks(2)(sharded.drawn_alike)
+    assert one == other
+
+
 # --- offloaded
 
 

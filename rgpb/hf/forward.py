@@ -22,6 +22,7 @@ from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resh
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
+from rgpb.parallel import from_first
 from rgpb.validation import Reference, check_groups, make_layout, reference_scores
 
 
@@ -96,7 +97,7 @@ def loss(
     if isinstance(ref, str | nn.Module):
         ref = _reference(model, ref, batch, how)
     spec = resolve(objective)
-    if spec.draw is not None:
+    if spec.draw is not None and options.get("sequence_group") is None:  # parts of responses are drawn by fused_loss
         batch, ref, group_size, rewards = _drawn(model, batch, spec, ref, group_size, rewards, options, how)
     call = _Call(model, batch)
     call.check_replicas()
@@ -153,7 +154,13 @@ def _drawn(
     """Batch, reference scores, group size and rewards of what `spec.draw` takes; `options` lose their generator."""
     call = _Call(model, batch)
     with evaluating(model):
-        found = token_scores(model, batch, **how)
+        held: list[LMHead] = []
+
+        def run(hidden: Tensor, head: LMHead) -> Results:
+            held.append(head)
+            return Results(tensors=linear_logprob(hidden, head, call.flat_target.to(hidden.device), **how)[:3])
+
+        found = TokenScores(*(call(run).tensors or ()))
         scores, device = found.flat(), found.logp.device
         target, cu_seqlens = call.flat_target.to(device), _on(device, call.cu_seqlens)
         ref, rewards, batch = _on(device, ref), _on(device, rewards), {n: _on(device, x) for n, x in batch.items()}
@@ -163,6 +170,8 @@ def _drawn(
         ref_scores, ref_sums = reference_scores(spec, ref, found.logp, target, layout, IGNORE, score)
         own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
         keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
+        if held[0].shard is not None:
+            keep = from_first(keep, held[0].shard.group)  # ranks with the same responses draw the same
     assert size is not None  # checked above
     most = max(2, int(keep.view(-1, size).sum(1).max()))
     # the drawn ones in their order, then, where a group has fewer, others that no longer count
