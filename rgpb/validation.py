@@ -540,7 +540,7 @@ def reference_scores(
         _check_ref("ref", ref, ref.shape, hidden)
         there = layout.tokens > 0
         _check_logp("ref", ref, there)
-        return None, torch.where(there, ref.detach().double(), 0.0)
+        return None, torch.where(there, _plain(ref).double(), 0.0)
     if isinstance(ref, Tensor | TokenScores):
         scores = check_scores("ref", ref, target, hidden, ignore_index)
     elif isinstance(ref, tuple) and len(ref) == 2 and score is not None:
@@ -549,9 +549,7 @@ def reference_scores(
     else:
         pair = "" if score is None else " or (ref_hidden, ref_head)"
         raise ValueError(f"ref: expected TokenScores, a tensor of log-probabilities{pair}, got {type(ref).__name__}")
-    flat = TokenScores(
-        *(scores.logp.detach().reshape(-1), scores.log_odds.detach().reshape(-1), scores.lse.detach().reshape(-1))
-    )
+    flat = TokenScores(*(_plain(x).reshape(-1) for x in (scores.logp, scores.log_odds, scores.lse)))
     return flat, layout.sum(flat.logp)
 
 
@@ -572,6 +570,11 @@ def check_scores(
     scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
     _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
     return TokenScores(*(None if x is None else x.detach() for x in given))  # type: ignore[arg-type]
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Detached; what was made under inference_mode as a copy that autograd may keep."""
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()
 
 
 def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:

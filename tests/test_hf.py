@@ -815,6 +815,95 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
         torch.testing.assert_close(ours, own_logps(model, batch).float())
 
 
+def test_forwards_that_are_wrapped_after_attaching() -> None:
+    """Of the model and of its head, by what shows nothing of what it wraps."""
+    model = build("llama")
+    batch = padded(model)
+    before, own = hf.token_scores(model, batch).logp, own_logps(model, batch)
+    for module in (model, model.lm_head):
+        forward = module.forward
+        module.forward = lambda *args, forward=forward, **kwargs: forward(*args, **kwargs)
+    torch.testing.assert_close(hf.token_scores(model, batch).logp, before)
+    torch.testing.assert_close(own_logps(model, batch), own)
+
+
+def test_models_that_share_the_module_of_their_head() -> None:
+    model, other = build("llama"), build("llama")
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    other.lm_head = model.lm_head
+    batch = padded(model)
+    for one in (model, other, model):
+        scores = hf.token_scores(one, batch).logp
+        torch.testing.assert_close(scores[targets(one, batch) != IGNORE], own_logps(one, batch).float())
+
+
+def test_a_copied_head_is_the_head_alone() -> None:
+    model = build("llama")
+    hf.attach(model)
+    file, plain = io.BytesIO(), io.BytesIO()
+    torch.save(model.lm_head, file)
+    torch.save(build("llama").lm_head, plain)
+    assert file.tell() < 2 * plain.tell()
+    assert sum(p.numel() for p in copy.deepcopy(model.lm_head).parameters()) == V * H
+
+
+def test_hooks_of_the_whole_model_are_seen() -> None:
+    model = build("llama")
+    hf.token_scores(model, padded(model))
+    model.register_forward_hook(lambda _, args, output: output)
+    hf.token_scores(model, padded(model))  # changes nothing
+
+    def louder(_: nn.Module, args: object, output: Any) -> Any:
+        if output.logits is not None and output.logits.numel():
+            output.logits = output.logits * 2
+        return output
+
+    model.register_forward_hook(louder)
+    with pytest.raises(ValueError, match="does more"):
+        hf.token_scores(model, padded(model))
+
+
+def test_frozen_adapters_stay_frozen() -> None:
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    for key, parameter in model.named_parameters():
+        if "lora_A" in key:
+            parameter.requires_grad_(False)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    batch = padded(model.get_base_model())
+    hf.loss(model, batch, "kto", label=torch.tensor([True, False, True]), ref="base").backward()
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == trained
+    assert all(p.grad is None for key, p in model.named_parameters() if key not in trained)
+
+
+def test_a_forward_that_hands_everything_on() -> None:
+    class Mine(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = Mine(transformers.LlamaConfig(**GROUPED))
+    hf.token_scores(model, padded(model))
+
+
+def test_scores_made_in_inference_mode() -> None:
+    model = build("llama")
+    batch = padded(model)
+    with torch.inference_mode():
+        ref = hf.token_scores(model, batch)
+    hf.loss(model, batch, "kto", label=torch.tensor([True, False, True]), ref=ref).backward()
+
+
+def test_a_flattened_row_without_bounds() -> None:
+    """As DataCollatorWithFlattening makes it: the restarts of the positions are the bounds."""
+    model = build("llama")
+    batch = hf.pack(padded(model))
+    expected = hf.loss(model, batch, "mle")
+    bare = {key: value for key, value in batch.items() if key != "cu_seqlens"}
+    torch.testing.assert_close(hf.loss(model, bare, "mle"), expected)
+    with pytest.raises(ValueError, match="expected no logits_to_keep"):
+        hf.token_scores(model, padded(model) | {"logits_to_keep": 3})
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile itself reads
 @pytest.mark.parametrize("whole", [True, full(False)])

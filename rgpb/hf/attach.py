@@ -71,122 +71,118 @@ class Step:
         return placed_as(x, carried.expand(*x.shape[:-2], 0, 1).clone())  # FSDP warns of a view
 
 
-class Attached:
-    """What an attached model keeps.
+class HeadForward:
+    """A head's forward while its model is attached; an object, so that it is copied and pickled with the head.
 
     Attributes:
-        forward: the model's, as it was.
-        sync_elsewhere: see `rgpb.hf.attach`.
-        passed: what has been found out about the model, so that each check runs once.
-        step: the one under way.
-        head, head_forward: the head's module, and its forward as it was.
+        head, forward: the module, and its forward as it was.
+        step: what runs in its place at the moment.
     """
 
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward = forward
+    def __init__(self, head: nn.Module, forward: Callable[..., Any]):
+        self.head, self.forward = head, forward
+        self.step: Step | None = None
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.step is None:
+            return self.forward(x, *args, **kwargs)
+        if kwargs:
+            raise ValueError(f"batch: expected nothing that acts on the head itself, got {', '.join(sorted(kwargs))}")
+        return self.step.inside(self.head, x, self.forward)
+
+
+class Attached:
+    """What is known of an attached model. It holds nothing of the model, which is copied without its copies.
+
+    Attributes:
+        sync_elsewhere: see `rgpb.hf.attach`.
+        passed: what has been found out about the model, so that each check runs once.
+    """
+
+    def __init__(self) -> None:
         self.sync_elsewhere = False
         self.passed: dict[Any, Any] = {}
-        self.step: Step | None = None
-        self.head: nn.Module | None = None
-        self.head_forward: Callable[..., Any] | None = None
-
-    def through(self, model: PreTrainedModel, step: Step, kwargs: dict[str, Any]) -> Any:
-        """The output of the model's own forward, with the step in its head's place."""
-        self.take(model)
-        self.step, step.results = step, None
-        try:
-            return self.forward(**kwargs)
-        finally:
-            self.step = None
-
-    def run(self, model: PreTrainedModel, step: Step, kwargs: dict[str, Any]) -> Results:
-        """A step's results, in the graph behind the hooks of whatever wraps the head."""
-        output = self.through(model, step, kwargs)
-        results = step.results
-        if results is None:
-            raise ValueError(f"model: expected a forward that calls its head, got none in {described(model)}")
-        nothing = whole_output(output["logits"]).sum()  # of no position: exactly 0
-
-        def behind(x: Tensor) -> Tensor:
-            return x + nothing.to(x.dtype) if x.requires_grad else x
-
-        return Results(
-            loss=None if results.loss is None else behind(results.loss),
-            tensors=None if results.tensors is None else tuple(behind(x) for x in results.tensors),
-            aux_loss=output.get("aux_loss"),
-        )
-
-    def take(self, model: PreTrainedModel) -> nn.Module:
-        """Put our forward in the place of the head's, wherever the head is now; returns the head's module."""
-        found = model.get_output_embeddings()
-        if found is None:
-            raise ValueError(f"model: expected an LM head, got none in {described(model)}")
-        head: nn.Module = innermost(found)
-        before = None if self.head is None else _placed(self.head)
-        if self.head is head and before is not None:
-            return head
-        if self.head is not None and before is not None:
-            setattr(self.head, before, self.head_forward)
-        # accelerate's hook for offloaded weights stands in `forward` and calls what it keeps as `_old_forward`
-        place = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
-        self.head, self.head_forward = head, getattr(head, place)
-        head.__dict__["_rgpb"] = self
-        setattr(head, place, MethodType(forward, head))
-        return head
 
 
-def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A head's, while it is attached; by this name, so that a pickled head has its own again."""
-    attached: Attached = self.__dict__["_rgpb"]
-    assert attached.head_forward is not None
-    if attached.step is None:
-        return attached.head_forward(x, *args, **kwargs)
-    if kwargs:
-        raise ValueError(f"batch: expected nothing that acts on the head itself, got {', '.join(sorted(kwargs))}")
-    return attached.step.inside(self, x, attached.head_forward)
+def through(model: PreTrainedModel, step: Step, call: Callable[[], Any]) -> Any:
+    """What `call` of the model gives, with the step in its head's place."""
+    held = head_forward(model)
+    held.step, step.results = step, None
+    try:
+        return call()
+    finally:
+        held.step = None
 
 
-def _placed(head: nn.Module) -> str | None:
-    """Where our forward stands in a head."""
+def run(model: PreTrainedModel, step: Step, call: Callable[[], Any]) -> Results:
+    """A step's results, in the graph behind the hooks of whatever wraps the head."""
+    output = through(model, step, call)
+    results = step.results
+    if results is None:
+        raise ValueError(f"model: expected a forward that calls its head, got none in {described(model)}")
+    nothing = whole_output(output["logits"]).sum()  # of no position: exactly 0
+
+    def behind(x: Tensor) -> Tensor:
+        return x + nothing.to(x.dtype) if x.requires_grad else x
+
+    return Results(
+        loss=None if results.loss is None else behind(results.loss),
+        tensors=None if results.tensors is None else tuple(behind(x) for x in results.tensors),
+        aux_loss=output.get("aux_loss"),
+    )
+
+
+def head_forward(model: PreTrainedModel) -> HeadForward:
+    """Our forward in the place of the head's, wherever the head is now."""
+    found = model.get_output_embeddings()
+    if found is None:
+        raise ValueError(f"model: expected an LM head, got none in {described(model)}")
+    head: Any = innermost(found)
+    # accelerate's hook for offloaded weights stands in `forward` and calls what it keeps as `_old_forward`
     for place in ("forward", "_old_forward"):
-        if getattr(head.__dict__.get(place), "__func__", None) is forward:
-            return place
-    return None
+        if isinstance(held := head.__dict__.get(place), HeadForward):
+            return held
+    place = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+    held = HeadForward(head, getattr(head, place))
+    setattr(head, place, held)
+    return held
 
 
-def _taking_step(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward that also takes `rgpb=`. Its signature, which Trainer reads, stays."""
+def _taking_step(function: Callable[..., Any], layer: int) -> Callable[..., Any]:
+    """A model's forward that also takes `rgpb=`. Its signature, which Trainer reads, stays.
+
+    layer: where the model keeps the forward that it stands for.
+    """
 
     @functools.wraps(function)
     def forward(self: Any, *args: Any, rgpb: Step | None = None, **kwargs: Any) -> Any:
-        attached: Attached = self.__dict__["_rgpb"]
-        return attached.forward(*args, **kwargs) if rgpb is None else _run(attached, self, rgpb, kwargs)
+        before = self.__dict__["_rgpb_forwards"][layer]
+        return before(*args, **kwargs) if rgpb is None else _run(self, rgpb, functools.partial(before, **kwargs))
 
     forward._rgpb = True  # type: ignore[attr-defined]
     return forward
 
 
 @functools.partial(torch.compiler.disable, recursive=False)  # the model inside is compiled, frame by frame
-def _run(attached: Attached, model: Any, step: Step, kwargs: dict[str, Any]) -> Results:
-    return attached.run(model, step, kwargs)
-
-
-def attached_to(model: PreTrainedModel) -> Attached | None:
-    """What `install` made of a model, if its forward still leads there: accelerate takes wrappers of it off."""
-    method: Any = model.forward
-    while method is not None:
-        function = getattr(method, "__func__", method)
-        if getattr(function, "_rgpb", False):
-            return model.__dict__["_rgpb"]
-        method = getattr(function, "__wrapped__", None)
-    return None
+def _run(model: Any, step: Step, call: Callable[[], Any]) -> Results:
+    return run(model, step, call)
 
 
 def install(model: PreTrainedModel) -> Attached:
     """Let a model's forward take `rgpb=`. One that does stays as it is."""
-    found = attached_to(model)
-    if found is None:
-        found = model.__dict__.setdefault("_rgpb", Attached(model.forward))  # one that was taken off holds the head
-        found.forward = model.forward
-        model.forward = MethodType(_taking_step(getattr(model.forward, "__func__", model.forward)), model)
-    return found
+    attached: Attached = model.__dict__.setdefault("_rgpb", Attached())
+    if not _leads_here(model.forward):  # also where accelerate took wrappers off, and what is below them
+        forwards = model.__dict__.setdefault("_rgpb_forwards", [])
+        forwards.append(model.forward)
+        function = getattr(model.forward, "__func__", model.forward)
+        model.forward = MethodType(_taking_step(function, len(forwards) - 1), model)
+    return attached
+
+
+def _leads_here(method: Any) -> bool:
+    while method is not None:
+        function = getattr(method, "__func__", method)
+        if getattr(function, "_rgpb", False):
+            return True
+        method = getattr(function, "__wrapped__", None)
+    return False

@@ -74,10 +74,13 @@ def check_keys(inputs: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse what no forward on the way to the model's takes: transformers swallows it without a word."""
     known: set[str] = set()
     for at in around(model):
-        parameters = inspect.signature(getattr(type(at), "forward", at.forward)).parameters
-        known |= {name for name in parameters if name not in ("self", "args", "kwargs")}
+        for owner in type(at).__mro__:  # one that hands everything on has its parent's
+            if owner is not nn.Module and (forward := vars(owner).get("forward")) is not None:
+                known |= set(inspect.signature(forward).parameters) - {"self", "args", "kwargs"}
         known |= set(getattr(at, "special_peft_forward_args", ()))
     known |= set(TransformersKwargs.__annotations__)
+    if "logits_to_keep" in inputs:
+        raise ValueError("batch: expected no logits_to_keep, since the labels say what counts; got it")
     unknown = [name for name in inputs if name not in known and name != "use_cache"]
     if unknown:
         near = "".join(suggest(name, known) for name in unknown[:1])
@@ -118,6 +121,17 @@ def check_bounds(cu_seqlens: Tensor, row: Tensor) -> None:
     bounds, total = cu_seqlens.tolist(), row.shape[1]
     if not total or bounds[:1] != [0] or bounds[-1] != total or bounds != sorted(bounds):
         raise ValueError(f"cu_seqlens: expected to rise from 0 to N = {total}, got {bounds}")
+
+
+def bounds_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Bounds of a flattened row [1, N] that says them by the restarts of its positions alone; else None. [B + 1]"""
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or batch.get("attention_mask") is not None:
+        return None
+    starts = positions[0] == 0
+    if len(positions) != 1 or int(starts.sum()) < 2:
+        return None
+    return nn.functional.pad(starts.nonzero().squeeze(1), (0, 1), value=positions.shape[1])
 
 
 def restarting_positions(cu_seqlens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgpb.head import LMHead, declared_scaling, described
-from rgpb.hf.attach import Attached, Results, Step
+from rgpb.hf.attach import Attached, HeadForward, Results, Step, head_forward, run, through
 from rgpb.hf.batches import check_bounds, restarting_positions
 from rgpb.hf.heads import state, view
 from rgpb.hf.sharded import whole_output
@@ -71,9 +72,9 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
         ValueError: no soft-cap and scale explain the logits; or it would have to run a model whose parameters are on
             several ranks.
     """
-    head = attached.take(model)
+    held = head_forward(model)
     declared = declared_scaling(model)
-    key = ("head", *_behaviour(model, attached, head), declared)
+    key = ("head", *_behaviour(model, held), declared)
     if key in attached.passed:
         return attached.passed[key]
     name = described(model)
@@ -90,7 +91,7 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
     with evaluating(model):
         for _ in range(2):
             probe = _Probe(model, gain)
-            own = whole_output(attached.through(model, probe, {**inputs, "use_cache": False})["logits"])
+            own = whole_output(through(model, probe, partial(model._call_impl, **inputs, use_cache=False))["logits"])
             if probe.shard is not None and own.shape[-1] == probe.shard.vocab:
                 own = own[..., probe.shard.start :][..., : probe.linear.shape[-1]]
             if own.shape != probe.linear.shape:
@@ -115,10 +116,13 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
     return attached.passed[key]
 
 
-def _behaviour(model: PreTrainedModel, attached: Attached, head: nn.Module) -> tuple[Any, ...]:
+def _behaviour(model: PreTrainedModel, held: HeadForward) -> tuple[Any, ...]:
     """What the head's logits depend on beside its weights, as something that compares."""
-    own = [type(model).forward, type(head).forward, getattr(attached.head_forward, "__func__", attached.head_forward)]
+    head = held.head
+    own = [type(model).forward, type(head).forward, getattr(held.forward, "__func__", held.forward)]
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    if sharded_by(model) is None:  # where it is, a hook that only looks mustn't end the training
+        hooks += model._forward_hooks.values()
     acting = [f for f in (*own[2:], *hooks) if not str(getattr(f, "__module__", "")).startswith(_NEUTRAL)]
     return (*own[:2], tuple(acting), state(head))
 
@@ -206,7 +210,8 @@ def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
 def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any]) -> Tensor:
     """What the head's weight is multiplied with for these inputs, differentiable. [B, T, H]"""
     step = Step(lambda head, x: Results(tensors=(view(head, model).inputs(x),)))
-    (hidden,) = attached.run(model, step, {**inputs, "use_cache": False}).tensors or ()
+    call = partial(model.__dict__["_rgpb_forwards"][-1], **inputs, use_cache=False)
+    (hidden,) = run(model, step, call).tensors or ()
     return hidden
 
 

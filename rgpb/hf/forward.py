@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
-from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, rows_of, shapes_of
+from rgpb.hf.batches import IGNORE, aligned_targets, bounds_of, check_keys, rows_of, shapes_of
 from rgpb.hf.checks import check_head, check_offloaded, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
@@ -82,7 +82,8 @@ def loss(
         group_size, rewards: K, and [G, K], for the objectives of groups.
         data_group: the ranks that hold other responses of the batch, as for `fused_loss`; "auto" takes those over which
             DDP, FSDP or DeepSpeed around the model averages gradients, so that training is that of one process on all
-            of the batch. None treats each rank's batch as one of its own.
+            of the batch; without gradients none, so that one rank may evaluate by itself. None treats each rank's batch
+            as one of its own.
         options: the objective's own, and those of `fused_loss` (`reduction`, `return_metrics`, `impl`, `engine`, …).
 
     Returns:
@@ -104,7 +105,7 @@ def loss(
     if isinstance(data_group, str):
         if data_group != "auto":
             raise ValueError(f"data_group: expected a process group, None or 'auto', got {data_group!r}")
-        data_group = batch_group(model) if torch.is_grad_enabled() else None
+        data_group = _batch_group(model, options.get("sequence_group")) if torch.is_grad_enabled() else None
     metrics: dict[str, Tensor] | None = None
 
     def run(hidden: Tensor, head: LMHead) -> Results:
@@ -127,6 +128,22 @@ def loss(
     return value if metrics is None else (value, metrics)
 
 
+def _batch_group(model: nn.Module, sequence_group: Any) -> Any:
+    """The ranks that have other responses, of those over which gradients are averaged."""
+    group = batch_group(model)
+    if group is None or sequence_group is None:
+        return group
+    ranks, parts = (set(torch.distributed.get_process_group_ranks(g)) for g in (group, sequence_group))
+    if ranks <= parts:
+        return None
+    if ranks & parts == {torch.distributed.get_rank()}:
+        return group
+    raise ValueError(
+        f"data_group: expected it named with a sequence_group, since gradients are averaged over ranks of both, "
+        f"{sorted(ranks)} with {sorted(parts)}; got 'auto'"
+    )
+
+
 def _reference(model: nn.Module, ref: nn.Module | str, batch: Mapping[str, Any], how: dict[str, Any]) -> TokenScores:
     """Scores of the batch under a reference model, or under the model without its adapters."""
     if isinstance(ref, nn.Module):
@@ -136,8 +153,16 @@ def _reference(model: nn.Module, ref: nn.Module | str, batch: Mapping[str, Any],
     adapted: Any = next((at for at in around(model) if hasattr(at, "disable_adapter")), None)
     if adapted is None:
         raise ValueError(f"ref: expected a PEFT model to go with 'base', got {described(model)}")
-    with evaluating(model), adapted.disable_adapter():
-        return token_scores(model, batch, **how)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with evaluating(model), adapted.disable_adapter():
+            return token_scores(model, batch, **how)
+    finally:  # PEFT lets all active adapters train again, also those that were frozen
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _on(device: torch.device, value: Any) -> Any:
@@ -221,6 +246,8 @@ class _Call:
                 f"input_ids: expected at least one row, got {list(ids.shape)}, which transformers doesn't take; a rank "
                 f"that has nothing gives a row whose labels are all {IGNORE}"
             )
+        if self.cu_seqlens is None:
+            self.cu_seqlens = bounds_of(inputs)
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
         if shifted is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgpb.head import LMHead, described
-from rgpb.hf.attach import install
+from rgpb.hf.attach import head_forward, install
 from rgpb.hf.checks import check_head as _check_head
 from rgpb.hf.checks import head_input, try_packing
 from rgpb.hf.heads import view, without_adapters
@@ -41,7 +41,7 @@ def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
     attached.sync_elsewhere = sync_elsewhere
     _check_head(base, attached)
     if sharded_by(base) is None:
-        with without_adapters(attached.take(base)) as there:  # for ref="base", once something is wrapped around
+        with without_adapters(head_forward(base).head) as there:  # for ref="base", once something is wrapped around
             if there:
                 _check_head(base, attached)
     if not base.config.is_encoder_decoder and sharded_by(base) is None:
@@ -97,7 +97,7 @@ def read_head(model: nn.Module) -> LMHead:
     """
     base = _bare(model)
     attached = install(base)
-    held = view(attached.take(base), base)
+    held = view(head_forward(base).head, base)
     return LMHead(held.weight, held.bias, *_check_head(base, attached))
 
 

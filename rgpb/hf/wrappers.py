@@ -114,28 +114,26 @@ def is_bare_replica(model: nn.Module) -> bool:
 
 
 def batch_group(model: nn.Module) -> Any:
-    """The process group over which what stands around a model averages gradients; None where nothing does.
+    """The process group over which what stands around a model, or in it, averages gradients; None where nothing does.
 
     Raises:
         ValueError: several groups that together aren't all ranks.
     """
-    groups: list[Any] = []
-    for at in around(model):
-        known = classes(at)
-        if "torch.distributed.fsdp.FSDPModule" in known:
-            info = at._get_fsdp_state()._fsdp_param_groups[0].mesh_info  # type: ignore[operator, union-attr]
-            names: tuple[str, ...] = ("shard_process_group", "replicate_process_group")
+    groups: dict[Any, int] = {}
+    for at in (*around(model), *base_of(model).modules()):
+        known, found = classes(at), list[Any]()
+        if FSDP2 in known:
+            for unit in at._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator, union-attr]
+                found += [getattr(unit.mesh_info, f"{name}_process_group", None) for name in ("shard", "replicate")]
         elif any(name in known for name in _INNER):
-            info, names = at, ("process_group", "_inter_node_pg", "data_parallel_group")
-        else:
-            continue
-        groups += [group for name in names if (group := getattr(info, name, None)) is not None]
-    sizes = [torch.distributed.get_world_size(group) for group in groups]
-    if len(groups) < 2 or max(sizes) == 1:
-        return next(iter(groups), None)
-    if math.prod(sizes) == torch.distributed.get_world_size():
+            found = [getattr(at, name, None) for name in ("process_group", "_inter_node_pg", "data_parallel_group")]
+        groups |= {group: torch.distributed.get_world_size(group) for group in found if group is not None}
+    several = {group: size for group, size in groups.items() if size > 1} or groups
+    if len(several) < 2:
+        return next(iter(several), None)
+    if math.prod(several.values()) == torch.distributed.get_world_size():
         return torch.distributed.group.WORLD
     raise ValueError(
-        f"model: expected gradients averaged over one group of ranks, or over all, got groups of {sizes}; name the "
-        "ranks of the batch: data_group="
+        f"model: expected gradients averaged over one group of ranks, or over all, got groups of "
+        f"{list(several.values())}; name the ranks of the batch: data_group="
     )
