@@ -332,7 +332,7 @@ class TestDeaths:
             restarts=14, RGPB_TEST_KILL=",".join(moments),
         )  # fmt: skip
         assert isinstance(ranks(2)(training.run, [self.case(data, tmp_path / "whole", parallel)])[0][0], dict)
-        _, error = process.communicate(timeout=900)
+        _, error = process.communicate(timeout=420)
         assert process.returncode == 0, error
         assert error.count("failed (exitcode: ") >= 10, (
             error
