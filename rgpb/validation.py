@@ -574,7 +574,9 @@ def check_scores(
 
 def _plain(x: Tensor) -> Tensor:
     """Detached; what was made under inference_mode as a copy that autograd may keep."""
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()
+    if not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
+        return x.clone()
+    return x.detach()
 
 
 def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
