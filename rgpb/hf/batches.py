@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rgpb.layout import repeat
 from rgpb.objectives.registry import suggest
 
 IGNORE = -100
+_OTHER = {"self", "args", "kwargs"}
 
 
 def aligned_targets(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -70,13 +72,18 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
+@cache
+def _keywords(kind: type) -> frozenset[str]:
+    """What the forward of a module takes by name; one that hands everything on takes what its parent's does."""
+    forwards = [vars(owner)["forward"] for owner in kind.__mro__ if owner is not nn.Module and "forward" in vars(owner)]
+    return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters) - _OTHER
+
+
 def check_keys(inputs: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse what no forward on the way to the model's takes: transformers swallows it without a word."""
     known: set[str] = set()
     for at in around(model):
-        for owner in type(at).__mro__:  # one that hands everything on has its parent's
-            if owner is not nn.Module and (forward := vars(owner).get("forward")) is not None:
-                known |= set(inspect.signature(forward).parameters) - {"self", "args", "kwargs"}
+        known |= _keywords(type(at))  # type: ignore[arg-type]
         known |= set(getattr(at, "special_peft_forward_args", ()))
     known |= set(TransformersKwargs.__annotations__)
     if "logits_to_keep" in inputs:

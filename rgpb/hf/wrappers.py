@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,9 +28,14 @@ _SYNCHRONISED = {name for name in _INNER if name.endswith(("DistributedDataParal
 _PARTS = "torch.nn.parallel.data_parallel.DataParallel"
 
 
-def classes(module: object) -> set[str]:
+def classes(module: object) -> frozenset[str]:
     """Names of a module's class and of those above it, so that nothing has to be imported to know it."""
-    return {f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+    return _names(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _names(kind: type) -> frozenset[str]:
+    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
 
 
 def inner(module: nn.Module) -> nn.Module | None:
