@@ -73,6 +73,16 @@ def test_mixed_precision_loses_no_more_than_the_models_own_logits(ranks, how, ob
     assert loss <= 2 * dense_loss + 2**-8  # a rounding of the hidden states
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("objective", ["dpo", "mc_po", "kto"])
+def test_responses_cut_into_parts_are_one_process(ranks, objective, reduction):
+    right = wrapped.in_one(objective, reduction)
+    for found in ranks(2)(wrapped.by_parts, objective, reduction):
+        assert found.loss == pytest.approx(right.loss, rel=EXACT)
+        for name, gradient in right.gradients.items():
+            assert (found.gradients[name] - gradient).norm() <= 2 * EXACT * gradient.norm(), name
+
+
 def test_a_wrong_gradient_is_noticed(ranks):
     """Replicas that nothing keeps together: each has the gradient of its own data."""
     run = Run("bare", steps=1)

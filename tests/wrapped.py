@@ -40,6 +40,8 @@ FSDP = {
     "fsdp2_norm": "FSDP2, and one for last norm and head",
     "fsdp2_head": "FSDP2, and one for the head",
     "fsdp2_tied": "FSDP2, a unit for each layer, tied head",
+    "fsdp2_roots": "FSDP2, body and head apart, and nothing around them",
+    "fsdp2_empty": "FSDP2, all in units below the model's own",
 }
 ZERO = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 # `lopsided`: all ranks but the first have one unit. `empty`: the last rank has no token. `accumulated`: two
@@ -143,7 +145,7 @@ def micro_batches(run: Run) -> list[dict[str, Tensor]]:
     return [share(batch, slice(first, first + size)) for first in range(rank * each, (rank + 1) * each, size)]
 
 
-def loss_of(model: Any, batch: dict[str, Tensor], run: Run) -> Any:
+def loss_of(model: Any, batch: dict[str, Tensor], run: Run, **more: Any) -> Any:
     named = OBJECTIVES[run.objective]
     options = {k: v for k, v in named.items() if k not in ("objective", "unit")}
     batch = dict(batch)
@@ -157,7 +159,7 @@ def loss_of(model: Any, batch: dict[str, Tensor], run: Run) -> Any:
     if named["objective"] == "mc_po":
         options["group_size"] = unit
     if not run.dense:
-        return hf.loss(model, batch, named["objective"], **options)
+        return hf.loss(model, batch, named["objective"], **options, **more)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     # with the logits as hidden states and nothing as head: a dense log-softmax in float32
     target = hf.aligned_targets(batch["labels"])
@@ -191,7 +193,9 @@ def wrap(run: Run, model: Any) -> Any:
 
 
 def fsdp2(model: Any, how: str, bf16: bool) -> Any:
-    """`fsdp2`: one unit; `_layers`: one for each layer; `_norm`: and the last norm with the head; `_head`: the head."""
+    """`fsdp2`: one unit; `_layers`: one for each layer; `_norm`: and the last norm with the head; `_head`: the head;
+    `_roots`: and the body, with nothing around them; `_empty`: all that has parameters, and the model's own has none.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -203,8 +207,14 @@ def fsdp2(model: Any, how: str, bf16: bool) -> Any:
                 shard(module)
     if how == "fsdp2_norm":
         shard([model.model.norm, model.lm_head])
-    if how == "fsdp2_head":
+    if how in ("fsdp2_head", "fsdp2_roots", "fsdp2_empty"):
         shard(model.lm_head)
+    if how == "fsdp2_empty":
+        shard(model.model.embed_tokens)
+        shard(model.model.norm)
+    if how == "fsdp2_roots":
+        shard(model.model)
+        return model
     return shard(model)
 
 
@@ -243,6 +253,32 @@ def names_of(model: nn.Module) -> Any:
             name = name.replace(part, "")
         if parameter.requires_grad:
             yield name, parameter
+
+
+def by_parts(objective: str, reduction: str) -> Trained:
+    """One step in DDP: all ranks run the model on the same responses, and each scores other tokens of them."""
+    run = Run("ddp", objective)
+    model: Any = model_of()
+    wrapped = wrap(run, hf.attach(model))
+    batch = share(batch_of(OBJECTIVES[objective]["unit"]), slice(0, UNITS))
+    labels = batch.pop("labels")
+    target = hf.aligned_targets(labels)
+    positions = torch.arange(target.shape[1])
+    middle = target.shape[1] // 2 + 1
+    own = positions < middle if dist.get_rank() == 0 else positions >= middle
+    batch["shift_labels"] = target.masked_fill(~own, IGNORE)
+    loss = loss_of(wrapped, batch, run, sequence_group=dist.group.WORLD, reduction=reduction)
+    loss.backward()
+    return Trained(loss.item(), tensors_of(model, wrapped, gradients=True), {})
+
+
+def in_one(objective: str, reduction: str) -> Trained:
+    """The same step in one process."""
+    run, model = Run(None, objective), model_of()
+    batch = share(batch_of(OBJECTIVES[objective]["unit"]), slice(0, UNITS))
+    loss = loss_of(model, batch, run, reduction=reduction)
+    loss.backward()
+    return Trained(loss.item(), tensors_of(model, model, gradients=True), {})
 
 
 def tensors_of(model: Any, wrapped: Any, gradients: bool) -> dict[str, Tensor]:
@@ -330,8 +366,10 @@ def unsynchronised(wrapped: Any, run: Run, last: bool) -> Any:
     """What a user puts around all micro-batches but the last, so that gradients are reduced once."""
     if run.data != "accumulated" or run.how in ZERO:
         return nullcontext()
-    if hasattr(wrapped, "set_requires_gradient_sync"):
-        wrapped.set_requires_gradient_sync(last)
+    if run.how in FSDP and run.how != "fsdp1":
+        for module in (wrapped, *wrapped.children()):  # the roots are among these
+            if hasattr(module, "set_requires_gradient_sync"):
+                module.set_requires_gradient_sync(last)
         return nullcontext()
     return nullcontext() if last else wrapped.no_sync()
 

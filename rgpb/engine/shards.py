@@ -43,10 +43,7 @@ def scored(hidden: Tensor, head: LMHead, target: Tensor, call: Call, entropy_gra
 
 
 def _of_shards(tensors: Tensors, call: Call, entropy_grad: bool, shard: VocabShard) -> Scored:
-    hidden, weight, target = tensors.hidden, tensors.weight, tensors.target
-    assert hidden is not None
-    assert weight is not None
-    assert target is not None
+    hidden, weight, target = tensors.need("hidden", "weight", "target")
     kept = Kept(target, call.ignore_index)
     check_rows(hidden, target, shard.vocab, call.ignore_index, kept)
     target = target if kept.index is None else target[kept.index]

@@ -30,7 +30,7 @@ from rgpb.engine.stored import rows_of
 from rgpb.head import FLOATS, HeadWeight, described
 from rgpb.hf.quantised import quantised
 from rgpb.hf.sharded import gathered, vocab_shard, whole_input
-from rgpb.hf.wrappers import inner
+from rgpb.hf.wrappers import innermost
 from rgpb.parallel import VocabShard
 
 _LORA = {f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear8bitLt", "bnb.Linear4bit")}
@@ -123,8 +123,7 @@ def without_adapters(head: nn.Module) -> Iterator[bool]:
 
 
 def _read(head: Any, model: PreTrainedModel) -> HeadView:
-    while (wrapped := inner(head)) is not None:
-        head = wrapped
+    head = innermost(head)
     # what computes the logits: FSDP gives a module a class of its own below, with the same forward
     by = next(cls for cls in type(head).__mro__ if "forward" in vars(cls))
     name = f"{by.__module__}.{by.__qualname__}"
