@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from rgpb.objectives.registry import suggest
 
 IGNORE = -100
 _OTHER = {"self", "args", "kwargs"}
+_KEYWORDS: dict[type, frozenset[str]] = {}  # torch.compile warns of functools.cache
 
 
 def aligned_targets(labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -72,18 +72,21 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
-@cache
-def _keywords(kind: type) -> frozenset[str]:
+def _keywords(module: nn.Module) -> frozenset[str]:
     """What the forward of a module takes by name; one that hands everything on takes what its parent's does."""
-    forwards = [vars(owner)["forward"] for owner in kind.__mro__ if owner is not nn.Module and "forward" in vars(owner)]
-    return frozenset(name for forward in forwards for name in inspect.signature(forward).parameters) - _OTHER
+    kind = type(module)
+    if kind not in _KEYWORDS:
+        owners = [vars(owner) for owner in kind.__mro__ if owner is not nn.Module]
+        forwards = [own["forward"] for own in owners if "forward" in own]
+        _KEYWORDS[kind] = frozenset(name for f in forwards for name in inspect.signature(f).parameters) - _OTHER
+    return _KEYWORDS[kind]
 
 
 def check_keys(inputs: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse what no forward on the way to the model's takes: transformers swallows it without a word."""
     known: set[str] = set()
     for at in around(model):
-        known |= _keywords(type(at))  # type: ignore[arg-type]
+        known |= _keywords(at)
         known |= set(getattr(at, "special_peft_forward_args", ()))
     known |= set(TransformersKwargs.__annotations__)
     if "logits_to_keep" in inputs:

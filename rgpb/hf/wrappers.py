@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,16 +25,15 @@ _INNER = {
 }
 _SYNCHRONISED = {name for name in _INNER if name.endswith(("DistributedDataParallel", "DeepSpeedEngine"))}
 _PARTS = "torch.nn.parallel.data_parallel.DataParallel"
+_CLASSES: dict[type, frozenset[str]] = {}  # torch.compile warns of functools.cache
 
 
 def classes(module: object) -> frozenset[str]:
     """Names of a module's class and of those above it, so that nothing has to be imported to know it."""
-    return _names(type(module))  # type: ignore[arg-type]
-
-
-@cache
-def _names(kind: type) -> frozenset[str]:
-    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    kind = type(module)
+    if kind not in _CLASSES:
+        _CLASSES[kind] = frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return _CLASSES[kind]
 
 
 def inner(module: nn.Module) -> nn.Module | None:
