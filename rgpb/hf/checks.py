@@ -16,7 +16,7 @@ from rgpb.hf.attach import Attached, HeadForward, Results, Step, head_forward, r
 from rgpb.hf.batches import check_bounds, restarting_positions
 from rgpb.hf.heads import state, view
 from rgpb.hf.sharded import whole_output
-from rgpb.hf.wrappers import sharded_by
+from rgpb.hf.wrappers import parts, sharded_by
 from rgpb.parallel import VocabShard
 
 _LOUD = 50.0  # the size that logits are raised to, so that any soft-cap in use bends them visibly
@@ -217,8 +217,9 @@ def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any
 
 def check_offloaded(model: PreTrainedModel) -> None:
     """Refuse to train parameters that accelerate offloads: it moves copies in, and their gradients reach nothing."""
-    away = [key for key, parameter in model.named_parameters() if parameter.is_meta and parameter.requires_grad]
-    if away and torch.is_grad_enabled():
+    held = [parameter for module in parts(model) for parameter in module._parameters.values() if parameter is not None]
+    if torch.is_grad_enabled() and any(parameter.is_meta and parameter.requires_grad for parameter in held):
+        away = [key for key, parameter in model.named_parameters() if parameter.is_meta and parameter.requires_grad]
         raise ValueError(
             f"model: expected what is trained of {described(model)} on a device, got {away[0]} and {len(away) - 1} "
             "others that accelerate offloads, where no gradient reaches them; freeze them (requires_grad_(False)), "

@@ -15,6 +15,7 @@ from rgpb.head import described
 
 _FSDP1 = "fully_sharded_data_parallel.FullyShardedDataParallel"
 FSDP2 = "torch.distributed.fsdp.FSDPModule"
+_FSDP = {FSDP2, f"torch.distributed.fsdp.{_FSDP1}"}
 # Where a wrapper keeps what it wraps, by the wrapper's class
 _INNER = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -34,6 +35,14 @@ def classes(module: object) -> frozenset[str]:
     if kind not in _CLASSES:
         _CLASSES[kind] = frozenset(f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
     return _CLASSES[kind]
+
+
+def parts(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and every module in it, in half the time of `modules()`; one in two places comes twice."""
+    left = [model]
+    while left:
+        yield (at := left.pop())
+        left += [module for module in at._modules.values() if module is not None]
 
 
 def inner(module: nn.Module) -> nn.Module | None:
@@ -80,9 +89,11 @@ def base_of(model: nn.Module, argument: str = "model") -> PreTrainedModel:
 
 def sharded_by(model: nn.Module) -> str | None:
     """What holds parts of the parameters on other ranks between forwards: "FSDP", "ZeRO-3", or None."""
-    if any({FSDP2, f"torch.distributed.fsdp.{_FSDP1}"} & classes(module) for module in model.modules()):
+    found = list(parts(model))
+    if any(not _FSDP.isdisjoint(classes(module)) for module in found):
         return "FSDP"
-    return "ZeRO-3" if any(hasattr(parameter, "ds_id") for parameter in model.parameters()) else None
+    zero3 = any(hasattr(parameter, "ds_id") for module in found for parameter in module._parameters.values())
+    return "ZeRO-3" if zero3 else None
 
 
 @contextmanager
@@ -95,7 +106,7 @@ def resharding(model: nn.Module) -> Iterator[None]:
     yield
     if torch.is_grad_enabled():
         return
-    for module in model.modules():
+    for module in parts(model):
         known: Any = module
         if FSDP2 in classes(module):
             known.reshard()
@@ -124,6 +135,8 @@ def batch_group(model: nn.Module) -> Any:
         ValueError: several groups that together aren't all ranks.
     """
     groups: dict[Any, int] = {}
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
     for at in (*around(model), *base_of(model).modules()):
         known, found = classes(at), list[Any]()
         if FSDP2 in known:
