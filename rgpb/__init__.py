@@ -1,6 +1,7 @@
 """rgpb: fused losses that reward good and penalise bad examples, from hidden states and the LM head to the
 gradients."""
 
+from rgpb.engine.workspace import Workspace
 from rgpb.fused import FusedLoss, coefficients, fused_loss
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, pairs
@@ -11,7 +12,6 @@ from rgpb.parallel import VocabShard
 __version__ = "0.1.0"
 
 __all__ = [
-    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "VocabShard", "coefficients",
-    "fused_loss",
-    "linear_logprob", "objective", "pairs",
+    "OBJECTIVES", "FusedLoss", "LMHead", "Layout", "Responses", "TokenScores", "VocabShard", "Workspace",
+    "coefficients", "fused_loss", "linear_logprob", "objective", "pairs",
 ]  # fmt: skip

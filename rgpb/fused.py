@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from rgpb.engine.call import Tensors
-from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.engine.shards import scored as scored_by
 from rgpb.engine.skipping import Skipped
 from rgpb.engine.sweeps import loss as single_pass
+from rgpb.engine.workspace import Workspace
 from rgpb.head import LMHead
 from rgpb.layout import Layout, Responses, TokenScores, repeat, token_scores
 from rgpb.logprob import linear_logprob
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # what changes how a loss is computed, not what
-HOW = ("impl", "engine", "path", "grad_tolerance", "sort_vocab", "workspace")
+HOW = ("impl", "engine", "path", "grad_tolerance", "tolerance_per", "sort_vocab", "workspace")
 
 
 def fused_loss(
@@ -78,8 +78,9 @@ def fused_loss(
     engine: str | None = None,
     path: str = "auto",
     grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False,
-    workspace: int = DEFAULT_WORKSPACE,
+    tolerance_per: str = "response",
+    sort_vocab: bool | None = None,
+    workspace: int | Workspace | None = None,
     **options: Any,
 ) -> Any:
     """Any objective over the token scores, with gradients for hidden, weight and bias.
@@ -122,10 +123,16 @@ def fused_loss(
         impl: the kernel set; "auto" takes what is predicted to be fastest. See `linear_logprob`.
         engine: deprecated, see `linear_logprob`.
         path: "auto", or the one path that is wanted, for tests and benchmarks; see `linear_logprob`.
-        grad_tolerance, sort_vocab: let the weight's gradient leave out what is provably small; see `linear_logprob`.
-            The metrics `skipped/bound`, in the shape of `target`, and `skipped/share` are NaN until the backward has
-            run (`rgpb.engine.skipping.Skipped`), and 0 where dW isn't asked for.
-        workspace: bytes held at most beyond inputs and gradients; default 512 MiB.
+        grad_tolerance: let the gradients leave out what is provably small: of each row of ∂L/∂logits, in the L1 norm,
+            at most this share of the largest coefficient in the same response; "auto": as much as one rounding of the
+            gradients' dtype hides. Default None: nothing is left out. Where coefficients aren't known in the forward
+            (two passes, `rgpb.engine.plan`) it is of the row's own coefficient. The metrics `skipped/bound`, in the
+            shape of `target`, and `skipped/share` say what was left out (`rgpb.engine.skipping.Skipped`).
+        tolerance_per: "response", or "row": of the row's own coefficient always, which is stricter.
+        sort_vocab: with `grad_tolerance`, take the vocabulary in an estimated order by which more is left out. Default
+            None: where a `Workspace` keeps the order between calls.
+        workspace: bytes held at most beyond inputs and gradients, default 512 MiB; or a `Workspace`, whose memory is
+            kept between calls.
         **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 
     Returns:
@@ -137,7 +144,7 @@ def fused_loss(
             `cu_seqlens` that don't fit, a group that isn't this rank's, an unknown objective, option or reduction.
     """
     given, head = head, check_inputs(hidden, head, target, temperature)
-    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
+    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, tolerance_per)
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
@@ -169,7 +176,7 @@ def fused_loss(
     report = hidden.new_empty(0)
     if call.path == "single":
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
-        value, statistics = made.loss, made[1:4]
+        value, statistics, report = made.loss, made[1:4], made.report
     else:
         found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report
@@ -188,7 +195,7 @@ def fused_loss(
     with torch.no_grad():
         measured = metrics(responses, spec, options)
     if grad_tolerance is not None:
-        # without a second sweep for dW nothing is left out
+        # nothing is left out where no gradient is asked for
         skipped = Skipped.read(report if len(report) else hidden.new_zeros(target.numel() + 1).float())
         measured |= {"skipped/bound": skipped.bound.view(target.shape), "skipped/share": skipped.share}
     return value, measured

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 import torch
 from torch import Tensor, nn
+from rgpb.engine.workspace import Workspace
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores
 from rgpb.validation import Reference as Reference
@@ -23,8 +24,8 @@ def fused_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912, **options: Any
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
 ) -> Tensor: ...
 @overload
 def fused_loss(
@@ -34,8 +35,8 @@ def fused_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912, **options: Any
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def fused_loss(
@@ -45,8 +46,8 @@ def fused_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912, **options: Any
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 def coefficients(
@@ -73,8 +74,8 @@ def mle_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def mle_loss(
@@ -82,8 +83,8 @@ def mle_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mle_loss(
@@ -91,8 +92,8 @@ def mle_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -101,8 +102,8 @@ def bnf_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def bnf_loss(
@@ -110,8 +111,8 @@ def bnf_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bnf_loss(
@@ -119,8 +120,8 @@ def bnf_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -130,7 +131,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def bco_loss(
@@ -139,7 +140,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bco_loss(
@@ -148,7 +149,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -158,8 +159,8 @@ def kto_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def kto_loss(
@@ -168,8 +169,8 @@ def kto_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def kto_loss(
@@ -178,8 +179,8 @@ def kto_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -188,8 +189,8 @@ def nll_pll_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nll_pll_loss(
@@ -197,8 +198,8 @@ def nll_pll_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nll_pll_loss(
@@ -206,8 +207,8 @@ def nll_pll_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -216,7 +217,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def unlikelihood_loss(
@@ -224,7 +225,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def unlikelihood_loss(
@@ -232,7 +233,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -241,8 +242,8 @@ def exmate_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def exmate_loss(
@@ -250,8 +251,8 @@ def exmate_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exmate_loss(
@@ -259,8 +260,8 @@ def exmate_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -269,8 +270,8 @@ def dpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def dpo_loss(
@@ -278,8 +279,8 @@ def dpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def dpo_loss(
@@ -287,8 +288,8 @@ def dpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -297,8 +298,8 @@ def ipo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def ipo_loss(
@@ -306,8 +307,8 @@ def ipo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def ipo_loss(
@@ -315,8 +316,8 @@ def ipo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -325,8 +326,8 @@ def simpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def simpo_loss(
@@ -334,8 +335,8 @@ def simpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def simpo_loss(
@@ -343,8 +344,8 @@ def simpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -353,8 +354,8 @@ def sequence_unlikelihood_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -362,8 +363,8 @@ def sequence_unlikelihood_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -371,8 +372,8 @@ def sequence_unlikelihood_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -381,8 +382,8 @@ def slic_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def slic_loss(
@@ -390,8 +391,8 @@ def slic_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def slic_loss(
@@ -399,8 +400,8 @@ def slic_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -410,7 +411,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def cpo_loss(
@@ -419,7 +420,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def cpo_loss(
@@ -428,7 +429,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -437,7 +438,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def orpo_loss(
@@ -445,7 +446,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def orpo_loss(
@@ -453,7 +454,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -462,8 +463,8 @@ def rdpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rdpo_loss(
@@ -471,8 +472,8 @@ def rdpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rdpo_loss(
@@ -480,8 +481,8 @@ def rdpo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -490,8 +491,8 @@ def rpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rpo_loss(
@@ -499,8 +500,8 @@ def rpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rpo_loss(
@@ -508,8 +509,8 @@ def rpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -518,8 +519,8 @@ def exo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def exo_loss(
@@ -527,8 +528,8 @@ def exo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exo_loss(
@@ -536,8 +537,8 @@ def exo_loss(
     ref: Reference, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -546,8 +547,8 @@ def sppo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def sppo_loss(
@@ -555,8 +556,8 @@ def sppo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sppo_loss(
@@ -564,8 +565,8 @@ def sppo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -574,8 +575,8 @@ def nca_pair_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nca_pair_loss(
@@ -583,8 +584,8 @@ def nca_pair_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_pair_loss(
@@ -592,8 +593,8 @@ def nca_pair_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -602,8 +603,8 @@ def apo_zero_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def apo_zero_loss(
@@ -611,8 +612,8 @@ def apo_zero_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_zero_loss(
@@ -620,8 +621,8 @@ def apo_zero_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -630,8 +631,8 @@ def apo_down_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def apo_down_loss(
@@ -639,8 +640,8 @@ def apo_down_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_down_loss(
@@ -648,8 +649,8 @@ def apo_down_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -659,7 +660,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def infonca_loss(
@@ -668,7 +669,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def infonca_loss(
@@ -677,7 +678,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -687,7 +688,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nca_loss(
@@ -696,7 +697,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_loss(
@@ -705,7 +706,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False, workspace: int = 536870912,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -715,8 +716,8 @@ def swepo_loss(
     rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def swepo_loss(
@@ -725,8 +726,8 @@ def swepo_loss(
     rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def swepo_loss(
@@ -735,8 +736,8 @@ def swepo_loss(
     rewards: Tensor, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -745,8 +746,8 @@ def rnce_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rnce_loss(
@@ -754,8 +755,8 @@ def rnce_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rnce_loss(
@@ -763,8 +764,8 @@ def rnce_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -774,8 +775,8 @@ def mc_po_loss(
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def mc_po_loss(
@@ -784,8 +785,8 @@ def mc_po_loss(
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mc_po_loss(
@@ -794,8 +795,8 @@ def mc_po_loss(
     ref: Reference, group_size: int, cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -805,8 +806,8 @@ def multi_dpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def multi_dpo_loss(
@@ -815,8 +816,8 @@ def multi_dpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def multi_dpo_loss(
@@ -825,6 +826,6 @@ def multi_dpo_loss(
     cu_seqlens: Tensor | None = None, data_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
-    path: str = "auto", grad_tolerance: float | str | None = None, sort_vocab: bool = False,
-    workspace: int = 536870912,
+    path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
+    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...

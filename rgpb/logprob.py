@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.engine.shards import scored
+from rgpb.engine.workspace import Workspace
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores, token_scores
 from rgpb.validation import check_how, check_ignore_index, check_inputs, make_call
@@ -29,8 +29,8 @@ def linear_logprob(
     engine: str | None = None,
     path: str = "auto",
     grad_tolerance: float | str | None = None,
-    sort_vocab: bool = False,
-    workspace: int = DEFAULT_WORKSPACE,
+    sort_vocab: bool | None = None,
+    workspace: int | Workspace | None = None,
 ) -> TokenScores:
     """Score each target token under softmax(head(hidden) / temperature), without the logits.
 
@@ -54,13 +54,15 @@ def linear_logprob(
         engine: deprecated. "tiled" is impl="tiled" now, "chunked" any other.
         path: "auto" (default), or the one path that is wanted, for tests and benchmarks: "forward", "single", "frozen"
             or "two_pass" (`rgpb.engine.plan`). One that can't serve the call is refused.
-        grad_tolerance: lets the weight's gradient leave out what is provably small: of ∂L/∂logits at most this share of
-            the batch's largest coefficient, in the L1 norm of each row. "auto": one rounding unit of the weight's
-            dtype. Default None: nothing is left out. The gradient of `hidden` stays whole. See `rgpb.engine.skipping`.
-        sort_vocab: with `grad_tolerance`, order the vocabulary by its estimated mass first, so that what can be left
-            out lies together.
+        grad_tolerance: lets the gradients leave out what is provably small: of each row of ∂L/∂logits at most this
+            share, in the L1 norm, of the row's own coefficient. "auto": as much as one rounding of the gradients' dtype
+            hides. Default None: nothing is left out. See `rgpb.engine.skipping`.
+        sort_vocab: with `grad_tolerance`, take the vocabulary in an estimated order, by which tokens that are probable
+            together lie together, so that more is left out. Default None: where a `Workspace` keeps the order between
+            calls.
         workspace: bytes held at most beyond inputs, gradients and a few numbers per token (with `grad_tolerance` also a
-            number per 1024 entries of the vocabulary, with `sort_vocab` a few per entry); default 512 MiB.
+            byte per 256 entries of the vocabulary, on a GPU per 1024, with `sort_vocab` a few per entry), default 512
+            MiB; or a `Workspace`, whose memory is kept between calls.
 
     Returns:
         TokenScores of float32 (float64) tensors in the shape of `target`.

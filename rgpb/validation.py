@@ -25,7 +25,20 @@ from torch.autograd import forward_ad
 
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
-from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, Plan, Sizes, chunks, of_impl, plan, sizes
+from rgpb.engine.plan import (
+    DEFAULT_WORKSPACE,
+    PATHS,
+    SHARDED,
+    SPLIT,
+    Plan,
+    Sizes,
+    chunks,
+    mass_tile,
+    of_impl,
+    plan,
+    sizes,
+)
+from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
@@ -55,11 +68,13 @@ class How(NamedTuple):
     grad_tolerance: float | str | None = None
     sort_vocab: bool = False
     workspace: int = DEFAULT_WORKSPACE
+    kept: int = 0
+    by_row: bool = False
 
 
 def check_how(
     device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
-    sort_vocab: bool, workspace: int,
+    sort_vocab: bool | None, workspace: int | Workspace | None, tolerance_per: str = "row",
 ) -> How:  # fmt: skip
     """`How` on a device, with the old `engine` translated.
 
@@ -71,14 +86,12 @@ def check_how(
             raise ValueError(f"{name}: expected one of {known}, got {given!r}")
     if engine is not None:
         impl = _without_engine(device, impl, engine)
-    check_workspace(workspace)
-    return How(impl, path, grad_tolerance, sort_vocab, workspace)
-
-
-def check_workspace(workspace: int) -> None:
-    """Refuse what isn't a number of bytes."""
-    if not isinstance(workspace, int) or workspace <= 0:
-        raise ValueError(f"workspace: expected a positive whole number of bytes, got {workspace}")
+    if tolerance_per not in ("response", "row"):
+        raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
+    size, kept = settled(workspace)
+    if sort_vocab is None:  # an order that is estimated once is worth it
+        sort_vocab = bool(kept) and grad_tolerance is not None
+    return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row")
 
 
 def _without_engine(device: torch.device, impl: str, engine: str) -> str:
@@ -135,7 +148,7 @@ def check_tolerance(grad_tolerance: object, sort_vocab: bool, entropy_grad: bool
         ValueError: not a number ≥ 0 or "auto"; with a gradient of the entropy; `sort_vocab` without it.
     """
     if not isinstance(sort_vocab, bool):
-        raise ValueError(f"sort_vocab: expected True or False, got {sort_vocab!r}")
+        raise ValueError(f"sort_vocab: expected True, False or None, got {sort_vocab!r}")
     if grad_tolerance is None:
         if sort_vocab:
             raise ValueError("sort_vocab: expected False without grad_tolerance, since nothing is skipped; got True")
@@ -210,7 +223,7 @@ def plan_call(
         path=how.path,
         workspace=how.workspace,
     )
-    shape = of_impl(shape.gathered() if how.sort_vocab else shape, made.impl)
+    shape = of_impl(shape.skipping(how.sort_vocab) if how.grad_tolerance is not None else shape, made.impl)
     return made, shape
 
 
@@ -246,7 +259,7 @@ def make_call(
         hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
         unit_tokens=unit_tokens, split=split,
     )  # fmt: skip
-    single, skip = made.path == "single", tolerance is not None and made.path == "two_pass"
+    single, skip = made.path == "single", tolerance is not None and made.path != "forward"
     grad, bias, weight = torch.is_grad_enabled(), head.bias, head.weight
     parts = weight if isinstance(weight, HeadWeight) else HeadWeight(weight)
     how_stored = parts.quantised
@@ -263,6 +276,9 @@ def make_call(
         entropy=entropy,
         accumulate=not single and grad and hidden.requires_grad and not entropy_grad,
         tolerance=tolerance if skip else None,
+        tile=mass_tile(hidden.device.type) if skip else 0,
+        by_row=how.by_row,
+        kept=how.kept,
         sort_vocab=how.sort_vocab and skip,
         objective=spec.name if single and spec is not None else "",
         options=tuple((name, options[name]) for name in sorted(options)) if single else (),

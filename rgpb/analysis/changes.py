@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rgpb.analysis.numbers import IGNORE, SLICE, by_step, flattened, logits_of, result_dtype, shown
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.workspace import check_size
 from rgpb.head import LMHead
 from rgpb.layout import TokenScores
-from rgpb.validation import check_inputs, check_workspace, make_layout
+from rgpb.validation import check_inputs, make_layout
 
 
 def gini(values: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def _slice(head: LMHead, part: slice) -> LMHead:
 def _checked(hidden: Tensor, head: Tensor | LMHead, target: Tensor, workspace: int, side: str) -> LMHead:
     """`check_inputs`, whose messages name the arguments of that side."""
     try:
-        check_workspace(workspace)
+        check_size(workspace)
         return check_inputs(hidden, head, target)
     except ValueError as error:
         text = re.sub(r"\b(hidden|head)\b", rf"\1_{side}", str(error))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.workspace import check_size
 from rgpb.head import LMHead, as_head
 from rgpb.layout import Layout, Responses, TokenScores, pairs
 from rgpb.objectives import Objective
-from rgpb.validation import check_groups, check_inputs, check_workspace, make_layout
+from rgpb.validation import check_groups, check_inputs, make_layout
 
 IGNORE = -100
 SLICE = 1 << 14  # vocabulary entries whose weights are converted, or logits summed, at once
@@ -167,7 +168,7 @@ def gradient_difference(
     Raises:
         ValueError: shapes, dtypes or targets that don't fit, an odd number of responses, or order < 1.
     """
-    check_workspace(workspace)
+    check_size(workspace)
     head = check_inputs(hidden, head, target)
     if not order >= 1:
         raise ValueError(f"order: expected at least 1, got {order}")

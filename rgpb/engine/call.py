@@ -32,11 +32,14 @@ class Call(NamedTuple):
         path: of `plan.PATHS`, settled.
         chunks: what the loops hold at a time.
         workspace: bytes.
+        kept: key of a `Workspace` to keep them in, or 0.
         operands: dtype of the products' operands, by name ("bfloat16").
         ignore_index, softcap, scale: as the public functions have them.
         entropy: whether H_o is asked for.
         accumulate: whether the forward makes O = Q W − w_y, which becomes the gradient of hidden.
         tolerance: of skipping, or None.
+        tile: with a tolerance, columns whose softmax mass is kept together.
+        by_row: whether the tolerance is relative to each row's own coefficient, also where its response is known.
         sort_vocab: whether the vocabulary is put in order for that.
         objective: its registered name, for a single pass; else "".
         options: its options, names and literals.
@@ -59,6 +62,9 @@ class Call(NamedTuple):
     entropy: bool = False
     accumulate: bool = False
     tolerance: float | None = None
+    tile: int = 0
+    by_row: bool = False
+    kept: int = 0
     sort_vocab: bool = False
     objective: str = ""
     options: tuple[tuple[str, Any], ...] = ()
@@ -129,7 +135,7 @@ class Tensors(NamedTuple):
         ref_sums: float64 [B].
         z_y, lse_other, h_o: statistics, [P].
         g_zy, g_lo, g_ho: their upstream gradients, [P].
-        masses, order: of skipping (`sweeps.Scored`).
+        active, left_out, order: of skipping (`sweeps.Scored`).
         more: [V, r], columns beside the weight's.
         scales, zeros: of a stored weight.
     """
@@ -150,7 +156,8 @@ class Tensors(NamedTuple):
     g_zy: Tensor | None = None
     g_lo: Tensor | None = None
     g_ho: Tensor | None = None
-    masses: Tensor | None = None
+    active: Tensor | None = None
+    left_out: Tensor | None = None
     order: Tensor | None = None
     more: Tensor | None = None
     scales: Tensor | None = None

@@ -39,26 +39,30 @@ class Coefficients:
         self.total = target.new_zeros((), dtype=torch.float64)
         self.acc_dtype = acc_dtype(call.weight_dtype(weight))
 
-    def chunks(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream] | TokenTerms]]:
-        """Rows of at most `rows`, or of one unit, with what turns their statistics into coefficients, or the loss
-        itself where the kernel set has it."""
+    def chunks(
+        self, kept: Kept, rows: int
+    ) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream] | TokenTerms]]:
+        """Rows of at most `rows`, or of one unit, how many of them are of one response, and what turns their statistics
+        into coefficients, or, where the kernel set has it and nothing is skipped, the loss itself."""
         if self.spec.couples != "token":
             yield from self._units(kept, rows)
             return
         own = None
         if self.spec.terms is not None:
             own = self.spec.terms(self.count, self.t.label, **self.options)
-        in_kernel = own if own is not None and own[0] in kernel_set(self.call.impl).token_losses else None
+        known = kernel_set(self.call.impl).token_losses if self.call.tolerance is None else ()
+        in_kernel = own if own is not None and own[0] in known else None
         ends = self.count.cumsum(0)
         for chunk in even_spans(kept.count, rows):
             inside = ends.clamp(chunk.start, chunk.stop) - (ends - self.count).clamp(chunk.start, chunk.stop)
             positions = kept.rows((chunk.start, chunk.stop))
             if in_kernel is not None:
-                yield positions, self._terms(in_kernel, positions, inside, chunk.stop - chunk.start)
+                yield positions, inside, self._terms(in_kernel, positions, inside, chunk.stop - chunk.start)
             else:
-                yield positions, self._of(positions, Layout(len(self.count), inside, self.count, None), slice(None))
+                whole = Layout(len(self.count), inside, self.count, None)
+                yield positions, inside, self._of(positions, whole, slice(None))
 
-    def _units(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Callable[[Statistics], Upstream]]]:
+    def _units(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream]]]:
         """Whole pairs or groups."""
         counts = self.count.tolist()
         end = [0, *accumulate(counts)]
@@ -69,7 +73,7 @@ class Coefficients:
             members = torch.cat([torch.arange(a, b, device=self.count.device) for a, b in runs])
             whole = Layout(len(members), self.count[members], self.count[members], None)
             positions = kept.rows(*((end[a], end[b]) for a, b in runs))
-            yield positions, self._of(positions, whole, members)
+            yield positions, self.count[members], self._of(positions, whole, members)
 
     def _of(self, rows: Rows, part: Layout, responses: Tensor | slice) -> Callable[[Statistics], Upstream]:
         """The objective of some responses' tokens, `rows`, laid out as `part`."""

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rgpb.engine.skipping import CHOICE_BYTES
 from rgpb.kernels import cpp_rows, torch_rows
 from rgpb.kernels.types import PAD
 
@@ -38,16 +39,20 @@ MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
 # The same where a CPU only scores, and a chunk is as wide as COLUMNS.
 MAX_SCORED = 2048
 # Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
-# longer (docs/performance.md). At least MASS_TILE.
+# longer (docs/performance.md). At least MIN_COLUMNS, of which each tile's columns are a part.
 COLUMNS = 512
+MIN_COLUMNS = 1024
 # Entries of the vocabulary in one finished slice of dW.
 MAX_SLICE = {"cpu": 2048, "cuda": 16384}
 # Slices of a product with all rows at once aren't narrower: 8 tiles of 128 columns.
 MIN_SLICE = 1024
 # Rows of a chunk come in multiples of a product's tile, or the last of its tiles is mostly empty.
 ROW_TILE = 128
-# Columns whose softmax mass is kept together, where gradients may be skipped.
-MASS_TILE = 1024
+# Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more, and take
+# more launches.
+MASS_TILE = {"cpu": 256, "cuda": 1024}
+# The same as MAX_ROWS, where gradients may be skipped: of a narrow tile only a few rows of a chunk count.
+MAX_SKIPPING = 1024
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
 # From this part of the tokens on in pairs or groups that a single pass sweeps twice, two passes are taken: 4 units,
@@ -125,7 +130,7 @@ class Request(NamedTuple):
         half: whether the gradients are float16: the upstream factor (a loss scale) then has to come before the
             rounding.
         entropy_grad: whether the gradient of the entropy is asked for.
-        skipping: whether dW may leave out what is under a tolerance: that takes the masses of a first sweep.
+        skipping: whether gradients may leave out what is under a tolerance.
         sort_vocab: whether the vocabulary is put in order for that.
         split: why coefficients aren't known before other ranks have scored; "" where they are.
         unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
@@ -199,6 +204,7 @@ class Sizes(NamedTuple):
         ordered: whether the vocabulary is taken in another order.
         columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
         strided: whether the weight has no unit stride along H, as the tile kernels need it.
+        tile: columns of a tile that is skipped, or not; 0 where nothing is.
         trained: columns of the weight that have a gradient, where the weight is put together of several tensors (LoRA's
             columns beside a frozen W, codes and scales); None where it is one tensor. Slices of it are put together
             like converted ones.
@@ -217,6 +223,7 @@ class Sizes(NamedTuple):
     ordered: bool = False
     columns: int = 1 << 62
     strided: bool = False
+    tile: int = 0
     trained: int | None = None
 
     @property
@@ -239,9 +246,10 @@ class Sizes(NamedTuple):
         """Elements between the rows of a slice of logits."""
         return PAD if self.device_type == "cpu" else 0
 
-    def gathered(self) -> Sizes:
-        """The same with the vocabulary in another order: slices of the weight are gathered, dW is scattered."""
-        return self._replace(convert=True, ordered=True)
+    def skipping(self, ordered: bool) -> Sizes:
+        """The same where tiles may be skipped; `ordered`: with the vocabulary in another order, its rows are gathered
+        and those of dW scattered."""
+        return self._replace(tile=mass_tile(self.device_type), convert=self.convert or ordered, ordered=ordered)
 
     @property
     def logit(self) -> int:
@@ -267,10 +275,15 @@ def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl
 
 
 def cpu_columns() -> int:
-    """Columns of logits that a CPU forms by one product, a multiple of MASS_TILE."""
+    """Columns of logits that a CPU forms by one product, a multiple of MIN_COLUMNS."""
     if torch.compiler.is_compiling():  # which doesn't know the threads
-        return MASS_TILE
-    return max(MASS_TILE, COLUMNS * torch.get_num_threads()) // MASS_TILE * MASS_TILE
+        return MIN_COLUMNS
+    return max(MIN_COLUMNS, COLUMNS * torch.get_num_threads()) // MIN_COLUMNS * MIN_COLUMNS
+
+
+def mass_tile(device_type: str) -> int:
+    """Columns of a tile of the vocabulary that is left out, or not, for a row."""
+    return MASS_TILE.get(device_type, MASS_TILE["cuda"])
 
 
 def sizes(
@@ -301,7 +314,10 @@ def convert_rows(s: Sizes, workspace: int) -> int:
     if not s.convert:
         return 0
     rows = max(1, min(CONVERT_BYTES.get(s.device_type, CONVERT_BYTES["cuda"]), workspace // 8) // (s.width * s.gemm))
-    return min(s.vocab, rows if rows < MASS_TILE else rows // MASS_TILE * MASS_TILE)
+    tile = mass_tile(s.device_type)
+    if s.ordered and s.vocab * s.width * s.gemm <= workspace // 3:
+        return s.vocab  # each of its rows is gathered once
+    return min(s.vocab, rows if rows < tile else rows // tile * tile)
 
 
 def row_chunk(
@@ -312,7 +328,8 @@ def row_chunk(
     Raises:
         ValueError: `workspace` doesn't hold one row.
     """
-    fixed = convert_rows(s, workspace) * (s.width * s.gemm + s.summed * s.acc * s.accumulate)
+    sides = 0 if s.ordered else s.summed * s.acc * s.accumulate
+    fixed = convert_rows(s, workspace) * (s.width * s.gemm + sides)
     if accumulator:
         fixed += s.vocab * (s.summed + 1) * 4
     logits = s.room * s.logit
@@ -321,6 +338,11 @@ def row_chunk(
         logits = 0 if score_only else logits
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
+    if s.tile:
+        picked = max(s.columns if s.columns < s.vocab else s.tile, s.tile)
+        fixed += picked * s.width * (s.gemm + s.acc)
+        row += -(-s.vocab // s.tile) * CHOICE_BYTES + picked * s.gemm + s.width * (s.gemm + 2 * s.acc)
+        most = max(most, min(tokens, MAX_SKIPPING))
     if score_only and s.sliced:
         row = (s.columns + PAD) * s.acc + _row_sides(s)
         most = min(tokens, MAX_SCORED)
@@ -481,8 +503,8 @@ def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> P
     request = Request(tokens, **asked)
     if request.couples not in ("token", "pair", "group", "batch"):
         raise ValueError(f"couples: expected 'token', 'pair', 'group' or 'batch', got {request.couples!r}")
-    if request.sort_vocab:
-        head = head.gathered()
+    if request.skipping:
+        head = head.skipping(request.sort_vocab)
     made, refused = [], []
     for impl in impls or (head.impl,):
         candidate = of_impl(head, impl)
@@ -528,20 +550,21 @@ def _plan(head: Sizes, request: Request) -> Plan:
         held = max(held, slice_chunk(head, workspace, tokens)[2]) if weight_grad else held
         path = "two_pass" if weight_grad else "frozen"
         return made(path, "the gradient of the entropy needs the logits again", units, rows, held)
-    if not weight_grad:
+    why = _not_single(head, request)
+    if not weight_grad and (request.path == "frozen" or why is not None or not request.skipping):
         return made(
             "frozen", "the head has no gradient: the forward accumulates that of the hidden states", 2, rows, held
         )
-    why = _not_single(head, request)
     both = max(held, slice_chunk(head, workspace, tokens)[2])
-    two_pass_units = 2 + hidden_grad + head.dw
+    dw = int(head.dw and weight_grad)
+    two_pass_units = 2 + hidden_grad + dw
     if why is not None or request.path == "two_pass":
         return made("two_pass", why or "it was asked for", two_pass_units, rows, both)
     single_rows, single_held = single_chunk(head, workspace, tokens)
     why = f"coefficients are known chunk by chunk (couples a {request.couples})"
-    if request.path != "auto":
-        return made("single", why, 1 + hidden_grad + head.dw, single_rows, single_held)
-    single, twice = made("single", why, 1 + hidden_grad + head.dw, single_rows, single_held), 0.0
+    if request.path != "auto" or not weight_grad:
+        return made("single", why, 1 + hidden_grad + dw, single_rows, single_held)
+    single, twice = made("single", why, 1 + hidden_grad + dw, single_rows, single_held), 0.0
     two_pass = made("two_pass", "the sum of dW over many chunks would cost more", two_pass_units, rows, both)
     if single_rows < tokens and request.unit_tokens is not None:
         twice, longest = _swept_twice(head, workspace, request.unit_tokens())
@@ -563,8 +586,6 @@ def _not_single(head: Sizes, request: Request) -> str | None:
         return "reduction='none': the upstream gradient of each result is not known in the forward"
     if request.half:
         return "float16 gradients: the loss scale has to come before the rounding"
-    if request.skipping:
-        return "grad_tolerance: what can be left out of dW is known after a first sweep"
     try:
         single_chunk(head, request.workspace, request.tokens)
     except ValueError:
@@ -588,8 +609,9 @@ def _not_tiled(head: Sizes, request: Request) -> str | None:
         return (
             "expected another for float16 gradients, whose range is too narrow for weights before they are normalised"
         )
-    if request.skipping and 0 < convert_rows(head, request.workspace) < min(MASS_TILE, head.vocab):
-        return f"expected another, since the workspace doesn't hold {MASS_TILE} converted rows of the weight"
+    tile = mass_tile(head.device_type)
+    if request.skipping and 0 < convert_rows(head, request.workspace) < min(tile, head.vocab):
+        return f"expected another, since the workspace doesn't hold {tile} converted rows of the weight"
     return None
 
 

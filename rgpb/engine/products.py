@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rgpb.engine import stored
+from rgpb.engine import skipping, stored
 from rgpb.engine.call import Call, Tensors
+from rgpb.engine.workspace import Workspace, of_key
 from rgpb.kernels import KernelSet, kernel_set, matmul
 from rgpb.kernels.cpp_rows import fresh
 from rgpb.kernels.types import Chunk, Epilogue, Statistics, acc_dtype, inside
@@ -44,20 +45,29 @@ class Problem(NamedTuple):
     more: Tensor | None = None
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    workspace: Workspace | None = None
 
     @staticmethod
     def of(t: Tensors, call: Call) -> Problem:
         """That of an operator's tensors."""
         hidden, weight, target = t.need("hidden", "weight", "target")
-        return Problem(hidden, weight, t.bias, target, call, more=t.more, scales=t.scales, zeros=t.zeros)
+        kept = of_key(call.kept)
+        return Problem(hidden, weight, t.bias, target, call, None, t.more, t.scales, t.zeros, kept)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Without autocast, and on the tensors' own GPU: Triton launches on the current one."""
         device = self.hidden.device
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with torch.autocast(device.type, enabled=False), current:
+        kept = nullcontext() if self.workspace is None else self.workspace.using(device)
+        with torch.autocast(device.type, enabled=False), current, kept:
             yield
+
+    def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the time of the call, not cleared."""
+        if self.workspace is not None:
+            return self.workspace.take(name, shape, dtype, self.hidden.device)
+        return fresh(self.hidden.new_empty(shape, dtype=dtype))
 
     def ordered(self, order: Tensor) -> Problem:
         """The same with the vocabulary in that order. int64 [V]"""
@@ -172,7 +182,8 @@ class Products:
         self.p, self.chunks, self.dtype, self.half = p, p.call.chunks, p.call.dtype, p.half
         self.set: KernelSet = kernel_set(p.call.impl)
         self.vocab = p.vocab
-        self.converted = p.hidden.new_empty(self.chunks.converted, p.width, dtype=self.dtype)
+        self.converted = p.room("converted", self.chunks.converted, p.width, dtype=self.dtype)
+        self.whole = False  # whether all of the weight is there, converted
         self.epilogue = p.epilogue()
         # a library product that makes blocks of its own, and tile kernels, take the weight as wide as it comes
         step = len(self.converted) or self.vocab
@@ -184,10 +195,10 @@ class Products:
         takes one slice (C++) or nothing (tiles)."""
         chunks, impl = self.chunks, self.p.call.impl
         if score_only and impl == "cpp":
-            return self.p.hidden.new_empty(rows, chunks.columns + chunks.pad, dtype=self.p.acc_dtype)
+            return self.p.room("logits", rows, chunks.columns + chunks.pad, dtype=self.p.acc_dtype)
         rows = 0 if score_only and impl == "tiled" else rows
         dtype = self.dtype if impl == "tiled" else self.p.acc_dtype
-        return fresh(self.p.hidden.new_empty(rows, chunks.room, dtype=dtype))[:, : self.vocab]
+        return self.p.room("logits", rows, chunks.room, dtype=dtype)[:, : self.vocab]
 
     def chunk(self, rows: Rows) -> Chunk:
         """The positions `rows` against all of the head."""
@@ -196,6 +207,40 @@ class Products:
             x, self.p.target[rows], self.vocab, self.columns, partial(self.parts, self.columns),
             partial(self.parts, self.chunks.columns), self.epilogue, self.buffer[: len(x)], self.chunks.room,
         )  # fmt: skip
+
+    def pull_back(
+        self, rows: Rows, e_CV: Tensor, r: Tensor | None, active: Tensor | None, out_PH: Tensor | None,
+        head: HeadSum | None,
+    ) -> None:  # fmt: skip
+        """out[rows] = diag(r) E W, and the part of `rows` in the sum of dW.
+
+        active: which tiles count for which rows, bool [C, T]; None for all.
+        """
+        if active is None:
+            if out_PH is not None:
+                self.hidden_rows(out_PH, rows, e_CV, r)
+            if head is not None:
+                head.add(e_CV, r, rows)
+            return
+        sides = [] if head is None else head.sides(rows, e_CV, r)
+        dx = None if out_PH is None else e_CV.new_zeros(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
+        tile = self.p.call.tile
+        tiles = skipping.tiles_and_rows(active, self.vocab, tile, max(self.chunks.columns, tile))
+        for part, chosen in tiles:
+            e = e_CV[:, part] if chosen is None else e_CV[:, part].index_select(0, chosen)
+            if dx is not None:
+                weight = self.converted[part] if self.whole else self.p.weight_rows(part).to(self.dtype)
+                if chosen is None:
+                    matmul.mm(e, weight, dx, accumulate=True)
+                else:
+                    some = dx.new_empty(len(chosen), dx.shape[1])
+                    matmul.mm(e, weight, some)
+                    dx.index_add_(0, chosen, some)
+                del weight
+            if head is not None:
+                head.add_part(part, e, [x if chosen is None else x.index_select(0, chosen) for x in sides])
+        if dx is not None and out_PH is not None:
+            out_PH[rows] = times(dx, r).to(out_PH.dtype)
 
     def inputs(self, rows: Rows) -> Tensor:
         x = self.p.hidden[rows].to(self.dtype)
@@ -213,6 +258,10 @@ class Products:
         if not len(self.converted):
             yield slice(0, self.vocab), self.p.weight
             return
+        if self.whole:
+            yield slice(0, self.vocab), self.converted
+            return
+        self.whole = len(self.converted) == self.vocab
         for part in spans(self.vocab, len(self.converted)):
             converted, order = self.converted[: part.stop - part.start], self.p.order
             if self.p.assembled:
@@ -247,7 +296,7 @@ class HeadSum:
         self.sums = list(self.made)
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         if p.weight_dtype.itemsize == 2 and not one_chunk:
-            self.sums = [fresh(torch.empty_like(made, dtype=torch.float32)) for made in self.made]
+            self.sums = [p.room(f"sum of {x.name}", *x.like.shape, dtype=torch.float32) for x in self.shares]
 
     def add(self, e_CV: Tensor, r: Tensor | None, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
@@ -261,6 +310,30 @@ class HeadSum:
                 for part in spans(len(total), len(self.products.converted)):
                     total[part] = e_CV[:, part].t() @ x
         self.empty = False
+
+    def sides(self, rows: Rows, e_CV: Tensor, r: Tensor | None) -> list[Tensor]:
+        """What Eᵀ is multiplied with for each of the sums, [C, columns] in the operands' dtype."""
+        found = [times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype) for share in self.shares]
+        return found if self.dbias is None else [*found, ones_or(r, e_CV)]
+
+    def add_part(self, part: slice, e: Tensor, sides: list[Tensor]) -> None:
+        """The share of some rows in the entries `part` of the vocabulary: e [R, S], sides [R, columns]."""
+        totals = self.sums if self.dbias is None else [*self.sums, self.dbias]
+        if self.empty:
+            for total in totals:
+                total.zero_()
+            self.empty = False
+        order = self.p.order
+        for x, total in zip(sides, totals):
+            if order is None and (total.dtype == e.dtype or self.products.half):
+                matmul.mm(e.t(), x, total[part], accumulate=True)
+                continue
+            product = e.new_empty(e.shape[1], x.shape[1], dtype=self.p.acc_dtype)
+            matmul.mm(e.t(), x, product)
+            if order is None:
+                total[part] += product.to(total.dtype)
+            else:
+                total.index_add_(0, order[part], product.to(total.dtype))
 
     def finished(self) -> dict[str, Tensor]:
         """By name those of dW [V, H], d more [V, r] and db [V] that are asked for, in the weight's dtype."""
@@ -286,7 +359,7 @@ class HeadSlices:
         self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         dtype = self.dtype if p.call.impl == "tiled" else p.acc_dtype
-        self.buffer = fresh(p.hidden.new_empty(rows * (columns + self.pad), dtype=dtype))
+        self.buffer = p.room("slice", rows * (columns + self.pad), dtype=dtype)
         self.epilogue = p.epilogue()
 
     def chunk(self, x: Tensor, y: Tensor, part: slice, weight: Tensor) -> Chunk:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rgpb.engine import plan, skipping
+from rgpb.engine import skipping
 from rgpb.engine.call import Call, Tensors
 from rgpb.engine.coefficients import Coefficients
 from rgpb.engine.operator import is_traced, operator
@@ -85,8 +85,9 @@ class Scored(NamedTuple):
         z_y, lse_other: [P], 0 at ignored positions.
         h_o: [P].
         accumulated: O [P, H], in the hidden states' dtype.
-        masses: softmax mass over the other tokens of each MASS_TILE columns, [P, T].
-        order: int64 [V], the order of the vocabulary's columns that `masses` are in.
+        active: of skipping, which tiles of the vocabulary count for which rows, bool [P, T].
+        left_out: float32 [P], a bound of the softmax mass of the other tiles.
+        order: int64 [V], the order of the vocabulary that the tiles are in.
         report: float32 [P + 1], of skipping (`skipping.Skipped.read`): NaN, until a backward fills it in.
     """
 
@@ -94,7 +95,8 @@ class Scored(NamedTuple):
     lse_other: Tensor
     h_o: Tensor
     accumulated: Tensor
-    masses: Tensor
+    active: Tensor
+    left_out: Tensor
     order: Tensor
     report: Tensor
 
@@ -105,33 +107,33 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     with p.running():
         kept = p.kept()
         check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
-        order = p.target.new_empty(0)
-        if call.sort_vocab:
-            order = order_by_mass(p, kept) if kept.count else torch.arange(p.vocab, device=order.device)
-            p = p.ordered(order)
+        p, order = in_order(p, kept)
         skip = call.tolerance is not None
         statistics, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
         if call.accumulate:
             accumulated = torch.zeros_like(p.hidden)
-        masses = p.hidden.new_zeros((len(p.target), mass_tiles(p.weight)) if skip else 0, dtype=p.acc_dtype)
+        active = p.hidden.new_zeros((len(p.target), tiles_of(p.weight, call)) if skip else 0, dtype=torch.bool)
+        left_out = p.hidden.new_zeros(len(p.target) if skip else 0, dtype=torch.float32)
         score_only = not (call.accumulate or skip)
         rows = min(call.chunks.scored_rows if score_only else call.chunks.rows, kept.count)
         products = Products(p, rows, score_only)
         for chunk in kept.chunks(rows):
-            given, tile = products.chunk(chunk), plan.MASS_TILE if skip else None
+            given, tile, some = products.chunk(chunk), call.tile or None, None
             if call.accumulate:
-                found, mass, weighed = products.set.weigh(given, call.entropy, tile)
-                one = torch.ones_like(found.z_y)
-                upstream = Upstream(-one, one)
-                products.hidden_rows(accumulated, chunk, *products.set.pull_back(given, weighed, found, upstream))
+                found, masses, weighed = products.set.weigh(given, call.entropy, tile)
             else:
-                found, mass = products.set.score(given, call.entropy, tile)
+                found, masses = products.set.score(given, call.entropy, tile)
+            one = torch.ones_like(found.z_y)
+            if masses is not None:
+                some, left_out[chunk] = choose(p, chunk, masses, found, Upstream(-one, one), None)
+                active[chunk] = some
+            if call.accumulate:
+                e, r = products.set.pull_back(given, weighed, found, Upstream(-one, one))
+                products.pull_back(chunk, e, r, some, accumulated, None)
             fill(statistics, found, chunk)
-            if mass is not None:
-                masses[chunk] = mass
     report = p.hidden.new_full((len(p.target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)
     h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if statistics.h_o is None else statistics.h_o
-    return Scored(statistics.z_y, statistics.lse_other, h_o, accumulated, masses, order, report)
+    return Scored(statistics.z_y, statistics.lse_other, h_o, accumulated, active, left_out, order, report)
 
 
 def _score_fake(t: Tensors, call: Call) -> Scored:
@@ -142,7 +144,8 @@ def _score_fake(t: Tensors, call: Call) -> Scored:
         hidden.new_empty(positions, dtype=acc),
         hidden.new_empty(positions if call.entropy else (0,), dtype=acc),
         torch.empty_like(hidden) if call.accumulate else hidden.new_empty(0),
-        hidden.new_empty((*positions, mass_tiles(weight)) if skip else (0,), dtype=acc),
+        hidden.new_empty((*positions, tiles_of(weight, call)) if skip else (0,), dtype=torch.bool),
+        hidden.new_empty(positions if skip else (0,), dtype=torch.float32),
         target.new_empty(weight.shape[0] if call.sort_vocab else 0),
         hidden.new_empty((positions[0] + 1) if skip else 0, dtype=torch.float32),
     )
@@ -154,13 +157,14 @@ def _score_setup(ctx: Any, t: Tensors, output: Sequence[Tensor]) -> int:
     ctx.accumulated = [found.accumulated] if ctx.call.accumulate else []
     ctx.report = found.report
     ctx.save_for_backward(
-        t.hidden, t.bias, t.target, found.z_y, found.lse_other, found.h_o, found.masses, found.order, *t.head.values()
-    )
+        t.hidden, t.bias, t.target, found.z_y, found.lse_other, found.h_o, found.active, found.left_out, found.order,
+        *t.head.values(),
+    )  # fmt: skip
     return 3 if ctx.call.entropy else 2
 
 
 def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    hidden, bias, target, z_y, lse_other, h_o, masses, order, *rest = ctx.saved_tensors
+    hidden, bias, target, z_y, lse_other, h_o, active, left_out, order, *rest = ctx.saved_tensors
     head = dict(zip(("weight", "more", "scales", "zeros"), rest))
     call: Call = ctx.call
     g_zy, g_lo = (torch.zeros_like(z_y) if g is None else g.contiguous() for g in upstream[:2])
@@ -180,16 +184,28 @@ def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Te
         skip = call.tolerance is not None
         tensors = Tensors(
             hidden, bias=bias, target=target, z_y=z_y, lse_other=lse_other, h_o=h_o if call.entropy else None,
-            g_zy=g_zy, g_lo=g_lo, g_ho=g_ho, masses=masses if skip else None, order=order if call.sort_vocab else None,
+            g_zy=g_zy, g_lo=g_lo, g_ho=g_ho, active=active if skip else None, order=order if call.sort_vocab else None,
             **head,
         )  # fmt: skip
         asked = call._replace(needs=("hidden" in needs, "weight" in needs, "bias" in needs), needs_more="more" in needs)
-        dhidden, dweight, dbias, dmore, report = torch.ops.rgpb.pull_back(*tensors.pack(asked))
+        dhidden, dweight, dbias, dmore = torch.ops.rgpb.pull_back(*tensors.pack(asked))
         found = {"hidden": dhidden, "weight": dweight, "bias": dbias, "more": dmore}
         made.update({name: found[name] for name in needs})
-        if skip and not is_traced(ctx.report):  # there it can't be filled in later
-            ctx.report.copy_(report)
+    if len(ctx.report) and not is_traced(ctx.report):  # there it can't be filled in later
+        _fill_in(ctx.report, target != call.ignore_index, active, left_out, g_zy, g_lo)
     return made
+
+
+def _fill_in(report: Tensor, kept: Tensor, active: Tensor, left_out: Tensor, g_zy: Tensor, g_lo: Tensor) -> None:
+    """What a backward left out, [P + 1], once the coefficients are known."""
+    moved = counting(g_zy, g_lo) & kept
+    report[:-1] = torch.where(moved, left_out * g_lo.abs(), 0)
+    report[-1] = 1 - active[moved].sum() / (kept.sum() * active.shape[1]).clamp(min=1)
+
+
+def counting(g_zy: Tensor, g_lo: Tensor) -> Tensor:
+    """Rows with a gradient, bool [P]; NaN is one."""
+    return (g_zy != 0) | (g_lo != 0)
 
 
 operator("score", _score, _score_fake, _score_setup, _score_backward)
@@ -200,18 +216,45 @@ def score(tensors: Tensors, call: Call) -> Scored:
     return Scored(*torch.ops.rgpb.score(*tensors.pack(call)))
 
 
-def mass_tiles(weight: Tensor) -> int:
+def tiles_of(weight: Tensor, call: Call) -> int:
     """T."""
-    return -(-weight.shape[0] // plan.MASS_TILE)
+    return -(-weight.shape[0] // call.tile)
 
 
-# Rows from which the order of the vocabulary is estimated.
-SAMPLE_ROWS = 128
+def choose(
+    p: Problem, rows: Rows, masses: Tensor, statistics: Statistics, upstream: Upstream, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`skipping.choose` of a chunk; lengths: how many of its rows are of one response, or None."""
+    assert p.call.tolerance is not None
+    largest = skipping.largest_of_response(upstream.g_lo, lengths)
+    own = p.target[rows] // p.call.tile
+    return skipping.choose(masses, own, statistics, upstream, largest, p.call.tolerance)
 
 
-def order_by_mass(p: Problem, kept: Kept) -> Tensor:
-    """The vocabulary by falling softmax mass, estimated from rows at even distances. int64 [V]"""
-    rows = min(SAMPLE_ROWS, p.call.chunks.sample_rows, kept.count)
+def in_order(p: Problem, kept: Kept) -> tuple[Problem, Tensor]:
+    """The problem with the vocabulary in the order that lets most be left out, where that is asked for, and the order,
+    int64 [V], else empty."""
+    if not p.call.sort_vocab:
+        return p, p.target.new_empty(0)
+    if not kept.count:
+        order: Tensor | None = torch.arange(p.vocab, device=p.target.device)
+    elif p.workspace is not None:
+        order = p.workspace.order(key_of(p), lambda: sampled_order(p, kept))
+    else:
+        order = sampled_order(p, kept)
+    if order is None:
+        return p, torch.arange(p.vocab, device=p.target.device)
+    return p.ordered(order), order.clone()
+
+
+def key_of(p: Problem) -> tuple[Any, ...]:
+    """What a workspace keeps an order of the vocabulary by."""
+    return p.weight.device, tuple(p.weight.shape), p.call.tile
+
+
+def sampled_order(p: Problem, kept: Kept) -> Tensor:
+    """`skipping.order_by_logits` of rows at even distances. int64 [V]"""
+    rows = min(skipping.SAMPLE_ROWS, p.call.chunks.sample_rows, kept.count)
     some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
     positions = some if kept.index is None else kept.index[some]
     call = p.call._replace(impl="torch")
@@ -221,8 +264,7 @@ def order_by_mass(p: Problem, kept: Kept) -> Tensor:
     chunk = products.chunk(positions)
     z = TorchRows().logits(chunk)
     apply_(z, chunk.epilogue)
-    mass = z.sub_(z.logsumexp(1, keepdim=True)).exp_().sum(0)
-    return mass.argsort(descending=True, stable=True)
+    return skipping.order_by_logits(z, p.call.tile)
 
 
 def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> None:
@@ -262,6 +304,7 @@ class Loss(NamedTuple):
         loss: 0-d.
         z_y, lse_other, h_o: [P].
         dhidden, dweight, dbias, dmore: [P, H], [V, H], [V], [V, r].
+        report: float32 [P + 1], of skipping (`skipping.Skipped.read`).
     """
 
     loss: Tensor
@@ -272,10 +315,11 @@ class Loss(NamedTuple):
     dweight: Tensor
     dbias: Tensor
     dmore: Tensor
+    report: Tensor
 
 
 def _loss(tensors: Tensors, call: Call) -> Loss:
-    """The loss and its gradients in one sweep, 3 units of work instead of 4.
+    """The loss and its gradients in one sweep: 3 units of work instead of 4, with a tolerance less.
 
     A chunk with more rows than the workspace holds is swept twice: for its statistics, then for its gradients.
     """
@@ -283,44 +327,53 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     with p.running():
         kept = p.kept()
         check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
-        entropy = objective.spec.entropy
+        entropy, tile = objective.spec.entropy, call.tile or None
+        p, _ = in_order(p, kept)
+        report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
         statistics = empty_statistics(p, entropy)
         dhidden = torch.zeros_like(p.hidden) if call.needs[0] else None
         products = Products(p, most)
-        head = HeadSum(p, products, one_chunk=kept.count <= most)
-
-        def pull_back(block: Rows, e: Tensor, r: Tensor | None) -> None:
-            if dhidden is not None:
-                products.hidden_rows(dhidden, block, e, r)
-            head.add(e, r, block)
-
-        for rows, coefficients in objective.chunks(kept, most):
+        head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
+        for rows, lengths, coefficients in objective.chunks(kept, most):
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
                 objective.total.add_(value.double().sum())
                 fill(statistics, found, rows)
-                pull_back(rows, e, None)
+                products.pull_back(rows, e, None, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
             for block in blocks:
                 chunk = products.chunk(block)
                 if len(blocks) == 1:
-                    found, _, weighed = products.set.weigh(chunk, entropy)
+                    found, masses, weighed = products.set.weigh(chunk, entropy, tile)
                 else:
                     found, _ = products.set.score(chunk, entropy)
                 fill(statistics, found, block)
             upstream = coefficients(statistics.at(rows))
+            largest = skipping.largest_of_response(upstream.g_lo, None if call.by_row else lengths)
             for block, part in zip(blocks, spans(len(upstream.g_zy), most)):
                 if len(blocks) > 1:
                     chunk = products.chunk(block)
-                    found, _, weighed = products.set.weigh(chunk, entropy)
-                pull_back(block, *products.set.pull_back(chunk, weighed, statistics.at(block), upstream.at(part)))
+                    found, masses, weighed = products.set.weigh(chunk, entropy, tile)
+                active, given = None, (statistics.at(block), upstream.at(part))
+                if masses is not None and call.tolerance is not None:
+                    own = chunk.y // call.tile
+                    active, bound = skipping.choose(masses, own, *given, largest[part], call.tolerance)
+                    report[:-1][block] = bound
+                    pairs += int(active.sum())
+                e, r = products.set.pull_back(chunk, weighed, *given)
+                products.pull_back(block, e, r, active, dhidden, head)
         found_head = head.finished()
+        if tile and kept.count:
+            share = pairs / (kept.count * tiles_of(p.weight, call))
+            report[-1] = 1 - share
+            if p.workspace is not None and p.order is not None:
+                p.workspace.measured(key_of(p), share)
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
     gradients = [p.hidden.new_empty(0) if g is None else g for g in made]
-    return Loss(objective.total.to(statistics.z_y.dtype), statistics.z_y, statistics.lse_other, h_o, *gradients)
+    return Loss(objective.total.to(statistics.z_y.dtype), statistics.z_y, statistics.lse_other, h_o, *[*gradients, report])
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
@@ -337,11 +390,12 @@ def _loss_fake(t: Tensors, call: Call) -> Loss:
         torch.empty_like(weight) if need_weight else nothing[1],
         hidden.new_empty(weight.shape[0], dtype=call.weight_dtype(weight)) if need_bias else nothing[2],
         torch.empty_like(t.more) if call.needs_more and t.more is not None else nothing[3],
+        hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
     )
 
 
 def _loss_setup(ctx: Any, t: Tensors, output: Sequence[Tensor]) -> int:
-    ctx.gradients = list(output[4:])  # given away in the backward: one copy of dweight is all there is
+    ctx.gradients = list(output[4:8])  # given away in the backward: one copy of dweight is all there is
     ctx.save_for_backward(*t)
     return 1
 
@@ -351,7 +405,7 @@ def _loss_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Ten
     if g is None:
         return {}
     if not ctx.gradients:  # a second backward through the same graph
-        ctx.gradients = list(torch.ops.rgpb.loss(*Tensors(*ctx.saved_tensors).pack(ctx.call))[4:])
+        ctx.gradients = list(torch.ops.rgpb.loss(*Tensors(*ctx.saved_tensors).pack(ctx.call))[4:8])
     made: dict[str, Tensor | None] = {}
     for name in ("hidden", "weight", "bias", "more"):
         gradient = ctx.gradients.pop(0)
@@ -380,39 +434,36 @@ def loss(tensors: Tensors, call: Call) -> Loss:
 
 
 def _pull_back(t: Tensors, call: Call) -> list[Tensor]:
-    """Gradients of hidden, weight, bias and more from recomputed logits, empty where not needed; with a tolerance the
-    report: the bound of each position and the share of tiles that were skipped."""
+    """Gradients of hidden, weight, bias and more from recomputed logits, empty where not needed."""
     p = Problem.of(t, call)
     z_y, lse_other, g_zy, g_lo = t.need("z_y", "lse_other", "g_zy", "g_lo")
     statistics, upstream = Statistics(z_y, lse_other, t.h_o), Upstream(g_zy, g_lo, t.g_ho)
     need_hidden, need_weight, need_bias = call.needs
-    dhidden, report = p.hidden.new_empty(0), p.hidden.new_empty(0, dtype=torch.float32)
+    dhidden = p.hidden.new_empty(0)
     head: dict[str, Tensor] = {}
     with p.running():
         kept = p.kept()
+        if t.order is not None:
+            p = p.ordered(t.order)
         if need_hidden:
-            dhidden = hidden_gradient(p, kept, statistics, upstream)
+            dhidden = hidden_gradient(p, kept, statistics, upstream, t.active)
         if need_weight or need_bias or call.needs_more:
-            if t.order is not None:
-                p = p.ordered(t.order)
             rows_of = None
-            if call.tolerance is not None and t.masses is not None:
-                report = p.hidden.new_empty(len(p.target) + 1, dtype=torch.float32)
-                rows_of = skipping.choose(p, t.masses, statistics, upstream, call.tolerance, report)
+            if t.active is not None:
+                rows_of = skipping.rows_of_tiles(t.active & counting(g_zy, g_lo)[:, None])
             head = head_gradient(p, kept, statistics, upstream, rows_of)
     made = [head[name] if name in head else p.hidden.new_empty(0) for name in ("weight", "bias", "more")]
-    return [dhidden, *made, report]
+    return [dhidden, *made]
 
 
 def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
-    hidden, weight, target = t.need("hidden", "weight", "target")
+    hidden, weight = t.need("hidden", "weight")
     need_hidden, need_weight, need_bias = call.needs
     return [
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else hidden.new_empty(0),
         torch.empty_like(t.bias) if need_bias and t.bias is not None else hidden.new_empty(0),
         torch.empty_like(t.more) if call.needs_more and t.more is not None else hidden.new_empty(0),
-        hidden.new_empty(target.shape[0] + 1 if call.tolerance is not None else 0, dtype=torch.float32),
     ]
 
 
@@ -425,7 +476,7 @@ def head_gradient(
     """dW [V, H] and db [V], by name: logits again for a slice of V; each slice of dW is complete when it is left.
 
     Args:
-        rows_of: positions that count for a tile of MASS_TILE columns; default: all that are kept, for every slice.
+        rows_of: positions that count for a tile of the vocabulary; default: all that are kept, for every slice.
     """
     vocab = p.vocab
     if not kept.count:
@@ -433,7 +484,7 @@ def head_gradient(
         return zeros | ({"bias": p.hidden.new_zeros(vocab, dtype=p.weight_dtype)} if p.call.needs[2] else {})
     columns, most = p.call.chunks.slice_for(kept.count)
     most = min(most, kept.count)
-    tile = vocab if rows_of is None else plan.MASS_TILE
+    tile = vocab if rows_of is None else p.call.tile
     columns = min(columns, tile)
     sums = HeadSlices(p, columns, most)
     for part in (
@@ -465,12 +516,14 @@ def add_slice(
         matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
 
 
-def hidden_gradient(p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream) -> Tensor:
+def hidden_gradient(
+    p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream, active: Tensor | None = None
+) -> Tensor:
     """dX [P, H] with the logits formed again: where H_o has a gradient, O alone doesn't give it."""
     dhidden = torch.zeros_like(p.hidden)
     rows = min(p.call.chunks.rows, kept.count)
     products = Products(p, rows)
     for chunk in kept.chunks(rows):
         e, r = products.set.gradients(products.chunk(chunk), statistics.at(chunk), upstream.at(chunk))
-        products.hidden_rows(dhidden, chunk, e, r)
+        products.pull_back(chunk, e, r, None if active is None else active[chunk], dhidden, None)
     return dhidden

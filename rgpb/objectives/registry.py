@@ -44,6 +44,7 @@ RESERVED = {
     "engine",
     "grad_tolerance",
     "sort_vocab",
+    "tolerance_per",
     "path",
     "workspace",
 }

@@ -1,0 +1,164 @@
+"""Memory that calls keep between them, and the order of the vocabulary that their skipping goes by."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.kernels.cpp_rows import fresh
+
+# An order is estimated anew when a call has to keep so much more than the first that went by it.
+WORSE = 1.25
+# Where an order leaves out less than this share, none is used for so many calls.
+WORTH, PAUSE = 0.1, 64
+
+
+class Workspace:
+    """Scratch memory that is kept from call to call, instead of being allocated by each.
+
+    Give it as `workspace=` of any loss, or enter it: `with Workspace(): …` makes it the default of the calls inside. A
+    call that finds it in use (by another thread) allocates its own. Results never lie in it.
+
+    With a `grad_tolerance` it also keeps the order of the vocabulary by which most is left out (`sort_vocab`).
+    Results depend on that order by rounding, and, within the tolerance, by what is left out.
+
+    Args:
+        size: bytes that a call may hold, and that are kept at most. Default: 512 MiB.
+
+    Raises:
+        ValueError: a size that isn't a positive whole number.
+    """
+
+    def __init__(self, size: int = DEFAULT_WORKSPACE):
+        check_size(size)
+        self.size, self.key = size, next(_keys)
+        self._blocks: dict[tuple[str, torch.device], Tensor] = {}
+        self._orders: dict[Any, _Order] = {}
+        self._lock, self._owner = threading.Lock(), 0
+        self._taken: set[tuple[str, torch.device]] = set()
+        self._streams: dict[torch.device, Any] = {}
+        _alive[self.key] = self
+
+    @property
+    def held(self) -> int:
+        """Bytes kept at the moment."""
+        return sum(block.numel() for block in self._blocks.values())
+
+    def free(self) -> None:
+        """Give back all memory, and forget the order. Not while a call runs."""
+        with self._lock:
+            self._blocks.clear()
+            self._orders.clear()
+
+    def __enter__(self) -> Workspace:
+        _entered.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _entered.remove(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Workspace, (self.size,)  # a copy, or another process, has memory of its own
+
+    @contextmanager
+    def using(self, device: torch.device) -> Iterator[None]:
+        """Around a call: what it takes is its own until then."""
+        mine = self._lock.acquire(blocking=False)
+        if not mine:
+            yield
+            return
+        self._owner = threading.get_ident()
+        try:
+            if device.type == "cuda":  # the last call may still be running, on another stream
+                stream = torch.cuda.current_stream(device)
+                last = self._streams.get(device, stream)
+                if last != stream:
+                    stream.wait_stream(last)
+                self._streams[device] = stream
+            yield
+        finally:
+            self._owner = 0
+            self._taken.clear()
+            self._lock.release()
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of that name, not cleared, until the call around it ends."""
+        place, size = (name, device), math.prod(shape) * dtype.itemsize
+        if self._owner != threading.get_ident() or place in self._taken or not size:
+            return fresh(torch.empty(shape, dtype=dtype, device=device))
+        self._taken.add(place)
+        if place not in self._blocks or self._blocks[place].numel() < size:
+            self._blocks.pop(place, None)
+            for other in [other for other in self._blocks if other not in self._taken]:
+                if self.held + size <= self.size:
+                    break
+                del self._blocks[other]
+            self._blocks[place] = fresh(torch.empty(size, dtype=torch.uint8, device=device))
+        return self._blocks[place][:size].view(dtype).view(shape)
+
+    def order(self, key: object, estimate: Callable[[], Tensor]) -> Tensor | None:
+        """The order of a head's vocabulary, estimated where none is kept; None where it isn't worth its while."""
+        found = self._orders.get(key)
+        if found is None:
+            found = self._orders[key] = _Order(estimate())
+        if found.pause:
+            found.pause -= 1
+            if not found.pause:
+                del self._orders[key]
+            return None
+        return found.order
+
+    def measured(self, key: object, kept: float) -> None:
+        """What share of the (row, tile) pairs a call by that order had to keep."""
+        found = self._orders.get(key)
+        if found is None or found.pause:
+            return
+        if kept > 1 - WORTH:
+            found.pause = PAUSE
+        elif found.kept is None:
+            found.kept = kept
+        elif kept > WORSE * found.kept:
+            del self._orders[key]
+
+
+class _Order:
+    """An order [V], what the first call by it kept, and the calls that do without."""
+
+    def __init__(self, order: Tensor):
+        self.order, self.pause = order, 0
+        self.kept: float | None = None
+
+
+_keys = itertools.count(1)
+_alive: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
+_entered: list[Workspace] = []
+
+
+def check_size(size: object, argument: str = "workspace") -> None:
+    """Refuse what isn't a number of bytes."""
+    if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+        raise ValueError(f"{argument}: expected a positive whole number of bytes, got {size!r}")
+
+
+def settled(workspace: int | Workspace | None) -> tuple[int, int]:
+    """(bytes, key of what is kept, or 0) of an argument: None for what is entered, or the default."""
+    if workspace is None:
+        workspace = _entered[-1] if _entered else DEFAULT_WORKSPACE
+    if isinstance(workspace, Workspace):
+        return workspace.size, workspace.key
+    check_size(workspace)
+    return workspace, 0
+
+
+def of_key(key: int) -> Workspace | None:
+    """The workspace that a call names; None where it has none, or it is gone."""
+    return _alive.get(key)
