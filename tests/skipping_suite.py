@@ -13,12 +13,13 @@ from rgpb import LMHead, fused_loss, reference
 from rgpb.engine.skipping import largest_of_response
 
 TILE = 16
-B, T, V, H = 6, 5, 150, 32  # three pairs, two groups of three; a last tile that isn't whole
+SHAPE = B, T, V, H = 6, 5, 150, 32  # three pairs, two groups of three; a last tile that isn't whole
 
 
-def peaked(dtype=torch.float64, bias=True):
+def peaked(dtype=torch.float64, bias=True, shape=SHAPE):
     """hidden [B, T, H] with orthogonal rows, head, target, reference logits: each row has most of its mass in a few
     tokens, which are spread over the vocabulary."""
+    B, T, V, H = shape
     rows = torch.linalg.qr(torch.randn(H, H, dtype=torch.float64))[0][: B * T]
     hidden = (10 * rows).view(B, T, H).to(dtype).requires_grad_()
     head = LMHead(
@@ -34,13 +35,15 @@ def peaked(dtype=torch.float64, bias=True):
 
 def rows_of(dweight, hidden):
     """D [P, V] from dW."""
-    x = hidden.detach().double().view(-1, H)
+    x = hidden.detach().double().flatten(0, 1)
     return (x @ dweight.double().T) / x.square().sum(1, keepdim=True)
 
 
-def check_rows(name, tolerance, **how):
-    """Loss, gradients and bound of an objective against the float64 oracle. Returns the metrics."""
-    hidden, head, target, ref = peaked()
+def check_rows(name, tolerance, shape=SHAPE, **how):
+    """Loss, gradients and bound of an objective against the float64 oracle. Returns the metrics, and the most that a
+    row left out."""
+    B, T, V, H = shape
+    hidden, head, target, ref = peaked(shape=shape)
     ours, oracle = arguments(name, ref, target)
     loss, metrics = fused_loss(
         hidden, head, target, objective=name, grad_tolerance=tolerance, return_metrics=True, **ours, **how

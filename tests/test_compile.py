@@ -111,7 +111,9 @@ def test_operators_pass_opcheck(given):
     opcheck(torch.ops.rgpb.score, plain.pack(skip), test_utils=static)
     found = Scored(*torch.ops.rgpb.score(*plain.pack(skip)))
     skip = skip._replace(needs=(False, True, True))
-    opcheck(torch.ops.rgpb.pull_back, known._replace(masses=found.masses, order=found.order).pack(skip))
+    opcheck(torch.ops.rgpb.pull_back, known._replace(active=found.active, order=found.order).pack(skip))
+    call = make_call(hidden, head, how._replace(grad_tolerance=0.1, sort_vocab=True), -100, spec=resolve("mle"))
+    opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.full((B,), T)).pack(call))
 
 
 def test_a_call_says_of_itself_what_it_is(given):

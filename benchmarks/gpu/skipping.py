@@ -146,12 +146,12 @@ def rows_of(title: str, subject: Subject, tolerances: tuple[float | str, ...]) -
 def skip_row(subject: Subject, loss: str, kernels: str, tolerance: float | str | None, sort: bool) -> dict[str, Any]:
     """One tolerance: the share skipped, its bound, the error that it made, and the time.
 
-    A row of ∂L/∂logits lacks at most `bound` in the L1 norm, so dW lacks at most Σ bound ‖x‖ in the Frobenius norm.
-    Right means: dX off float64 by its usual tolerance; dW by that and no more than Σ bound ‖x‖ beside it, and off the
-    dW without skipping by no more than Σ bound ‖x‖ and the roundings of both.
+    A row of ∂L/∂logits lacks at most `bound` in the L1 norm, so dW lacks at most Σ bound ‖x‖ in the Frobenius norm, and
+    dX at most ‖bound‖ max ‖w‖. Right means: both are off float64 by their usual tolerance and no more than that, and
+    dW off the one without skipping by no more than Σ bound ‖x‖ and the roundings of both.
 
-    units: products of 2 · N · V · H flops, of the plan less what is left out of its second sweep. bound: the largest of
-    a row. certified: Σ bound ‖x‖; off: the difference from no skipping; both over ‖dW‖.
+    units: products of 2 · N · V · H flops, of the plan less what is left out. bound: the largest of a row. certified:
+    Σ bound ‖x‖; off: the difference from no skipping; both over ‖dW‖.
     """
     row: dict[str, Any] = {
         "loss": loss, "kernels": kernels, "tolerance": tolerance, "sorted": sort, "status": "ok", "path": None,
@@ -166,22 +166,24 @@ def skip_row(subject: Subject, loss: str, kernels: str, tolerance: float | str |
         plan = contest.on_path(b, job, "auto", settings.workspaces[0], **how)[1]
         made, metrics = subject.call(loss, kernels, **more)
         row["share"] = float(metrics["skipped/share"]) if more else None  # NaN before the backward
-        row |= {"path": plan.path, "units": plan.units - 2 * (row["share"] or 0.0)}  # the logits again, and dW
+        row |= {"path": plan.path, "units": plan.units - (3 if plan.path == "two_pass" else 2) * (row["share"] or 0.0)}
         truth = subject.kept((loss,), lambda: contest.exact(b, job))
         size = truth.gradients[1].norm()
         row["value_error"], _, row["dX_error"] = contest.errors(made._replace(gradients=made.gradients[:1]), truth)
         row["dW_error"] = ((made.gradients[1].double() - truth.gradients[1]).norm() / size).item()
         value_most, most = TOLERANCE["fused", torch.bfloat16]
-        fine, certified = row["value_error"] <= value_most and row["dX_error"] <= most, 0.0
+        fine, certified, rows_most = row["value_error"] <= value_most, 0.0, most
         if more:
             bound = metrics["skipped/bound"].flatten().double()
             certified = ((bound * b.hidden.detach().double().flatten(0, 1).norm(dim=1)).sum() / size).item()
+            widest = b.weight.detach().norm(dim=1).max().double()
+            rows_most += (bound.norm() * widest / truth.gradients[0].norm()).item()
             plain = subject.kept((loss, kernels), lambda: subject.call(loss, kernels)[0]).gradients[1]
             off = ((made.gradients[1].double() - plain.double()).norm() / size).item()
             row |= {"bound": bound.max().item(), "certified": certified, "off": off}
             fine = fine and off <= certified + 2 * torch.finfo(torch.bfloat16).eps
         del made
-        if not (fine and row["dW_error"] <= most + certified):
+        if not (fine and row["dX_error"] <= rows_most and row["dW_error"] <= most + certified):
             return row | {"status": "FAILED"}
         release(settings.device)
         runs: dict[str, Callable[[], object]] = {"this": partial(subject.call, loss, kernels, **more)}

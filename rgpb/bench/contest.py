@@ -24,6 +24,7 @@ from rgpb.bench.measure import ABSENT, Result, Times, explain, installed, interl
 from rgpb.bench.tables import Row
 from rgpb.engine.plan import Plan
 from rgpb.fused import fused_loss
+from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
@@ -234,12 +235,12 @@ def naive(batch: Batch, job: Job, compiled: bool = False) -> tuple[Run, None]:
 # -- the library, the floor, the truth ---------------------------------------------------------------------------------
 
 
-def on_path(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tuple[Callable[[], Tensor], Plan]:
+def on_path(batch: Batch, job: Job, path: str, workspace: int | Workspace, **how: Any) -> tuple[Callable[[], Tensor], Plan]:
     """The library's call on `path` where it can take it, and its plan, which says so where it can't.
 
     Args:
         path: of `PATHS`; or "auto", the one that is planned.
-        workspace: bytes.
+        workspace: bytes, or what keeps them.
         how: impl, grad_tolerance, sort_vocab.
 
     Raises:
@@ -249,7 +250,8 @@ def on_path(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tu
     head = LMHead(weight, softcap=batch.softcap)
     spec = OBJECTIVES["mle" if job.loss == LOG_PROB else job.loss]
     unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1])
-    asked = How(path=path, workspace=workspace, **how)
+    size, kept = settled(workspace)
+    asked = How(path=path, workspace=size, kept=kept, **how)
     try:
         plan, _ = plan_call(hidden, head, asked, spec=spec, unit_tokens=unit_tokens)
     except ValueError as error:
@@ -257,7 +259,7 @@ def on_path(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tu
             raise
         asked = asked._replace(path="auto")
         plan, _ = plan_call(hidden, head, asked, spec=spec, unit_tokens=unit_tokens)
-    given = asked._asdict()
+    given = {**how, "path": asked.path, "workspace": workspace}
 
     def call() -> Tensor:
         if job.loss == LOG_PROB:
@@ -271,7 +273,7 @@ def on_path(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tu
     return call, plan
 
 
-def fused(batch: Batch, job: Job, path: str, workspace: int, **how: Any) -> tuple[Run, Plan]:
+def fused(batch: Batch, job: Job, path: str, workspace: int | Workspace, **how: Any) -> tuple[Run, Plan]:
     """The library on a path: what does the job once, and the plan. Arguments and errors as of `on_path`."""
     call, plan = on_path(batch, job, path, workspace, **how)
     return run_of(lambda *_: call(), batch, job), plan

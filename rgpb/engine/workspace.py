@@ -146,7 +146,7 @@ _entered: list[Workspace] = []
 def check_size(size: object, argument: str = "workspace") -> None:
     """Refuse what isn't a number of bytes."""
     if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-        raise ValueError(f"{argument}: expected a positive whole number of bytes, got {size!r}")
+        raise ValueError(f"{argument}: expected a positive whole number of bytes, got {size}")
 
 
 def settled(workspace: int | Workspace | None) -> tuple[int, int]:

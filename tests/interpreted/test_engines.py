@@ -24,6 +24,7 @@ from engine_suite import (
     run_path,
     small,
 )
+from skipping_suite import check_rows
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
 from rgpb.engine import plan as planning
@@ -242,19 +243,12 @@ def test_small_shapes(shape, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_skipping_is_certified(monkeypatch, impl):
     """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
-    monkeypatch.setattr(planning, "MASS_TILE", 64)
-    hidden, head, target, _ = batch((2, 4, 300, 12))
-    hidden = 4 * hidden.detach().requires_grad_()
-    how = {"impl": impl}
-    whole, part = (
-        fused_loss(hidden, head, target, objective="mle", grad_tolerance=t, return_metrics=True, **how)
-        for t in (0.0, 0.05)
-    )
-    exact, made = (torch.autograd.grad(loss, [hidden, head.weight]) for loss, _ in (whole, part))
-    torch.testing.assert_close(made[0], exact[0])
-    assert 0.1 < part[1]["skipped/share"] < 1
-    error = (made[1] - exact[1]).abs().sum()
-    assert 0 < error <= (part[1]["skipped/bound"].double() * hidden.detach().abs().sum(-1)).nan_to_num().sum()
+    monkeypatch.setitem(planning.MASS_TILE, "cpu", 64)
+    for name, sort_vocab in (("mle", False), ("dpo", True)):
+        for path in ("single", "two_pass"):
+            metrics, largest = check_rows(name, 0.3, impl=impl, sort_vocab=sort_vocab, path=path, shape=(6, 5, 300, 32))
+            assert 0.1 < metrics["skipped/share"] < 1
+            assert largest > 1e-9
 
 
 LONG = """
