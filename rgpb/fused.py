@@ -279,7 +279,7 @@ def coefficients(
         known = [
             torch.where(mask, x.double(), 0.0).requires_grad_() for x in (policy.logp, policy.log_odds, policy.lse)
         ]
-        seen = TokenScores(*known, None, _other_entropy(spec, policy, mask))
+        seen = TokenScores(known[0], known[1], known[2], None, _other_entropy(spec, policy, mask))
         responses = Responses(seen, ref_scores, ref_sums, label, layout, group_size, reward)
         if _draws(spec, options, group_size):
             candidates = TokenScores(*(None if x is None else x.detach() for x in seen))  # type: ignore[arg-type]
