@@ -23,8 +23,8 @@ from rgpb import reference
 from rgpb.bench.measure import ABSENT, Result, Times, explain, installed, interleaved, peak_memory, release
 from rgpb.bench.tables import Row
 from rgpb.engine.plan import Plan
-from rgpb.fused import fused_loss
 from rgpb.engine.workspace import Workspace, settled
+from rgpb.fused import fused_loss
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES

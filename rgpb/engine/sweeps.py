@@ -249,7 +249,7 @@ def in_order(p: Problem, kept: Kept) -> tuple[Problem, Tensor]:
 
 def key_of(p: Problem) -> tuple[Any, ...]:
     """What a workspace keeps an order of the vocabulary by."""
-    return p.weight.device, tuple(p.weight.shape), p.call.tile
+    return p.weight.device, tuple(p.weight.shape), p.call.tile, p.call.tolerance
 
 
 def sampled_order(p: Problem, kept: Kept) -> Tensor:
