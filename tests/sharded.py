@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 import torch.distributed as dist
+import transformers
 import wrapped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 
 from rgpb import hf
+from rgpb.bench.measure import Result, peak_memory
+from rgpb.engine.plan import plan, shard_held, sizes
+from rgpb.objectives import resolve
 
 
 def tied_unit(model: Any, mesh: Any) -> None:
@@ -94,7 +101,7 @@ PLANS = ("gathered", "own", "dtensor", "transformers", "with_fsdp")
 
 def tensor_parallel(how: str, objective: str, ranks: bool) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one step with the vocabulary split over the ranks, or in one process."""
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model: Any = wrapped.model_of()
@@ -152,3 +159,53 @@ def drawn_alike() -> float:
     losses = [hf.loss(model, inputs, "mc_po", **options) for _ in range(3)]
     sum(losses).backward()
     return sum(losses).item()
+
+
+def held(how: str, workspace: int) -> tuple[int, int]:
+    """Bytes that the head's step holds at its worst, within the second step of a model of 24 layers, and its plan's.
+
+    The peak of forward, backward and AdamW beyond parameters, gradients and AdamW's states; less the peak of the same
+    step where the model's own logits of one position take the place of the loss. Activations, and what FSDP2 gathers
+    and has not yet scattered, are in both.
+
+    how: "fsdp2", a unit for each layer and the head whole for its step; "tp", V / R of its rows on each of R ranks.
+    """
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    vocab, width, world = 1 << 16, 64, dist.get_world_size()
+    shape = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": 128, "num_hidden_layers": 24}
+    torch.manual_seed(0)
+    model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**wrapped.SIZES | shape))
+    mesh = init_device_mesh("cpu", (world,))
+    if how == "tp":
+        parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    hf.attach(model)
+    if how == "fsdp2":
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(vocab, (1, 513))
+    batch, label = {"input_ids": ids, "labels": ids}, torch.tensor([True])
+
+    def step(score: Callable[[], Tensor]) -> Result:
+        loss = score()
+        loss.backward()
+        optimizer.step()
+        made = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        optimizer.zero_grad()
+        return Result(loss.detach(), tuple(g.to_local() if hasattr(g, "to_local") else g for g in made))
+
+    ours, rest = (
+        peak_memory(partial(step, score), "cpu").extra
+        for score in (
+            lambda: hf.loss(model, batch, "bnf", label=label, ref=torch.full(ids.shape, -3.0), workspace=workspace),
+            lambda: model(input_ids=ids, logits_to_keep=1).logits.sum(),
+        )
+    )
+    tokens, rows = ids.numel() - 1, vocab // world if how == "tp" else vocab
+    own = sizes(rows, width, torch.float32, torch.float32, "cpu", "cpp")
+    planned = plan(
+        tokens, own, ("cpp", "torch"), couples=resolve("bnf").couples, workspace=workspace,
+        path="two_pass" if how == "tp" else "auto",
+    )  # fmt: skip
+    return ours - rest, planned.extra_bytes + shard_held(tokens, width, 4) * (how == "tp")

@@ -349,6 +349,16 @@ def test_ranks_of_a_split_head_draw_the_same(ranks: Any) -> None:
     assert one == other
 
 
+@pytest.mark.full
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("workspace", [16, 64])
+@pytest.mark.parametrize("how", ["fsdp2", "tp"])
+def test_a_step_of_a_model_holds_what_the_plan_says(how: str, workspace: int, ranks: Any) -> None:
+    """To within a tenth, on each rank; see `sharded.held`."""
+    for held, planned in ranks(4)(sharded.held, how, workspace << 20):
+        assert 0.9 * planned <= held <= 1.1 * planned
+
+
 # --- offloaded
 
 

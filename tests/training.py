@@ -92,46 +92,70 @@ def parts(settings: TrainConfig) -> list[int]:
 
 
 def prepare_torchrun() -> None:
-    """As `prepare`, in a process of torchrun that RGPB_TEST_KILL="<where> <step>,…" may end: one for each start."""
+    """As `prepare`, in a rank of torchrun that RGPB_TEST_KILL="<where> <step> [<seconds>],…" may end: one for each
+    start, at that step or the next that is reached. What ends it is said on stderr."""
     import signal
+    import threading
     import time
 
     from rgpb.train import trainer
+    from rgpb.train.folder import step_of
 
     settings_module.BUILT_IN["tiny-llama"] = ("LlamaConfig", SMALL)
     report.plot = lambda runs, path: None
     torch.use_deterministic_algorithms(True)
     kills, start = os.environ.get("RGPB_TEST_KILL", "").split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    where, _, step = kills[start].partition(" ") if start < len(kills) else ("", "", "")
-    if not where:
+    kill = kills[start] if start < len(kills) else ""
+    if not kill:
         return
-    rank, at = os.environ["RANK"], int(step)
+    where, step, *delay = kill.split()
+    rank, at, timers = os.environ["RANK"], int(step), []
 
     def die() -> None:
+        os.write(2, f"killed: {kill}\n".encode())
         os.kill(os.getpid(), signal.SIGKILL)
 
     save, replace, compute = trainer.save_state, os.replace, trainer.PreferenceTrainer.compute_loss
 
     def saved(place: Path, *rest: Any) -> None:
-        if where == "save" and rank == "1" and place.parent.name == f"checkpoint-{at}.tmp":
+        if where == "save" and rank == "1" and step_of(place.parent.with_suffix("")) >= at:
             die()
         save(place, *rest)
 
     def replaced(source: Any, target: Any) -> None:
-        if where == "rename" and Path(target).name == f"checkpoint-{at}":
+        if where == "rename" and Path(target).match("checkpoint-*") and step_of(Path(target)) >= at:
             die()
         replace(source, target)
 
     def computed(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self.state.global_step == at and rank == "1":
+        if self.state.global_step >= at and rank == "1":
             if where == "hang":
                 time.sleep(1000)
-            if where == "step":
-                import threading
-
-                delay = int.from_bytes(os.urandom(2), "big") / 2**16 / 5  # within the next steps and saves
-                threading.Timer(delay, die).start()
+            if where == "step" and not timers:
+                timers.append(threading.Timer(float(delay[0]), die))
+                timers[0].start()
         return compute(self, *arguments, **keywords)
 
     trainer.save_state, os.replace = saved, replaced
     trainer.PreferenceTrainer.compute_loss = computed  # type: ignore[method-assign]
+
+
+def launch(world: int, restarts: int, arguments: list[str]) -> None:
+    """`rgpb train` on ranks that torchrun's agent starts anew after a death, by forking: none imports what all need."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from rgpb.train import command, trainer  # noqa: F401
+
+    where = {"run_id": "deaths", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, world, **where, max_restarts=restarts, start_method="fork", monitor_interval=0.1)
+    elastic_launch(config, _start)(arguments)
+
+
+def _start(arguments: list[str]) -> None:
+    import signal
+
+    from rgpb.cli import main
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, which was forked too
+    prepare_torchrun()
+    assert main(arguments) == 0

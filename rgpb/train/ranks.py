@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -126,10 +127,43 @@ def open_ranks(device: torch.device, timeout: float) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=patience)
+        store, rank, world = _meet(timeout)
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     whole = device.type == "cpu" and dist.get_backend() == "gloo"
     group = dist.group.WORLD if whole else dist.new_group(backend="gloo", timeout=patience)
     return Ranks(dist.get_rank(), dist.get_world_size(), group)
+
+
+def _meet(timeout: float) -> tuple[dist.Store, int, int]:
+    """A store that the ranks of this start alone know, this one's number, and how many there are.
+
+    torchrun keeps one store over its restarts, and in it the addresses of ranks that are gone (pytorch/pytorch#135712).
+    Who reads one is refused, or waits for five times the timeout, as gloo does while it connects. So rank 0 makes up a
+    name, and says it in answer to questions that the others make up. What is left over answers none.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"rgpb/question/{rank}", name)
+        name = store.get(f"rgpb/answer/{name}").decode()  # waits for it
+        store.set(f"rgpb/heard/{name}/{rank}", "")
+    absent, deadline = set() if rank else {*range(1, world)}, time.monotonic() + timeout
+    while absent:
+        for other in sorted(absent):
+            if store.check([f"rgpb/heard/{name}/{other}"]):
+                absent.remove(other)
+            elif store.check([f"rgpb/question/{other}"]):
+                store.set(f"rgpb/answer/{store.get(f'rgpb/question/{other}').decode()}", name)
+        if absent and time.monotonic() > deadline:
+            raise RuntimeError(f"{_named(sorted(absent))} missing at the start: silent for {timeout:g} s (--timeout)")
+        time.sleep(0.01)
+    return dist.PrefixStore(f"rgpb/start/{name}", store), rank, world
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def close_ranks() -> None:
@@ -176,8 +210,7 @@ def report_failure(error: BaseException, ranks: Ranks | None, timeout: float) ->
         except Exception:  # the store is gone, with the rank that kept it
             absent = [0]
         if absent:
-            who = f"rank {absent[0]}" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))}"
-            text = f"{who} missing in {ranks.doing}: gone, or silent for {timeout:g} s (--timeout)"
+            text = f"{_named(absent)} missing in {ranks.doing}: gone, or silent for {timeout:g} s (--timeout)"
             print(f"rgpb: error: {text}; start again to go on after the last checkpoint", file=sys.stderr, flush=True)
             return
         name = f"rank {ranks.rank}: "
