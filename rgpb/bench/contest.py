@@ -235,7 +235,9 @@ def naive(batch: Batch, job: Job, compiled: bool = False) -> tuple[Run, None]:
 # -- the library, the floor, the truth ---------------------------------------------------------------------------------
 
 
-def on_path(batch: Batch, job: Job, path: str, workspace: int | Workspace, **how: Any) -> tuple[Callable[[], Tensor], Plan]:
+def on_path(
+    batch: Batch, job: Job, path: str, workspace: int | Workspace, **how: Any
+) -> tuple[Callable[[], Tensor], Plan]:
     """The library's call on `path` where it can take it, and its plan, which says so where it can't.
 
     Args:

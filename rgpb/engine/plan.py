@@ -52,7 +52,7 @@ ROW_TILE = 128
 # more launches.
 MASS_TILE = {"cpu": 256, "cuda": 1024}
 # The same as MAX_ROWS, where gradients may be skipped: of a narrow tile only a few rows of a chunk count.
-MAX_SKIPPING = 1024
+MAX_SKIPPING = 4096
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
 # From this part of the tokens on in pairs or groups that a single pass sweeps twice, two passes are taken: 4 units,
@@ -232,6 +232,11 @@ class Sizes(NamedTuple):
         return self.width if self.trained is None else self.trained
 
     @property
+    def summing(self) -> bool:
+        """Whether several chunks of a single pass sum dW in a buffer of its own."""
+        return self.accumulate or self.ordered
+
+    @property
     def dw(self) -> int:
         """Units of the product that makes it: a few columns count for nothing."""
         return int(2 * self.summed > self.width)
@@ -315,8 +320,6 @@ def convert_rows(s: Sizes, workspace: int) -> int:
         return 0
     rows = max(1, min(CONVERT_BYTES.get(s.device_type, CONVERT_BYTES["cuda"]), workspace // 8) // (s.width * s.gemm))
     tile = mass_tile(s.device_type)
-    if s.ordered and s.vocab * s.width * s.gemm <= workspace // 3:
-        return s.vocab  # each of its rows is gathered once
     return min(s.vocab, rows if rows < tile else rows // tile * tile)
 
 
@@ -328,10 +331,9 @@ def row_chunk(
     Raises:
         ValueError: `workspace` doesn't hold one row.
     """
-    sides = 0 if s.ordered else s.summed * s.acc * s.accumulate
-    fixed = convert_rows(s, workspace) * (s.width * s.gemm + sides)
+    fixed = convert_rows(s, workspace) * (s.width * s.gemm + s.summed * s.acc * s.accumulate)
     if accumulator:
-        fixed += s.vocab * (s.summed + 1) * 4
+        fixed += s.vocab * (s.summed + 1) * s.acc
     logits = s.room * s.logit
     row = logits + _row_sides(s)
     if s.impl == "tiled":
@@ -374,13 +376,14 @@ def _row_sides(s: Sizes) -> int:
 
 
 def single_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int]:
-    """`row_chunk` of a single pass: with a float32 sum of dW where the weight is 16-bit and one chunk isn't all.
+    """`row_chunk` of a single pass: with a sum of dW where one chunk isn't all and the head is 16-bit, or in an order.
 
     Raises:
         ValueError: `workspace` doesn't hold one row, and that sum where it is needed.
     """
     rows, held = row_chunk(s, workspace, tokens)
-    return row_chunk(s, workspace, tokens, accumulator=True) if s.accumulate and rows < tokens else (rows, held)
+    several = s.summing and rows < tokens
+    return row_chunk(s, workspace, tokens, accumulator=True) if several else (rows, held)
 
 
 def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
@@ -442,7 +445,7 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
     scored, _ = row_chunk(s, workspace, ANY, score_only=True)
     rows = scored if path == "forward" else row_chunk(s, workspace, ANY)[0]
     summed = rows
-    if path == "single" and s.accumulate:
+    if path == "single" and s.summing:
         try:
             summed, _ = row_chunk(s, workspace, ANY, accumulator=True)
         except ValueError:

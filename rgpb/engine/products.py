@@ -183,7 +183,6 @@ class Products:
         self.set: KernelSet = kernel_set(p.call.impl)
         self.vocab = p.vocab
         self.converted = p.room("converted", self.chunks.converted, p.width, dtype=self.dtype)
-        self.whole = False  # whether all of the weight is there, converted
         self.epilogue = p.epilogue()
         # a library product that makes blocks of its own, and tile kernels, take the weight as wide as it comes
         step = len(self.converted) or self.vocab
@@ -229,7 +228,7 @@ class Products:
         for part, chosen in tiles:
             e = e_CV[:, part] if chosen is None else e_CV[:, part].index_select(0, chosen)
             if dx is not None:
-                weight = self.converted[part] if self.whole else self.p.weight_rows(part).to(self.dtype)
+                weight = self.p.weight_rows(part).to(self.dtype)
                 if chosen is None:
                     matmul.mm(e, weight, dx, accumulate=True)
                 else:
@@ -258,10 +257,6 @@ class Products:
         if not len(self.converted):
             yield slice(0, self.vocab), self.p.weight
             return
-        if self.whole:
-            yield slice(0, self.vocab), self.converted
-            return
-        self.whole = len(self.converted) == self.vocab
         for part in spans(self.vocab, len(self.converted)):
             converted, order = self.converted[: part.stop - part.start], self.p.order
             if self.p.assembled:
@@ -287,16 +282,19 @@ class Products:
 
 
 class HeadSum:
-    """dW = Σ Dᵀ X over chunks. In place where the weight is 32-bit or one chunk is all; else in a float32 buffer."""
+    """dW = Σ Dᵀ X over chunks. In place where one chunk is all, or the weight is 32-bit and in its own order; else in a
+    buffer of accumulators, in the order of the problem."""
 
     def __init__(self, p: Problem, products: Products, one_chunk: bool):
-        self.p, self.products, self.empty = p, products, True
+        self.p, self.products, self.empty, self.one_chunk = p, products, True, one_chunk
         self.shares = p.shares()
         self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
         self.sums = list(self.made)
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
-        if p.weight_dtype.itemsize == 2 and not one_chunk:
-            self.sums = [p.room(f"sum of {x.name}", *x.like.shape, dtype=torch.float32) for x in self.shares]
+        self.written: list[slice] = []  # of the vocabulary, where only some of it is
+        self.apart = not one_chunk and (p.weight_dtype.itemsize == 2 or p.order is not None)
+        if self.apart:
+            self.sums = [p.room(f"sum of {x.name}", *x.like.shape, dtype=p.acc_dtype) for x in self.shares]
 
     def add(self, e_CV: Tensor, r: Tensor | None, rows: Rows) -> None:
         """The part of `rows`, D = diag(r) E."""
@@ -319,34 +317,50 @@ class HeadSum:
     def add_part(self, part: slice, e: Tensor, sides: list[Tensor]) -> None:
         """The share of some rows in the entries `part` of the vocabulary: e [R, S], sides [R, columns]."""
         totals = self.sums if self.dbias is None else [*self.sums, self.dbias]
-        if self.empty:
+        if self.empty and not self.one_chunk:
             for total in totals:
                 total.zero_()
-            self.empty = False
-        order = self.p.order
+        self.empty = False
+        self.written.append(part)
+        order = None if self.apart else self.p.order
         for x, total in zip(sides, totals):
             if order is None and (total.dtype == e.dtype or self.products.half):
-                matmul.mm(e.t(), x, total[part], accumulate=True)
+                matmul.mm(e.t(), x, total[part], accumulate=not self.one_chunk)
                 continue
             product = e.new_empty(e.shape[1], x.shape[1], dtype=self.p.acc_dtype)
             matmul.mm(e.t(), x, product)
-            if order is None:
-                total[part] += product.to(total.dtype)
-            else:
-                total.index_add_(0, order[part], product.to(total.dtype))
+            total[part if order is None else order[part]] = product.to(total.dtype)
 
     def finished(self) -> dict[str, Tensor]:
         """By name those of dW [V, H], d more [V, r] and db [V] that are asked for, in the weight's dtype."""
         for never_written in (*self.sums, self.dbias) if self.empty else ():
             if never_written is not None:
                 never_written.zero_()
+        if self.one_chunk and self.written:
+            self._clear_rest()
+        order, dbias = self.p.order if self.apart else None, self.dbias
         for made, total in zip(self.made, self.sums):
-            if made is not total:
+            if order is not None:
+                made[order] = total.to(made.dtype)
+            elif made is not total:
                 made.copy_(total)
         found = {share.name: made for share, made in zip(self.shares, self.made)}
-        if self.dbias is not None:
-            found["bias"] = self.dbias.view(-1).to(self.p.weight_dtype)
+        if dbias is not None:
+            if order is not None:
+                dbias = torch.empty_like(dbias).index_copy_(0, order, dbias)
+            found["bias"] = dbias.view(-1).to(self.p.weight_dtype)
         return found
+
+    def _clear_rest(self) -> None:
+        """Zeros where one chunk, that is all, wrote nothing."""
+        rest = torch.ones(self.p.vocab, dtype=torch.bool, device=self.p.hidden.device)
+        for part in self.written:
+            rest[part] = False
+        rows = rest.nonzero().squeeze(1)
+        if self.p.order is not None:
+            rows = self.p.order[rows]
+        for total in self.sums if self.dbias is None else [*self.sums, self.dbias]:
+            total.index_fill_(0, rows, 0)
 
 
 class HeadSlices:

@@ -373,7 +373,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
     gradients = [p.hidden.new_empty(0) if g is None else g for g in made]
-    return Loss(objective.total.to(statistics.z_y.dtype), statistics.z_y, statistics.lse_other, h_o, *[*gradients, report])
+    value = objective.total.to(statistics.z_y.dtype)
+    return Loss(value, statistics.z_y, statistics.lse_other, h_o, *[*gradients, report])
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
