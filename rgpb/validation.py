@@ -221,12 +221,14 @@ def plan_call(
         entropy_grad=entropy_grad,
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
+        kept=how.kept > 0,
         split=SHARDED if head.shard is not None else SPLIT if split else "",
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
     )
-    shape = of_impl(shape.skipping(how.sort_vocab) if how.grad_tolerance is not None else shape, made.impl)
+    shape = shape.skipping(how.sort_vocab, how.kept > 0) if how.grad_tolerance is not None else shape
+    shape = of_impl(shape, made.impl)
     return made, shape
 
 

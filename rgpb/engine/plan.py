@@ -51,7 +51,8 @@ ROW_TILE = 128
 # Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more, and take
 # more launches.
 MASS_TILE = {"cpu": 256, "cuda": 1024}
-# The same as MAX_ROWS, where gradients may be skipped: of a narrow tile only a few rows of a chunk count.
+# The same as MAX_ROWS, where gradients may be skipped in memory that is kept: of a narrow tile only a few rows of a
+# chunk count. In new memory a chunk of that size would cost more than it saves.
 MAX_SKIPPING = 4096
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
@@ -132,6 +133,7 @@ class Request(NamedTuple):
         entropy_grad: whether the gradient of the entropy is asked for.
         skipping: whether gradients may leave out what is under a tolerance.
         sort_vocab: whether the vocabulary is put in order for that.
+        kept: whether a `Workspace` keeps the memory.
         split: why coefficients aren't known before other ranks have scored; "" where they are.
         unit_tokens: gives the tokens of each pair or group, where it can be known, and is asked only where they decide:
             in a single pass those longer than a chunk take a sweep more.
@@ -148,6 +150,7 @@ class Request(NamedTuple):
     entropy_grad: bool = False
     skipping: bool = False
     sort_vocab: bool = False
+    kept: bool = False
     split: str = ""
     unit_tokens: Callable[[], Sequence[int]] | None = None
     path: str = "auto"
@@ -205,6 +208,7 @@ class Sizes(NamedTuple):
         columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
         strided: whether the weight has no unit stride along H, as the tile kernels need it.
         tile: columns of a tile that is skipped, or not; 0 where nothing is.
+        kept: whether the memory of a call that skips is kept from earlier ones.
         trained: columns of the weight that have a gradient, where the weight is put together of several tensors (LoRA's
             columns beside a frozen W, codes and scales); None where it is one tensor. Slices of it are put together
             like converted ones.
@@ -224,6 +228,7 @@ class Sizes(NamedTuple):
     columns: int = 1 << 62
     strided: bool = False
     tile: int = 0
+    kept: bool = False
     trained: int | None = None
 
     @property
@@ -251,10 +256,11 @@ class Sizes(NamedTuple):
         """Elements between the rows of a slice of logits."""
         return PAD if self.device_type == "cpu" else 0
 
-    def skipping(self, ordered: bool) -> Sizes:
+    def skipping(self, ordered: bool, kept: bool) -> Sizes:
         """The same where tiles may be skipped; `ordered`: with the vocabulary in another order, its rows are gathered
         and those of dW scattered."""
-        return self._replace(tile=mass_tile(self.device_type), convert=self.convert or ordered, ordered=ordered)
+        tile = mass_tile(self.device_type)
+        return self._replace(tile=tile, kept=kept, convert=self.convert or ordered, ordered=ordered)
 
     @property
     def logit(self) -> int:
@@ -344,7 +350,7 @@ def row_chunk(
         picked = max(s.columns if s.columns < s.vocab else s.tile, s.tile)
         fixed += picked * s.width * (s.gemm + s.acc)
         row += -(-s.vocab // s.tile) * CHOICE_BYTES + picked * s.gemm + s.width * (s.gemm + 2 * s.acc)
-        most = max(most, min(tokens, MAX_SKIPPING))
+        most = max(most, min(tokens, MAX_SKIPPING * s.kept))
     if score_only and s.sliced:
         row = (s.columns + PAD) * s.acc + _row_sides(s)
         most = min(tokens, MAX_SCORED)
@@ -507,7 +513,7 @@ def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> P
     if request.couples not in ("token", "pair", "group", "batch"):
         raise ValueError(f"couples: expected 'token', 'pair', 'group' or 'batch', got {request.couples!r}")
     if request.skipping:
-        head = head.skipping(request.sort_vocab)
+        head = head.skipping(request.sort_vocab, request.kept)
     made, refused = [], []
     for impl in impls or (head.impl,):
         candidate = of_impl(head, impl)
