@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -39,8 +40,7 @@ AVX2 = "cpu-2-threads-avx2/2048-512-32000/results.json"
 AVX2_16MIB = "cpu-2-threads-avx2/2048-512-32000-16MiB/results.json"
 PEERS = "cpu-2-threads/peers/cpu.json"
 PRODUCTS = "cpu-2-threads/products/results.json"
-SKIP = "cpu-2-threads/skip/skip.json"
-TRAINED = "cpu-2-threads/trained/trained.json"
+SKIPPING = "cpu-2-threads/skipping/results.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -243,66 +243,23 @@ def _call(name: str) -> str:
     return JOBS[loss] + PATHS[path]
 
 
-def skip() -> str:
-    """Skipping on a made-up peaked distribution, BNF: unsorted / sorted."""
-    rows = [row for row in load(SKIP)["rows"] if row["loss"] == "bnf" and row["status"] == "ok"]
-    (whole,) = (row for row in rows if row["tolerance"] is None)
+def skipping() -> str:
+    """What skipping saves on a real model: times, and what other tolerances leave out."""
+    content = load(SKIPPING)
     lines = []
-    for tolerance in (1e-4, 1e-3, "auto", 1e-2):
-        both = [_one(rows, tolerance=tolerance, sorted=order) for order in (False, True)]
-        lines.append(
-            (
-                _tolerance(tolerance),
-                " / ".join(f"{row['share']:.2f}" for row in both),
-                " / ".join(f"{row['off']:.0e}" for row in both),
-                " / ".join(f"{row['seconds']:.2f} s" for row in both),
-            )
-        )
-    headers = ("BNF, τ", "share left out", "changes dW by", f"time; single pass {whole['seconds']:.2f} s")
-    return "\n\n".join([table(headers, lines), conditions(SKIP)])
-
-
-def trained() -> str:
-    """Skipping on a language model, by how long it was trained, BNF: unsorted / sorted."""
-    rows = [row for row in load(TRAINED)["rows"] if (row["loss"], row["kernels"]) == ("bnf", "cpp")]
-    last = max(row["steps"] for row in rows)
-    cases = [(step, "auto") for step in sorted({row["steps"] for row in rows})] + [(last, 1e-3), (last, 1e-2)]
-    lines = []
-    for steps, tolerance in cases:
-        both = [_one(rows, steps=steps, tolerance=tolerance, sorted=order) for order in (False, True)]
-        lines.append(
-            (
-                f"{steps:,}",
-                f"{both[0]['perplexity']:,.0f}",
-                f"{both[0]['confident']:.1%}",
-                _tolerance(tolerance),
-                *(
-                    " / ".join(form.format(row[key]) for row in both)
-                    for key, form in (
-                        ("share", "{:.2f}"),
-                        ("units", "{:.1f}"),
-                        ("certified", "{:.2f}"),
-                        ("off", "{:.0e}"),
-                    )
-                ),
-            )
-        )
-    headers = (
-        "steps trained", "perplexity", "targets with p > 0.9", "τ", "share left out", "products",
-        "bound on what dW lacks", "what dW lacks",
-    )  # fmt: skip
-    times = [row["over_none"] for row in rows if row["over_none"]]
-    note = f"Time over a call without skipping: {min(times):.1f} to {max(times):.1f}."
-    return "\n\n".join([table(headers, lines, right=0), f"{note} {conditions(TRAINED)}"])
-
-
-def _one(rows: Sequence[Row], **wanted: Any) -> Row:
-    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
-    return row
-
-
-def _tolerance(value: float | str) -> str:
-    return '`"auto"` = 2⁻⁸' if value == "auto" else f"{value:.0e}"
+    for row in content["table"]:
+        error = "" if row["dX off"] is None else f"{row['dX off']:.0e} / {row['dW off']:.0e}"
+        share = "" if row["left out"] is None else f"{row['left out']:.2f}"
+        over = [f"{row[f'over {other}']:.2f}" for other in ("3U", "naive")]
+        lines.append((f"{row['loss']}: {row['way']}", f"{row['ms']:,} ms", *over, share, error))
+    times = table(("", "time", "over the products", "over naive", "left out", "dX / dW off"), lines)
+    rows: dict[str, list[str]] = {}
+    for row in content["units"]:
+        name = row["loss"] if row["of"] == "all" else f"{row['loss']}, {row['of']}"
+        rows.setdefault(name, []).append(f"{row['units']:.2f}")
+    tolerances = [row["tolerance"] for row in content["units"][: len(next(iter(rows.values())))]]
+    headers = ["products, by tolerance", *(x if x == "auto" else f"2^{math.log2(x):.0f}" for x in tolerances)]
+    return "\n\n".join([times, table(headers, [(name, *cells) for name, cells in rows.items()]), conditions(SKIPPING)])
 
 
 # -- claims -----------------------------------------------------------------------------------------------------------
@@ -478,8 +435,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "aims": aims,
     "peers": peers,
     "products": products,
-    "skip": skip,
-    "trained": trained,
+    "skipping": skipping,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
     "tally": tally,
