@@ -39,7 +39,7 @@ class Workspace:
     """
 
     def __init__(self, size: int = DEFAULT_WORKSPACE):
-        check_size(size)
+        check_size(size, "size")
         self.size, self.key = size, next(_keys)
         self._blocks: dict[tuple[str, torch.device], Tensor] = {}
         self._orders: dict[Any, _Order] = {}

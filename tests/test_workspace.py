@@ -1,0 +1,120 @@
+"""Memory that calls keep: the same results, bounded, given back, nobody else's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from rgpb import FusedLoss, Workspace, linear_logprob
+from rgpb.fused import bnf_loss, dpo_loss
+
+B, T, V, H = 4, 16, 600, 32
+
+
+@pytest.fixture
+def given():
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    target = torch.randint(V, (B, T))
+    target[0, :5] = -100
+    return hidden, weight, target
+
+
+def step(given, workspace, **how):
+    hidden, weight, target = given
+    loss = dpo_loss(hidden, weight, target, ref=torch.full((B, T), -2.0), workspace=workspace, **how)
+    return loss, *torch.autograd.grad(loss, [hidden, weight])
+
+
+@pytest.mark.parametrize("how", [{}, {"path": "two_pass"}, {"grad_tolerance": 0.1, "sort_vocab": True}], ids=str)
+def test_calls_share_it_and_results_do_not_lie_in_it(given, how):
+    kept = Workspace(1 << 20)
+    expected = step(given, 1 << 20, **how)
+    first = step(given, kept, **how)
+    held = kept.held
+    assert 0 < held <= kept.size
+    before = [x.clone() for x in first]
+    for block in kept._blocks.values():
+        block.fill_(255)  # NaN, whatever the type
+    again = step(given, kept, **how)
+    assert kept.held == held
+    for a, b, c, d in zip(first, before, again, expected):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        torch.testing.assert_close(a, d)
+
+
+def test_it_is_bounded_and_given_back(given):
+    kept = Workspace(200_000)
+    for how in ({}, {"path": "two_pass"}, {"grad_tolerance": 0.1}):
+        step(given, kept, **how)
+        assert 0 < kept.held <= kept.size
+    linear_logprob(*given, workspace=kept)
+    assert kept.held <= kept.size
+    kept.free()
+    assert kept.held == 0
+    assert not kept._orders
+
+
+def test_the_one_that_is_entered_is_the_default(given):
+    hidden, weight, target = given
+    label, ref = torch.arange(B) % 2 == 0, torch.full((B, T), -2.0)
+    with Workspace() as outer:
+        with Workspace() as kept:
+            bnf_loss(hidden, weight, target, label, ref=ref)
+        assert kept.held
+        assert not outer.held
+        linear_logprob(hidden, weight, target, workspace=1 << 20)
+        assert not outer.held
+        linear_logprob(hidden, weight, target)
+        assert outer.held
+
+
+def test_threads_do_not_meet_in_it(given):
+    kept = Workspace()
+    (_, *expected) = step(given, kept)
+    with ThreadPoolExecutor(4) as threads:
+        for _, *made in threads.map(lambda _: step(given, kept), range(40)):
+            for a, b in zip(made, expected):
+                assert torch.equal(a, b)
+
+
+def test_a_call_that_fails_leaves_it_free(given):
+    hidden, weight, target = given
+    kept = Workspace()
+    with pytest.raises(ValueError, match="target: expected values in"):
+        linear_logprob(hidden, weight, target + V, workspace=kept)
+    step(given, kept)
+    assert kept.held
+
+
+def test_a_copy_has_memory_of_its_own(given):
+    kept = Workspace(1 << 20)
+    step(given, kept)
+    for other in (copy.deepcopy(FusedLoss("dpo", workspace=kept)), pickle.loads(pickle.dumps(kept))):
+        assert isinstance(other, FusedLoss) or (other.size, other.held) == (kept.size, 0)
+
+
+@pytest.mark.compile
+def test_compiled_without_a_break(given):
+    kept = Workspace()
+
+    def loss(hidden, weight):
+        target, ref = given[2], torch.full((B, T), -2.0)
+        return dpo_loss(hidden, weight, target, ref=ref, workspace=kept, grad_tolerance=0.05)
+
+    value = torch.compile(loss, backend="aot_eager", fullgraph=True)(*given[:2])
+    for a, b in zip(torch.autograd.grad(value, given[:2]), torch.autograd.grad(loss(*given[:2]), given[:2])):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "1GiB", 1.5, None])
+def test_bad_sizes(size, given):
+    with pytest.raises(ValueError, match=f"size: expected a positive whole number of bytes, got {size}"):
+        Workspace(size)
+    if size is not None:
+        with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes, got {size}"):
+            step(given, size)
