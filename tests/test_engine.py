@@ -730,7 +730,7 @@ def test_on_a_gpu_the_plan_compares_times():
         each = [plan(8192, llama, (impl,), **request).seconds for impl in ("triton", "tiled")]
         assert plan(8192, llama, ("triton", "tiled"), **request).seconds == min(each)
     small_head = sizes(2, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_120")
-    request = {"couples": "batch", "skipping": True, "workspace": 50000}
+    request = {"couples": "batch", "skipping": True, "workspace": 120_000}
     with pytest.raises(ValueError, match="workspace: expected at least"):
         plan(8192, small_head, ("tiled",), **request)
     assert (

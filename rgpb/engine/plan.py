@@ -347,7 +347,7 @@ def row_chunk(
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
     if s.tile:
-        picked = max(s.columns if s.columns < s.vocab else s.tile, s.tile)
+        picked = min(s.vocab, max(s.columns if s.columns < s.vocab else s.tile, s.tile))
         fixed += picked * s.width * (s.gemm + s.acc)
         row += -(-s.vocab // s.tile) * CHOICE_BYTES + picked * s.gemm + s.width * (s.gemm + 2 * s.acc)
         most = max(most, min(tokens, MAX_SKIPPING * s.kept))
