@@ -264,6 +264,15 @@ def test_an_overflow_stays_to_be_seen():
             assert not made.isfinite().all()
 
 
+def test_a_target_that_the_bias_rules_out():
+    """Its loss is infinite, the gradient and the bound aren't."""
+    hidden, head, target, _ = peaked()
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[target[1, 1]] = -torch.inf
+    _, metrics = mle_loss(hidden, LMHead(head.weight, bias), target, grad_tolerance=0.3, return_metrics=True)
+    assert metrics["skipped/bound"].isfinite().all()
+
+
 def test_the_bound_allows_for_the_rounding_of_large_logits():
     """float32, three tokens near z = 1e4 in three tiles: a mass is then off by a per mille."""
     hidden, weight = torch.randn(1, 512), 0.01 * torch.randn(V, 512)

@@ -73,6 +73,45 @@ def test_the_one_that_is_entered_is_the_default(given):
         assert outer.held
 
 
+def test_a_large_block_of_an_earlier_call_counts():
+    """What a call then lacks is its own, and isn't kept."""
+    kept = Workspace(1000)
+    with kept.using(torch.device("cpu")):
+        kept.take("logits", (900,), torch.uint8, torch.device("cpu"))
+    with kept.using(torch.device("cpu")):
+        first = kept.take("logits", (100,), torch.uint8, torch.device("cpu"))
+        second = kept.take("sum", (900,), torch.uint8, torch.device("cpu"))
+        assert first.data_ptr() == next(iter(kept._blocks.values())).data_ptr()
+        assert len(second) == 900
+        assert kept.held == 900
+
+
+def test_a_thread_enters_for_itself(given):
+    """Nested entries come off in turn."""
+    hidden, weight, target = given
+    outer, inner, other = Workspace(), Workspace(), Workspace()
+    with outer, inner, outer:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(other.__enter__).result()
+            linear_logprob(hidden, weight, target)
+        assert outer.held
+        assert not other.held
+        outer.free()
+    with outer, inner:
+        with outer:
+            pass
+        linear_logprob(hidden, weight, target)
+    assert inner.held
+    assert not outer.held
+
+
+def test_it_is_not_freed_inside_a_call(given):
+    kept = Workspace()
+    with kept.using(given[0].device), pytest.raises(RuntimeError, match="between calls"):
+        kept.free()
+    kept.free()
+
+
 def test_threads_do_not_meet_in_it(given):
     kept = Workspace()
     (_, *expected) = step(given, kept)

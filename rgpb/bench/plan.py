@@ -289,7 +289,9 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"        {more}")
     if a.skipping:
         saved = {"two_pass": 3, "single": 2, "frozen": 1}.get(chosen.path, 0)
-        print(f"        as if nothing could be left out; less {saved} of {chosen.units} products, times the share that is")
+        print(
+            f"        as if nothing could be left out; less {saved} of {chosen.units} products, times the share that is"
+        )
     print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
     print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(a.workspace)} allowed")
     print(

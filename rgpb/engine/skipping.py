@@ -82,7 +82,8 @@ def choose(
     """
     g = upstream.g_lo.abs()
     finite = torch.where(statistics.lse_other == -torch.inf, 0, statistics.lse_other)
-    slack = 1 + ROUNDING + SPACING * torch.maximum(finite.abs(), statistics.z_y.abs())
+    z_y = torch.where(statistics.z_y.isfinite(), statistics.z_y, 0)  # a bias may rule the target out
+    slack = 1 + ROUNDING + SPACING * torch.maximum(finite.abs(), z_y.abs())
     # in units of the row's own coefficient; finite, so that the target's tile is beyond; an overflow stays to be seen
     budget = torch.where(g > 0, tolerance * largest / g, torch.inf).clamp(max=torch.finfo(g.dtype).max)
     budget = torch.where(largest < torch.inf, budget / slack, 0)
@@ -90,7 +91,7 @@ def choose(
     kept = torch.where(upstream.g_zy[:, None] == 0, masses.gather(1, own), torch.inf)  # NaN is kept
     cost, index = masses.scatter_(1, own, kept).sort(1)
     left_out = cost.cumsum(1) <= budget[:, None]
-    bound = torch.where(left_out, cost, 0).sum(1) * slack * torch.where(g > 0, g, 0)
+    bound = torch.where(left_out, cost, 0).sum(1) * slack * g
     return torch.empty_like(left_out).scatter_(1, index, ~left_out), bound.float()
 
 

@@ -54,17 +54,23 @@ class Workspace:
         return sum(block.numel() for block in self._blocks.values())
 
     def free(self) -> None:
-        """Give back all memory, and forget the order. Not while a call runs."""
+        """Give back all memory, and forget the order; waits for a call of another thread.
+
+        Raises:
+            RuntimeError: inside a call that runs in it.
+        """
+        if self._owner == threading.get_ident():
+            raise RuntimeError("rgpb: expected Workspace.free() between calls, got it inside one")
         with self._lock:
             self._blocks.clear()
             self._orders.clear()
 
     def __enter__(self) -> Workspace:
-        _entered.append(self)
+        _entered.stack = [*getattr(_entered, "stack", ()), self]
         return self
 
     def __exit__(self, *error: object) -> None:
-        _entered.remove(self)
+        _entered.stack = _entered.stack[:-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Workspace, (self.size,)  # a copy, or another process, has memory of its own
@@ -102,6 +108,8 @@ class Workspace:
                 if self.held + size <= self.size:
                     break
                 del self._blocks[other]
+            if self.held + size > self.size:  # a block of this call's is larger than it asked for
+                return fresh(torch.empty(shape, dtype=dtype, device=device))
             self._blocks[place] = fresh(torch.empty(size, dtype=torch.uint8, device=device))
         return self._blocks[place][:size].view(dtype).view(shape)
 
@@ -110,10 +118,10 @@ class Workspace:
         found = self._orders.get(key)
         if found is None:
             found = self._orders[key] = _Order(estimate())
-        if found.pause:
+        if found.pause > 0:
             found.pause -= 1
-            if not found.pause:
-                del self._orders[key]
+            if found.pause == 0:
+                self._orders.pop(key, None)
             return None
         return found.order
 
@@ -127,7 +135,7 @@ class Workspace:
         elif found.kept is None:
             found.kept = kept
         elif kept > WORSE * found.kept:
-            del self._orders[key]
+            self._orders.pop(key, None)
 
 
 class _Order:
@@ -140,7 +148,7 @@ class _Order:
 
 _keys = itertools.count(1)
 _alive: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
-_entered: list[Workspace] = []
+_entered = threading.local()  # `stack`: those of a thread
 
 
 def check_size(size: object, argument: str = "workspace") -> None:
@@ -152,7 +160,8 @@ def check_size(size: object, argument: str = "workspace") -> None:
 def settled(workspace: int | Workspace | None) -> tuple[int, int]:
     """(bytes, key of what is kept, or 0) of an argument: None for what is entered, or the default."""
     if workspace is None:
-        workspace = _entered[-1] if _entered else DEFAULT_WORKSPACE
+        stack = getattr(_entered, "stack", ())
+        workspace = stack[-1] if stack else DEFAULT_WORKSPACE
     if isinstance(workspace, Workspace):
         return workspace.size, workspace.key
     check_size(workspace)
