@@ -169,6 +169,7 @@ class Chunks(NamedTuple):
         columns: of logits formed by one product.
         room: length of a row of the buffer of logits.
         pad: elements between the rows of a slice of logits.
+        picked: columns whose rows are picked at a time, where tiles may be skipped.
         sample_rows: rows that an order of the vocabulary may be estimated from; 0 where none is asked for.
     """
 
@@ -180,6 +181,7 @@ class Chunks(NamedTuple):
     columns: int
     room: int
     pad: int
+    picked: int
     sample_rows: int
 
     def single_rows(self, tokens: int) -> int:
@@ -329,6 +331,14 @@ def convert_rows(s: Sizes, workspace: int) -> int:
     return min(s.vocab, rows if rows < tile else rows // tile * tile)
 
 
+def picked_columns(s: Sizes, workspace: int) -> int:
+    """Columns whose rows are picked at a time, where tiles may be skipped: whole tiles, one at least."""
+    if not s.tile:
+        return 0
+    fit = workspace // 8 // (s.width * (s.gemm + s.acc))
+    return min(s.vocab, max(1, min(fit, MIN_COLUMNS) // s.tile) * s.tile)
+
+
 def row_chunk(
     s: Sizes, workspace: int, tokens: int, accumulator: bool = False, score_only: bool = False
 ) -> tuple[int, int]:
@@ -347,7 +357,7 @@ def row_chunk(
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
     most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
     if s.tile:
-        picked = min(s.vocab, max(s.columns if s.columns < s.vocab else s.tile, s.tile))
+        picked = picked_columns(s, workspace)
         fixed += picked * s.width * (s.gemm + s.acc)
         row += -(-s.vocab // s.tile) * CHOICE_BYTES + picked * s.gemm + s.width * (s.gemm + 2 * s.acc)
         most = max(most, min(tokens, MAX_SKIPPING * s.kept))
@@ -461,7 +471,9 @@ def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
         slices = [(step, rows) for step in _wide_slices(s) if (rows := _slice_rows(s, workspace, step, ANY)[0])]
         step, row, column = _narrow_slice(s, workspace)
         slices.append((step, _rows_that_fit(workspace, step * column, row, step, ANY, s)[0]))
-    return Chunks(rows, scored, summed, tuple(slices), convert_rows(s, workspace), s.columns, s.room, s.pad, sample)
+    picked = picked_columns(s, workspace)
+    converted = convert_rows(s, workspace)
+    return Chunks(rows, scored, summed, tuple(slices), converted, s.columns, s.room, s.pad, picked, sample)
 
 
 class Traffic(NamedTuple):

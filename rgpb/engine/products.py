@@ -223,8 +223,7 @@ class Products:
             return
         sides = [] if head is None else head.sides(rows, e_CV, r)
         dx = None if out_PH is None else e_CV.new_zeros(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
-        tile = self.p.call.tile
-        tiles = skipping.tiles_and_rows(active, self.vocab, tile, max(self.chunks.columns, tile))
+        tiles = skipping.tiles_and_rows(active, self.vocab, self.p.call.tile, self.chunks.picked)
         for part, chosen in tiles:
             e = e_CV[:, part] if chosen is None else e_CV[:, part].index_select(0, chosen)
             if dx is not None:
@@ -341,7 +340,8 @@ class HeadSum:
         order, dbias = self.p.order if self.apart else None, self.dbias
         for made, total in zip(self.made, self.sums):
             if order is not None:
-                made[order] = total.to(made.dtype)
+                for part in spans(len(total), self.products.chunks.picked):
+                    made[order[part]] = total[part].to(made.dtype)
             elif made is not total:
                 made.copy_(total)
         found = {share.name: made for share, made in zip(self.shares, self.made)}

@@ -39,6 +39,8 @@ CHOICE_BYTES = 24
 READ_TOGETHER = 16
 # Rows that an order is estimated from, and steps to a direction that tokens differ in most.
 SAMPLE_ROWS, STEPS = 64, 4
+# Copies of their logits that are held on the way.
+SAMPLE_COPIES = 4
 
 
 class Skipped(NamedTuple):

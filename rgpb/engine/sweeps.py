@@ -124,8 +124,9 @@ def _score(tensors: Tensors, call: Call) -> Scored:
             else:
                 found, masses = products.set.score(given, call.entropy, tile)
             one = torch.ones_like(found.z_y)
-            if masses is not None:
-                some, left_out[chunk] = choose(p, chunk, masses, found, Upstream(-one, one), None)
+            if masses is not None and call.tolerance is not None:
+                own = given.y // call.tile
+                some, left_out[chunk] = skipping.choose(masses, own, found, Upstream(-one, one), one, call.tolerance)
                 active[chunk] = some
             if call.accumulate:
                 e, r = products.set.pull_back(given, weighed, found, Upstream(-one, one))
@@ -221,16 +222,6 @@ def tiles_of(weight: Tensor, call: Call) -> int:
     return -(-weight.shape[0] // call.tile)
 
 
-def choose(
-    p: Problem, rows: Rows, masses: Tensor, statistics: Statistics, upstream: Upstream, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`skipping.choose` of a chunk; lengths: how many of its rows are of one response, or None."""
-    assert p.call.tolerance is not None
-    largest = skipping.largest_of_response(upstream.g_lo, lengths)
-    own = p.target[rows] // p.call.tile
-    return skipping.choose(masses, own, statistics, upstream, largest, p.call.tolerance)
-
-
 def in_order(p: Problem, kept: Kept) -> tuple[Problem, Tensor]:
     """The problem with the vocabulary in the order that lets most be left out, where that is asked for, and the order,
     int64 [V], else empty."""
@@ -243,8 +234,16 @@ def in_order(p: Problem, kept: Kept) -> tuple[Problem, Tensor]:
     else:
         order = sampled_order(p, kept)
     if order is None:
-        return p, torch.arange(p.vocab, device=p.target.device)
+        return as_it_lies(p), torch.arange(p.vocab, device=p.target.device)
     return p.ordered(order), order.clone()
+
+
+def as_it_lies(p: Problem) -> Problem:
+    """The problem without copies of the weight, which only an order asks for."""
+    strided = p.call.impl == "tiled" and p.weight.stride(1) != 1
+    if p.weight.dtype != p.call.dtype or p.assembled or strided:
+        return p
+    return p._replace(call=p.call._replace(chunks=p.call.chunks._replace(converted=0)))
 
 
 def key_of(p: Problem) -> tuple[Any, ...]:
@@ -254,13 +253,12 @@ def key_of(p: Problem) -> tuple[Any, ...]:
 
 def sampled_order(p: Problem, kept: Kept) -> Tensor:
     """`skipping.order_by_logits` of rows at even distances. int64 [V]"""
-    rows = min(skipping.SAMPLE_ROWS, p.call.chunks.sample_rows, kept.count)
+    room = max(1, p.call.chunks.sample_rows // skipping.SAMPLE_COPIES)
+    rows = min(skipping.SAMPLE_ROWS, room, kept.count)
     some = torch.arange(rows, device=p.target.device) * (kept.count - 1) // max(rows - 1, 1)
     positions = some if kept.index is None else kept.index[some]
-    call = p.call._replace(impl="torch")
-    if p.weight.dtype == call.dtype and not p.assembled:  # only slices in another order are gathered into a copy
-        call = call._replace(chunks=call.chunks._replace(converted=0))
-    products = Products(p._replace(call=call), rows)
+    # in memory of its own, which is given back before the call's buffers are taken
+    products = Products(as_it_lies(p._replace(call=p.call._replace(impl="torch"), workspace=None)), rows)
     chunk = products.chunk(positions)
     z = TorchRows().logits(chunk)
     apply_(z, chunk.epilogue)
