@@ -34,6 +34,7 @@ from rgpb.kernels.types import (
 )
 
 NAME = "_cpp"
+HUGE_PAGE = 2**21
 HOW = "reinstall rgpb where there is a C++ compiler, by `pip install --no-build-isolation`"
 SOURCES = Path(__file__).parents[1] / "csrc"  # there in a checkout, where the library can be older than they are
 
@@ -82,7 +83,7 @@ def describe() -> str:
 
 def fresh(x: Tensor) -> Tensor:
     """`x`, just allocated and not yet touched: large ones get huge pages where the system has them."""
-    if x.device.type == "cpu" and MISSING is None:
+    if MISSING is None and x.nbytes >= HUGE_PAGE and x.device.type == "cpu":
         torch.ops.rgpb.huge_pages(x)
     return x
 
@@ -112,8 +113,9 @@ def statistics_(
 def _sweep(
     z_CV: Tensor, target_C: Tensor, epilogue: Epilogue, entropy: bool, tile: int | None, weights: Tensor | None
 ) -> tuple[Statistics, Tensor | None, Tensor]:
-    masses = None if tile is None else z_CV.new_empty(len(z_CV), -(-z_CV.shape[1] // tile), dtype=acc_dtype(z_CV.dtype))
-    z_y, lse_other, total, h_o = (z_CV.new_empty(len(z_CV), dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
+    dtype, (rows, columns) = acc_dtype(z_CV.dtype), z_CV.shape
+    masses = None if tile is None else z_CV.new_empty(rows, -(-columns // tile), dtype=dtype)
+    z_y, lse_other, total, h_o = (z_CV.new_empty(rows, dtype=dtype) for _ in range(4))
     found = Statistics(z_y, lse_other, h_o if entropy else None)
     torch.ops.rgpb.row_statistics(
         z_CV, target_C.contiguous(), *_dense(epilogue), *found, masses, tile or 0, weights, total
@@ -165,7 +167,7 @@ def token_loss_(
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Raw products → (statistics, loss of each token, dlogits), in place or in `out`. As `triton_rows.token_loss_`."""
     out = z_CV if out is None else out
-    z_y, lse_other, value, h_o = (z_CV.new_empty(len(z_CV), dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
+    z_y, lse_other, value, h_o = (z_CV.new_empty(z_CV.shape[0], dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
     found = Statistics(z_y, lse_other, h_o if terms.entropy else None)
     ref_logp, ref_lam = (None, None) if terms.ref is None else (x.contiguous() for x in terms.ref)
     torch.ops.rgpb.row_token_loss(
@@ -188,7 +190,7 @@ class CppRows(RowSet):
     def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
         """Without masses nobody asks for these logits again: they are formed a slice of the vocabulary at a time, still
         in the cache when it is swept, in the first bytes of the buffer."""
-        if mass_tile is not None:
+        if mass_tile is not None or chunk.vocab <= chunk.buffer.shape[1]:
             return statistics(self.logits(chunk), chunk.y, chunk.epilogue, entropy, mass_tile)
         running, rows = begin(chunk.x), len(chunk.x)
         for part, weight in chunk.slices():

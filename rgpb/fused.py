@@ -181,7 +181,8 @@ def fused_loss(
         found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report
     z_y, lse_other, h_o = statistics[0], statistics[1], statistics[2] if spec.entropy else None
-    responses = responses._replace(policy=token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False))
+    if value is None or return_metrics:
+        responses = responses._replace(policy=token_scores(z_y, lse_other, h_o, mask=layout.mask, entropy=False))
     count = units(spec, layout.responses, group_size)
     if value is None:
         values = unit_values(spec, responses, options)
@@ -268,7 +269,7 @@ def coefficients(
             f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves the "
             "entropy; use fused_loss"
         )
-    policy = check_scores("scores", scores, target, logp, ignore_index).flat()
+    policy = check_scores("scores", scores, target, logp, ignore_index).flat().detached()
     layout = make_layout(target, cu_seqlens, ignore_index)
     check_units(spec, layout, reduction)
     label = check_label(spec, label, layout.responses, logp)
@@ -351,12 +352,9 @@ def _only_drawn(
 
 def _loss_tensors(hidden: Tensor, head: LMHead, target: Tensor, responses: Responses) -> Tensors:
     """What the single pass takes."""
-    layout, ref = responses.layout, responses.ref
-    lengths = layout.lengths
-    if lengths is None:
-        lengths = torch.full_like(layout.tokens, target.shape[1])
+    ref = responses.ref
     return Tensors.of(
-        hidden, head, target, lengths=lengths, label=responses.label, rewards=responses.rewards,
+        hidden, head, target, tokens=responses.layout.tokens, label=responses.label, rewards=responses.rewards,
         ref_logp=None if ref is None else ref.logp, ref_log_odds=None if ref is None else ref.log_odds,
         ref_sums=responses.ref_sums,
     )  # fmt: skip

@@ -38,6 +38,10 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None = None
     other_entropy: Tensor | None = None
 
+    def detached(self) -> TokenScores:
+        """The same without gradient."""
+        return TokenScores(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+
     def flat(self) -> TokenScores:
         """The same with one dimension, [P]: what `Responses` holds."""
         return TokenScores(*(None if x is None else x.reshape(-1) for x in self))  # type: ignore[arg-type]
@@ -106,7 +110,7 @@ class Responses(NamedTuple):
     Attributes:
         policy: token scores under the policy, flat [P].
         ref: token scores under the reference, flat [P], or None.
-        ref_sums: float64 [B], Σ log π_ref of each response, or None.
+        ref_sums: float64 [B], Σ log π_ref of each response, where only that is known of the reference, or None.
         label: float64 [B], +1 preferred and −1 dispreferred, or None.
         layout: the grouping of the P positions.
         group_size: K where responses come in groups, consecutive rows, else None.
@@ -197,9 +201,10 @@ class Responses(NamedTuple):
 
     def log_ratios(self, length_normalize: bool = False) -> Tensor:
         """Δ = Σ log π_θ − Σ log π_ref, or that per token. float64 [B]."""
-        if self.ref_sums is None:
+        ref = self.sum(self.ref.logp) if self.ref is not None else self.ref_sums
+        if ref is None:
             raise ValueError("ref: expected reference scores, since this objective compares with a reference; got None")
-        delta = self.sum(self.policy.logp) - self.ref_sums
+        delta = self.sum(self.policy.logp) - ref
         return delta / self.n if length_normalize else delta
 
 

@@ -50,7 +50,7 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
     if spec.unit == "pair" or grouped or responses.label is not None:
         out["logps/rejected"] = average(total, bad)
         out["agility"] = average(mean.exp(), good) - average(mean.exp(), bad)
-    if responses.ref_sums is not None:
+    if responses.ref is not None or responses.ref_sums is not None:
         reward = reward_scale(spec, options) * responses.log_ratios().detach()
         out["rewards/chosen"] = average(reward, good)
         if "agility" in out:

@@ -341,7 +341,6 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperat
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
     parts = {"head.weight": weight} if isinstance(weight, Tensor) else {"head.weight.base": weight.base}
-    more = None if isinstance(weight, Tensor) else weight.more
     _check_transforms({"hidden": hidden, **parts, "head.weight.more": more, "head.bias": bias})
     softcap, scale = head.softcap, head.scale
     if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
@@ -377,6 +376,9 @@ def _in_transform(x: Tensor) -> bool:
 
 def _check_transforms(tensors: dict[str, Tensor | None]) -> None:
     """Refuse tangents, which the operators would drop, and `torch.func`, for whose transforms they have no rule."""
+    functorch: Any = torch._C._functorch
+    if not torch.compiler.is_compiling() and forward_ad._current_level < 0 and not functorch.maybe_current_level():
+        return
     for name, x in tensors.items():
         if x is not None and _in_transform(x):
             raise ValueError(
@@ -487,7 +489,7 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
     if label.dtype == torch.bool:
-        return label.double() * 2 - 1
+        return torch.where(label, 1.0, -1.0).double()
     if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
         wrong = label[label.abs() != 1][:4].tolist()
         raise ValueError(f"label: expected bool or values of ±1, got {wrong}; for labels of 0 and 1 give label.bool()")
@@ -542,7 +544,7 @@ def reference_scores(
     spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
     score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
-    """Per-token scores [P] of the reference (None where only sums came), and their sums, float64 [B].
+    """Per-token scores [P] of the reference, or where only sums came these, float64 [B].
 
     score: of `(ref_hidden, ref_head)` and the targets, where the reference comes that way; None where it can't.
     """
@@ -570,27 +572,27 @@ def reference_scores(
     else:
         pair = "" if score is None else " or (ref_hidden, ref_head)"
         raise ValueError(f"ref: expected TokenScores, a tensor of log-probabilities{pair}, got {type(ref).__name__}")
-    flat = TokenScores(*(_plain(x).reshape(-1) for x in (scores.logp, scores.log_odds, scores.lse)))
-    return flat, layout.sum(flat.logp)
+    return TokenScores(*(_plain(x).reshape(-1) for x in (scores.logp, scores.log_odds, scores.lse))), None
 
 
 def check_scores(
     name: str, given: TokenScores | Tensor, target: Tensor, hidden: Tensor, ignore_index: int
 ) -> TokenScores:
-    """Scores of each token, detached; of log-probabilities alone the log-odds are made from them."""
+    """Scores of each token; of log-probabilities alone the log-odds are made from them."""
     counts = target != ignore_index
     if isinstance(given, Tensor):
         _check_ref(name, given, target.shape, hidden)
         _check_logp(name, given, counts)
-        logp = given.detach().clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
+        logp = given.clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
         # log(1 − p) from log p, each branch where it is exact
         complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
         return TokenScores(logp, logp - complement, torch.zeros_like(logp))
     for field in ("logp", "log_odds", "lse"):
         _check_ref(f"{name}.{field}", getattr(given, field), target.shape, hidden)
-    scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
-    _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
-    return TokenScores(*(None if x is None else x.detach() for x in given))  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or not bool(((given.logp < 0) | ~counts).all()):
+        scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
+        _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
+    return given
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -40,11 +40,15 @@ if find_spec("torchao") is None or find_spec("bitsandbytes") is None:
 @pytest.fixture(autouse=True)
 def poisoned_empty():
     """Deterministic algorithms fill uninitialised memory with NaN, so that an element nobody wrote shows."""
+    from rgpb.engine import plan as planning
+
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+    for planned in (planning.chunks, planning._fastest):  # by constants that the test may have changed
+        planned.kept.cache_clear()
 
 
 @pytest.fixture(scope="session")

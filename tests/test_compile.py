@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rgpb import LMHead, TokenScores, fused_loss, linear_logprob
 from rgpb.engine.call import Call, Tensors
@@ -98,7 +99,7 @@ def test_operators_pass_opcheck(given):
         spec = resolve(name)
         call = make_call(hidden, head, how, -100, spec=spec, group_size=size)
         assert call.path == "single"
-        opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.full((B,), T), **extra).pack(call))
+        opcheck(torch.ops.rgpb.loss, tensors._replace(tokens=(target != -100).sum(1), **extra).pack(call))
     plain = Tensors(*(None if x is None else x.detach() for x in tensors))
     call = make_call(hidden, head, how, -100, entropy=True)._replace(needs=(True, True, True))
     found = Scored(*torch.ops.rgpb.score(*plain.pack(call)))
@@ -113,7 +114,7 @@ def test_operators_pass_opcheck(given):
     skip = skip._replace(needs=(False, True, True))
     opcheck(torch.ops.rgpb.pull_back, known._replace(active=found.active, order=found.order).pack(skip))
     call = make_call(hidden, head, how._replace(grad_tolerance=0.1, sort_vocab=True), -100, spec=resolve("mle"))
-    opcheck(torch.ops.rgpb.loss, tensors._replace(lengths=torch.full((B,), T)).pack(call))
+    opcheck(torch.ops.rgpb.loss, tensors._replace(tokens=(target != -100).sum(1)).pack(call))
 
 
 def test_a_call_says_of_itself_what_it_is(given):
@@ -210,3 +211,22 @@ def test_a_compiler_takes_what_changes_from_call_to_call(given):
         made, wanted = (step(hidden, weight, target, *more) for step in (compiled, options_of_dpo))
         torch.testing.assert_close(made, wanted)
         torch.testing.assert_close(torch.autograd.grad(made, weight), torch.autograd.grad(wanted, weight))
+
+
+@pytest.mark.parametrize("step", [bnf, dpo_each])
+def test_whoever_looks_at_operators_sees_them(given, step):
+    """Elsewhere the same functions run without the dispatcher."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    direct = step(*given)
+    found = torch.autograd.grad(direct, given[:3])
+    with Seen():
+        dispatched = step(*given)
+        same = torch.autograd.grad(dispatched, given[:3])
+    assert {"rgpb::loss"} & {*names} if step is bnf else {"rgpb::score", "rgpb::pull_back"} <= {*names}
+    torch.testing.assert_close((dispatched, *same), (direct, *found), rtol=0, atol=0)

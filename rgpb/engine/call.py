@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -129,10 +130,10 @@ class Tensors(NamedTuple):
         hidden: [P, H].
         weight, bias: [V, H], [V]; where the call has it `stored`, the weight's codes.
         target: int64 [P].
-        lengths: int64 [B], positions per response.
+        tokens: int64 [B], of each response, that count.
         label, rewards: float64 [B].
         ref_logp, ref_log_odds: [P] of the reference.
-        ref_sums: float64 [B].
+        ref_sums: float64 [B], where the reference came as sums.
         z_y, lse_other, h_o: statistics, [P].
         g_zy, g_lo, g_ho: their upstream gradients, [P].
         active, left_out, order: of skipping (`sweeps.Scored`).
@@ -144,7 +145,7 @@ class Tensors(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
     target: Tensor | None = None
-    lengths: Tensor | None = None
+    tokens: Tensor | None = None
     label: Tensor | None = None
     rewards: Tensor | None = None
     ref_logp: Tensor | None = None
@@ -187,10 +188,19 @@ class Tensors(NamedTuple):
 
     def pack(self, call: Call) -> tuple[list[Tensor], str]:
         """An operator's arguments: those that are there, and the call that names them."""
-        given = tuple(name for name, x in zip(self._fields, self) if x is not None)
-        return [x for x in self if x is not None], call._replace(given=given).encode()
+        return self.present, call._replace(given=self.given).encode()
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of those that are there."""
+        return tuple(name for name, x in zip(self._fields, self) if x is not None)
+
+    @property
+    def present(self) -> list[Tensor]:
+        """Those that are there."""
+        return [x for x in self if x is not None]
 
     @staticmethod
-    def unpack(inputs: list[Tensor], call: Call) -> Tensors:
+    def unpack(inputs: Sequence[Tensor], call: Call) -> Tensors:
         """By the names that the call gives them."""
         return Tensors(**dict(zip(call.given, inputs)))

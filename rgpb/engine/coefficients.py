@@ -20,7 +20,7 @@ from rgpb.engine.call import Call, Tensors
 from rgpb.engine.products import Kept, Rows, even_spans
 from rgpb.kernels import kernel_set
 from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
-from rgpb.layout import Layout, Responses, TokenScores, token_scores, tokens_of_each
+from rgpb.layout import Layout, Responses, TokenScores, token_scores
 from rgpb.objectives import resolve, unit_values, units
 
 
@@ -32,9 +32,8 @@ class Coefficients:
     """
 
     def __init__(self, tensors: Tensors, call: Call):
-        weight, target, lengths = tensors.need("weight", "target", "lengths")
+        weight, target, self.count = tensors.need("weight", "target", "tokens")
         self.t, self.call, self.spec, self.options = tensors, call, resolve(call.objective), dict(call.options)
-        self.count = tokens_of_each(target != call.ignore_index, lengths)
         self.units = units(self.spec, len(self.count), call.group_size)
         self.total = target.new_zeros((), dtype=torch.float64)
         self.acc_dtype = acc_dtype(call.weight_dtype(weight))
@@ -54,7 +53,9 @@ class Coefficients:
         in_kernel = own if own is not None and own[0] in known else None
         ends = self.count.cumsum(0)
         for chunk in even_spans(kept.count, rows):
-            inside = ends.clamp(chunk.start, chunk.stop) - (ends - self.count).clamp(chunk.start, chunk.stop)
+            inside = self.count
+            if chunk != slice(0, kept.count):
+                inside = ends.clamp(chunk.start, chunk.stop) - (ends - self.count).clamp(chunk.start, chunk.stop)
             positions = kept.rows((chunk.start, chunk.stop))
             if in_kernel is not None:
                 yield positions, inside, self._terms(in_kernel, positions, inside, chunk.stop - chunk.start)
@@ -87,12 +88,10 @@ class Coefficients:
 
         def value(z_y: Tensor, lse_other: Tensor, h_o: Tensor | None) -> Tensor:
             policy = token_scores(z_y, lse_other, h_o, mask=None, entropy=False)
-            sums = selected(t.ref_sums)
-            if spec.couples == "token" and ref is not None:
-                sums = part.sum(ref.logp)  # of this chunk: parts have to add up
             seen = Responses(
-                policy, ref, sums, selected(t.label), part, self.call.group_size or None, selected(t.rewards)
-            )
+                policy, ref, selected(t.ref_sums), selected(t.label), part, self.call.group_size or None,
+                selected(t.rewards),
+            )  # fmt: skip
             values = unit_values(spec, seen, self.options).sum()
             return values / self.units if self.call.mean else values
 

@@ -24,7 +24,8 @@ Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -69,6 +70,21 @@ SHARDED = "the head is sharded: coefficients are known after all its ranks have 
 SPLIT = "sequence_group: coefficients are known after all ranks with tokens of a response have scored"
 # More rows than any call has: what fits is then bounded by the workspace alone.
 ANY = 1 << 62
+
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
+
+
+class remembered(Generic[Given, Found]):
+    """A pure function whose results are kept; `anew`, and a compiler, which can't look into a cache, compute them."""
+
+    def __init__(self, function: Callable[Given, Found]):
+        self.anew = function
+        self.kept: Any = lru_cache(1024)(function)
+
+    def __call__(self, *args: Given.args, **keywords: Given.kwargs) -> Found:
+        return (self.anew if torch.compiler.is_compiling() else self.kept)(*args, **keywords)
 
 
 class Rates(NamedTuple):
@@ -449,6 +465,7 @@ def _narrow_slice(s: Sizes, workspace: int) -> tuple[int, int, int]:
     return step, step * s.logit + sides, column
 
 
+@remembered
 def chunks(s: Sizes, workspace: int, path: str) -> Chunks:
     """What the loops of `path` hold at a time, for any number of tokens.
 
@@ -508,19 +525,31 @@ def ring_gathered(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def plan(tokens: int, head: Sizes, impls: Sequence[str] = (), **asked: Any) -> Plan:
+def plan(
+    tokens: int, head: Sizes, impls: tuple[str, ...] = (), *, unit_tokens: Callable[[], Sequence[int]] | None = None,
+    **asked: Any,
+) -> Plan:  # fmt: skip
     """The cheapest path that fits the workspace, on the kernel set that is predicted to be fastest.
 
     Args:
         tokens: N, at most.
         head: from `sizes`.
         impls: kernel sets to choose from, in order of preference where times can't be predicted; default: the head's.
-        asked: the rest of a `Request`, by name.
+        unit_tokens, asked: the rest of a `Request`, by name.
 
     Raises:
         ValueError: `workspace` is too small for a single row, or the path or the only kernel set can't serve the
             request.
     """
+    made = _fastest(tokens, head, impls, **asked)
+    if unit_tokens is None or made.path != "single" or made.rows >= tokens:
+        return made
+    return _fastest.anew(tokens, head, impls, unit_tokens=unit_tokens, **asked)
+
+
+@remembered
+def _fastest(tokens: int, head: Sizes, impls: tuple[str, ...], **asked: Any) -> Plan:
+    """`plan`; whatever is not known of the units makes no path faster."""
     request = Request(tokens, **asked)
     if request.couples not in ("token", "pair", "group", "batch"):
         raise ValueError(f"couples: expected 'token', 'pair', 'group' or 'batch', got {request.couples!r}")

@@ -9,7 +9,7 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -58,9 +58,13 @@ class Problem(NamedTuple):
     def running(self) -> Iterator[None]:
         """Without autocast, and on the tensors' own GPU: Triton launches on the current one."""
         device = self.hidden.device
-        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        kept = nullcontext() if self.workspace is None else self.workspace.using(device)
-        with torch.autocast(device.type, enabled=False), current, kept:
+        with ExitStack() as around:
+            if torch.is_autocast_enabled(device.type):
+                around.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":
+                around.enter_context(torch.cuda.device(device))
+            if self.workspace is not None:
+                around.enter_context(self.workspace.using(device))
             yield
 
     def room(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -155,8 +159,8 @@ class Kept:
     def __init__(self, target_P: Tensor, ignore_index: int):
         self.device = target_P.device
         index = (target_P != ignore_index).nonzero().squeeze(1)
-        self.count = len(index)
-        self.index = None if self.count == len(target_P) else index
+        self.count = index.shape[0]
+        self.index = None if self.count == target_P.shape[0] else index
 
     def rows(self, *ranges: tuple[int, int]) -> Rows:
         """The positions of the kept rows start … stop of each range, one after the other."""
@@ -185,7 +189,7 @@ class Products:
         self.converted = p.room("converted", self.chunks.converted, p.width, dtype=self.dtype)
         self.epilogue = p.epilogue()
         # a library product that makes blocks of its own, and tile kernels, take the weight as wide as it comes
-        step = len(self.converted) or self.vocab
+        step = self.converted.shape[0] or self.vocab
         self.columns = step if self.half or p.call.impl == "tiled" else min(step, self.chunks.columns)
         self.buffer = self._buffer(rows, score_only)
 
@@ -194,7 +198,7 @@ class Products:
         takes one slice (C++) or nothing (tiles)."""
         chunks, impl = self.chunks, self.p.call.impl
         if score_only and impl == "cpp":
-            return self.p.room("logits", rows, chunks.columns + chunks.pad, dtype=self.p.acc_dtype)
+            return self.p.room("logits", rows, chunks.columns + chunks.pad, dtype=self.p.acc_dtype)[:, : self.vocab]
         rows = 0 if score_only and impl == "tiled" else rows
         dtype = self.dtype if impl == "tiled" else self.p.acc_dtype
         return self.p.room("logits", rows, chunks.room, dtype=dtype)[:, : self.vocab]
@@ -204,7 +208,7 @@ class Products:
         x = self.inputs(rows)
         return Chunk(
             x, self.p.target[rows], self.vocab, self.columns, partial(self.parts, self.columns),
-            partial(self.parts, self.chunks.columns), self.epilogue, self.buffer[: len(x)], self.chunks.room,
+            partial(self.parts, self.chunks.columns), self.epilogue, self.buffer[: x.shape[0]], self.chunks.room,
         )  # fmt: skip
 
     def pull_back(
@@ -247,13 +251,13 @@ class Products:
     def parts(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """`weight`, in slices of so many columns at most, for which logits are formed by one product."""
         for part, weight in self.weight():
-            for some in spans(len(weight), columns):
+            for some in spans(weight.shape[0], columns):
                 yield slice(part.start + some.start, part.start + some.stop), weight[some]
 
     def weight(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the operands' dtype and the problem's order: whole where it is, else converted slice by
         slice."""
-        if not len(self.converted):
+        if not self.converted.shape[0]:
             yield slice(0, self.vocab), self.p.weight
             return
         for part in spans(self.vocab, len(self.converted)):
@@ -268,10 +272,10 @@ class Products:
     def hidden_rows(self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None) -> None:
         """out[rows] = diag(r) E W, straight into place where the rows are a view of the right dtype."""
         # 16-bit results are rounded once: the product is one, and its rows have no factor, or one that rounds no worse
-        once = out_PH.dtype == e_CV.dtype and not (self.half and len(self.converted))
+        once = out_PH.dtype == e_CV.dtype and not (self.half and self.converted.shape[0])
         in_place = isinstance(rows, slice) and once
         dtype = out_PH.dtype if once and r is None else self.p.acc_dtype
-        dx = out_PH[rows] if in_place else e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=dtype)
+        dx = out_PH[rows] if in_place else e_CV.new_empty(e_CV.shape[0], out_PH.shape[1], dtype=dtype)
         for part, weight in self.weight():
             matmul.mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
         if r is not None:
@@ -456,5 +460,5 @@ def split_rows(rows: Rows, step: int) -> list[Rows]:
 
 def empty_statistics(p: Problem, entropy: bool) -> Statistics:
     """0 at every position [P]."""
-    z_y, lse_other, h_o = (p.hidden.new_zeros(len(p.target), dtype=p.acc_dtype) for _ in range(3))
-    return Statistics(z_y, lse_other, h_o if entropy else None)
+    some = (p.hidden.new_zeros(p.target.shape, dtype=p.acc_dtype) for _ in range(2 + entropy))
+    return Statistics(*some) if entropy else Statistics(*some, None)

@@ -13,6 +13,7 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from rgpb.engine import skipping
 from rgpb.engine.call import Call, Tensors
 from rgpb.engine.coefficients import Coefficients
-from rgpb.engine.operator import is_traced, operator
+from rgpb.engine.operator import is_intercepted, is_traced, operator
 from rgpb.engine.products import (
     HeadSlices,
     HeadSum,
@@ -43,11 +44,21 @@ from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
 from rgpb.objectives import resolve
 
 
-def fill(into: Statistics, found: Statistics, rows: Rows) -> None:
-    """Put the statistics of `rows` in their places."""
+def filled(into: Statistics | None, found: Statistics, rows: Rows, p: Problem) -> Statistics:
+    """All statistics, with those of `rows` in their places and 0 where there are none yet."""
+    if isinstance(rows, slice) and rows == slice(0, p.target.shape[0]):
+        return found
+    if into is None:
+        into = empty_statistics(p, found.h_o is not None)
     for column, value in zip(into, found):
         if column is not None:
             column[rows] = value
+    return into
+
+
+def empty_rows(p: Problem, kept: Kept) -> Tensor:
+    """For a value of each row [P, H] that is kept; 0 elsewhere."""
+    return torch.empty_like(p.hidden) if kept.index is None else torch.zeros_like(p.hidden)
 
 
 def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Kept) -> None:
@@ -56,23 +67,27 @@ def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Ke
     Raises:
         ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
     """
-    outside = ((target < 0) | (target >= vocab)) & (target != ignore)
-    rows = kept.rows((0, kept.count))
-    finite = outside.new_ones(0)
-    if kept.count:
-        least, most = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
-        finite = ((least > -torch.inf) & (most < torch.inf))[rows]
-    ok = torch.stack([~outside.any(), finite.all()]).tolist()  # one synchronisation for both
-    if not ok[0]:
+    if not kept.count:
+        return
+    # NaN and infinity pass through a sum; so does what overflows in it, hence the second look
+    low, high = (target if kept.index is None else target[kept.index]).aminmax()
+    found = low, high, hidden.sum()
+    if hidden.device.type == "cpu":
+        least, most, total = (x.item() for x in found)
+    else:
+        least, most, total = torch.stack([x.double() for x in found]).tolist()  # one synchronisation for all
+    if least < 0 or most >= vocab:
+        outside = ((target < 0) | (target >= vocab)) & (target != ignore)
         at = int(outside.nonzero()[0])
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
             f"got {int(target[at])} at flat position {at}"
         )
-    if not ok[1]:
-        at = int((~finite).nonzero()[0])
-        at = at if isinstance(rows, slice) else int(rows[at])
-        raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {at}")
+    if not math.isfinite(total):
+        low, high = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
+        wrong = ((target != ignore) & ~((low > -torch.inf) & (high < torch.inf))).nonzero()
+        if len(wrong):
+            raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {int(wrong[0])}")
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -109,9 +124,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
         check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
         p, order = in_order(p, kept)
         skip = call.tolerance is not None
-        statistics, accumulated = empty_statistics(p, call.entropy), p.hidden.new_empty(0)
-        if call.accumulate:
-            accumulated = torch.zeros_like(p.hidden)
+        statistics, accumulated = None, empty_rows(p, kept) if call.accumulate else p.hidden.new_empty(0)
         active = p.hidden.new_zeros((len(p.target), tiles_of(p.weight, call)) if skip else 0, dtype=torch.bool)
         left_out = p.hidden.new_zeros(len(p.target) if skip else 0, dtype=torch.float32)
         score_only = not (call.accumulate or skip)
@@ -131,7 +144,8 @@ def _score(tensors: Tensors, call: Call) -> Scored:
             if call.accumulate:
                 e, r = products.set.pull_back(given, weighed, found, Upstream(-one, one))
                 products.pull_back(chunk, e, r, some, accumulated, None)
-            fill(statistics, found, chunk)
+            statistics = filled(statistics, found, chunk, p)
+        statistics = statistics or empty_statistics(p, call.entropy)
     report = p.hidden.new_full((len(p.target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)
     h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if statistics.h_o is None else statistics.h_o
     return Scored(statistics.z_y, statistics.lse_other, h_o, accumulated, active, left_out, order, report)
@@ -176,9 +190,7 @@ def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Te
         dhidden = ctx.accumulated.pop()
         if is_traced(dhidden):
             dhidden = dhidden.clone()
-        torch.ops.rgpb.finish_hidden_(
-            dhidden, *Tensors(target=target, z_y=z_y, g_zy=g_zy, g_lo=g_lo, **head).pack(call)
-        )
+        finish_hidden_(dhidden, Tensors(target=target, z_y=z_y, g_zy=g_zy, g_lo=g_lo, **head), call)
         made["hidden"] = dhidden
         needs.discard("hidden")
     if needs:
@@ -189,7 +201,7 @@ def _score_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Te
             **head,
         )  # fmt: skip
         asked = call._replace(needs=("hidden" in needs, "weight" in needs, "bias" in needs), needs_more="more" in needs)
-        dhidden, dweight, dbias, dmore = torch.ops.rgpb.pull_back(*tensors.pack(asked))
+        dhidden, dweight, dbias, dmore = _called_pull_back(tensors, asked)
         found = {"hidden": dhidden, "weight": dweight, "bias": dbias, "more": dmore}
         made.update({name: found[name] for name in needs})
     if len(ctx.report) and not is_traced(ctx.report):  # there it can't be filled in later
@@ -209,12 +221,12 @@ def counting(g_zy: Tensor, g_lo: Tensor) -> Tensor:
     return (g_zy != 0) | (g_lo != 0)
 
 
-operator("score", _score, _score_fake, _score_setup, _score_backward)
+_called_score = operator("score", _score, _score_fake, _score_setup, _score_backward)
 
 
 def score(tensors: Tensors, call: Call) -> Scored:
     """The statistics of each position, differentiable in hidden, weight and bias."""
-    return Scored(*torch.ops.rgpb.score(*tensors.pack(call)))
+    return Scored(*_called_score(tensors, call))
 
 
 def tiles_of(weight: Tensor, call: Call) -> int:
@@ -265,13 +277,11 @@ def sampled_order(p: Problem, kept: Kept) -> Tensor:
     return skipping.order_by_logits(z, p.call.tile)
 
 
-def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> None:
+def _finish_hidden_(accumulated: Tensor, t: Tensors, call: Call) -> None:
     """O → dX = g_lo · O + (g_zy + g_lo) · w_y in place, a few rows at a time. [P, H]
 
     The second term is 0 for a loss of p alone, so nothing of the rounding of O is blown up by a difference.
     """
-    call = Call.parse(text)
-    t = Tensors.unpack(inputs, call)
     p = Problem.of(t._replace(hidden=accumulated), call)
     z_y, g_zy, g_lo = t.need("z_y", "g_zy", "g_lo")
     kept = p.target != call.ignore_index
@@ -286,10 +296,21 @@ def _finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> Non
             accumulated[rows] = dx.addcmul_(w_y, rest[rows])
 
 
-torch.library.custom_op(
-    "rgpb::finish_hidden_", _finish_hidden_, mutates_args=("accumulated",),
+@torch.library.custom_op(
+    "rgpb::finish_hidden_", mutates_args=("accumulated",),
     schema="(Tensor(a!) accumulated, Tensor[] inputs, str call) -> ()",
 )  # fmt: skip
+def _dispatched_finish_hidden_(accumulated: Tensor, inputs: list[Tensor], text: str) -> None:
+    call = Call.parse(text)
+    _finish_hidden_(accumulated, Tensors.unpack(inputs, call), call)
+
+
+def finish_hidden_(accumulated: Tensor, t: Tensors, call: Call) -> None:
+    """`_finish_hidden_`, as an operator where somebody looks at them."""
+    if is_intercepted(t._replace(hidden=accumulated)):
+        _dispatched_finish_hidden_(accumulated, *t.pack(call))
+    else:
+        _finish_hidden_(accumulated, t, call)
 
 
 # -- loss -------------------------------------------------------------------------------------------------------------
@@ -329,15 +350,15 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         p, _ = in_order(p, kept)
         report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
         most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
-        statistics = empty_statistics(p, entropy)
-        dhidden = torch.zeros_like(p.hidden) if call.needs[0] else None
+        statistics: Statistics | None = None
+        dhidden = empty_rows(p, kept) if call.needs[0] else None
         products = Products(p, most)
         head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
         for rows, lengths, coefficients in objective.chunks(kept, most):
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
                 objective.total.add_(value.double().sum())
-                fill(statistics, found, rows)
+                statistics = filled(statistics, found, rows, p)
                 products.pull_back(rows, e, None, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
@@ -347,7 +368,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     found, masses, weighed = products.set.weigh(chunk, entropy, tile)
                 else:
                     found, _ = products.set.score(chunk, entropy)
-                fill(statistics, found, block)
+                statistics = filled(statistics, found, block, p)
+            assert statistics is not None  # of a block at least
             upstream = coefficients(statistics.at(rows))
             largest = skipping.largest_of_response(upstream.g_lo, None if call.by_row else lengths)
             for block, part in zip(blocks, spans(len(upstream.g_zy), most)):
@@ -362,6 +384,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     pairs += int(active.sum())
                 e, r = products.set.pull_back(chunk, weighed, *given)
                 products.pull_back(block, e, r, active, dhidden, head)
+        statistics = statistics or empty_statistics(p, entropy)
         found_head = head.finished()
         if tile and kept.count:
             share = pairs / (kept.count * tiles_of(p.weight, call))
@@ -404,7 +427,7 @@ def _loss_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Ten
     if g is None:
         return {}
     if not ctx.gradients:  # a second backward through the same graph
-        ctx.gradients = list(torch.ops.rgpb.loss(*Tensors(*ctx.saved_tensors).pack(ctx.call))[4:8])
+        ctx.gradients = list(_called_loss(Tensors(*ctx.saved_tensors), ctx.call)[4:8])
     made: dict[str, Tensor | None] = {}
     for name in ("hidden", "weight", "bias", "more"):
         gradient = ctx.gradients.pop(0)
@@ -421,12 +444,12 @@ def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
     return gradient.mul_(g)
 
 
-operator("loss", _loss, _loss_fake, _loss_setup, _loss_backward)
+_called_loss = operator("loss", _loss, _loss_fake, _loss_setup, _loss_backward)
 
 
 def loss(tensors: Tensors, call: Call) -> Loss:
     """The loss of a single pass, differentiable in hidden, weight and bias."""
-    return Loss(*torch.ops.rgpb.loss(*tensors.pack(call)))
+    return Loss(*_called_loss(tensors, call))
 
 
 # -- pull back --------------------------------------------------------------------------------------------------------
@@ -466,7 +489,7 @@ def _pull_back_fake(t: Tensors, call: Call) -> list[Tensor]:
     ]
 
 
-operator("pull_back", _pull_back, _pull_back_fake)
+_called_pull_back = operator("pull_back", _pull_back, _pull_back_fake)
 
 
 def head_gradient(
@@ -519,7 +542,7 @@ def hidden_gradient(
     p: Problem, kept: Kept, statistics: Statistics, upstream: Upstream, active: Tensor | None = None
 ) -> Tensor:
     """dX [P, H] with the logits formed again: where H_o has a gradient, O alone doesn't give it."""
-    dhidden = torch.zeros_like(p.hidden)
+    dhidden = empty_rows(p, kept)
     rows = min(p.call.chunks.rows, kept.count)
     products = Products(p, rows)
     for chunk in kept.chunks(rows):
