@@ -1,8 +1,8 @@
 """Block shapes, warps and pipeline depths of the kernels, per architecture, with the reason for each.
 
 The table is where a launch looks first if nothing was tuned on this machine; `rgpb tune` times the candidates on the
-GPU at hand and keeps the fastest in a file, `tuned_file()`, which then comes before the table. Configurations don't
-depend on the inputs' values, so results are bitwise the same from run to run.
+GPU at hand and keeps the fastest (`tuned.py`), which then comes before the table. Configurations don't depend on the
+inputs' values, so results are bitwise the same from run to run.
 
 No entry of the table has been timed on a GPU yet. They were chosen from what the compiler says (registers, spills,
 shared memory; `tests/test_targets.py` holds them to it) and from the shapes of the matrix instructions.
@@ -10,15 +10,13 @@ shared memory; `tests/test_targets.py` holds them to it) and from the shapes of 
 
 from __future__ import annotations
 
-import json
-import os
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
+from rgpb.kernels import tuned
 from rgpb.kernels.devices import architecture
 
 INTERPRETED = "interpreter"
@@ -171,8 +169,8 @@ def arch(device: torch.device) -> str:
 def rows(device: torch.device) -> Rows:
     """The row kernels' configuration on `device`."""
     key = arch(device)
-    tuned = _tuned().get(_key(device, "rows", ""))
-    return Rows(*tuned) if tuned else ROWS.get(key, ROWS["default"])
+    kept = None if interpreted() else tuned.read(Rows, _key(device, "rows", ""))
+    return kept or ROWS.get(key, ROWS["default"])
 
 
 @cache
@@ -181,8 +179,8 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
     key = arch(device)
     if key != INTERPRETED and dtype.itemsize > 2:
         return WIDE
-    tuned = _tuned().get(_key(device, kernel, str(dtype)))
-    return Tile(*tuned) if tuned else TILES[key][kernel][0]
+    kept = None if interpreted() else tuned.read(Tile, _key(device, kernel, str(dtype)))
+    return kept or TILES[key][kernel][0]
 
 
 def row_candidates() -> list[Rows]:
@@ -205,42 +203,13 @@ def _multiprocessors(device: torch.device) -> int:
 # -- what was tuned ---------------------------------------------------------------------------------------------------
 
 
-def tuned_file() -> Path:
-    """Where tuned choices are kept: `rgpb/tuned.json` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgpb" / "tuned.json"
-
-
 def keep(device: torch.device, kernel: str, dtype: str, config: Rows | Tile) -> None:
     """Prefer `config` on devices of this name, with this version of Triton, from now on."""
-    path = tuned_file()
-    known = {**_tuned(), _key(device, kernel, dtype): list(config)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(path)  # whole or not at all, also beside another process
-    for known_by_now in (_tuned, rows, tile):
+    tuned.keep(_key(device, kernel, dtype), config)
+    for known_by_now in (rows, tile):
         known_by_now.cache_clear()
 
 
 def _key(device: torch.device, kernel: str, dtype: str) -> str:
     name = INTERPRETED if interpreted() else torch.cuda.get_device_name(device)
     return ", ".join(part for part in (name, f"triton {triton.__version__}", kernel, dtype) if part)
-
-
-@cache
-def _tuned() -> dict[str, list[Any]]:
-    """What `keep` wrote.
-
-    Raises:
-        ValueError: the file is there but isn't such a file.
-    """
-    path = tuned_file()
-    if interpreted() or not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key, values in found.items():
-            (Rows if ", rows" in key else Tile)(*values)
-        return found
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"tuned choices: expected a file of `rgpb tune`, got {path} ({error}); delete it") from error

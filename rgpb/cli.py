@@ -16,7 +16,7 @@ COMMANDS = {
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
     "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
     "doctor": ("rgpb.bench.doctor", "which kernels can run here, why not the others, and whether they are right"),
-    "tune": ("rgpb.bench.tune", "time the Triton kernels' configurations on this GPU and keep the fastest"),
+    "tune": ("rgpb.bench.tune", "time what the kernels' speed depends on, on this machine, and keep the fastest"),
     "demo": ("rgpb.demo", "compare three losses on arithmetic pairs, in a few minutes"),
 }
 

@@ -38,10 +38,12 @@ if find_spec("torchao") is None or find_spec("bitsandbytes") is None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty():
-    """Deterministic algorithms fill uninitialised memory with NaN, so that an element nobody wrote shows."""
+def poisoned_empty(monkeypatch):
+    """Deterministic algorithms fill uninitialised memory with NaN, so that an element nobody wrote shows. Nothing is
+    as somebody tuned it here."""
     from rgpb.engine import plan as planning
 
+    monkeypatch.setattr(planning, "tuned_limits", lambda threads: None)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

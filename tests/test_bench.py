@@ -16,13 +16,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rgpb import OBJECTIVES, LMHead, bench, linear_logprob
-from rgpb.bench import contest, measure, tables
+from rgpb.bench import contest, measure, tables, tune
 from rgpb.bench import plan as plan_command
 from rgpb.bench.contest import DTYPES, LOG_PROB, NAIVE, PATHS, Case, Contestant, Floor, Job, Shape, make_batch
 from rgpb.bench.measure import Result, interleaved, peak_memory, quantiles
 from rgpb.cli import main
+from rgpb.engine import plan as planning
+from rgpb.engine.plan import tuned_limits
 from rgpb.fused import dpo_loss
-from rgpb.kernels import cpp_rows
+from rgpb.kernels import cpp_rows, tuned
 
 MIB = 2**20
 TINY = Shape(32, 8, 128)
@@ -718,3 +720,36 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         command("bench", *arguments)
     assert "expected" in capsys.readouterr().err
+
+
+def test_a_cpu_is_tuned_and_the_choice_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(planning, "tuned_limits", tuned_limits)
+    monkeypatch.setattr(tune, "CPU_SHAPE", Shape(64, 16, 2048))
+    monkeypatch.setattr(tune, "GAIN", 2.0)  # whatever is fastest is taken
+    slow = {("rows", 128), ("scored", 512)}
+
+    def timed(runs, rounds, device):
+        field = next(f for f, values, *_ in tune.CPU_CANDIDATES if {*values} <= {*runs})
+        for run in runs.values():
+            run()
+        return measure.Times({x: [1.0 if (field, x) in slow else 9.0] for x in runs}, dict.fromkeys(runs, 1), 1)
+
+    monkeypatch.setattr(tune, "interleaved", timed)
+    for known in (tuned_limits, tuned._known):
+        known.cache_clear()
+    before = planning.cpu_limits()
+    rows = [s.limits.rows for s in (planning.sizes(4096, 64, torch.float32, torch.float32, "cpu"),)]
+    assert main(["tune"]) == 0
+    assert f"kept in {tmp_path / 'rgpb' / 'tuned.json'}" in capsys.readouterr().out
+    assert (before.rows, before.scored, rows) == (512, 2048, [512])
+    after = planning.sizes(4096, 64, torch.float32, torch.float32, "cpu")
+    assert (after.limits.rows, after.limits.scored) == (128, 512)
+    assert planning.chunks(after, 1 << 30, "single").rows == 128
+    tuned.file().write_text(json.dumps({planning.cpu_key(torch.get_num_threads()): [1]}))
+    for known in (tuned_limits, tuned._known):
+        known.cache_clear()
+    with pytest.raises(ValueError, match="tuned choices: expected a file of `rgpb tune`"):
+        planning.cpu_limits()
+    for known in (tuned_limits, tuned._known):
+        known.cache_clear()

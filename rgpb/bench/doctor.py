@@ -21,10 +21,11 @@ import torch
 import rgpb
 from rgpb.bench import contest
 from rgpb.bench.contest import DTYPES, LOG_PROB, TOLERANCE, Batch, Job, Shape
-from rgpb.bench.measure import Result, copy_rate, cpu_model, memory_of_machine, product_rate, version_of
+from rgpb.bench.measure import Result, copy_rate, memory_of_machine, product_rate, version_of
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.kernels import IMPLEMENTATIONS, cpp_rows, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
+from rgpb.kernels.tuned import cpu_name
 
 # Four responses of 65 tokens, two of them masked. V is off every tile and a little beyond one of 1024; H is no power of
 # two, but its rows are multiples of 16 bytes, which tensor descriptors need.
@@ -151,7 +152,7 @@ def _described(device: torch.device) -> tuple[str, str, str]:
     if device.type == "cpu":
         memory = memory_of_machine()
         has = [f"{os.cpu_count()} cores", f"{torch.get_num_threads()} threads", torch.backends.cpu.get_cpu_capability()]
-        return "cpu", cpu_model(), ", ".join(has + ([] if memory is None else [_gibibytes(memory)]))
+        return "cpu", cpu_name(), ", ".join(has + ([] if memory is None else [_gibibytes(memory)]))
     properties = torch.cuda.get_device_properties(device)
     exact = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
     near = architecture(device)

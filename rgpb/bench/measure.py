@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rgpb
 from rgpb.kernels.matmul import mm
+from rgpb.kernels.tuned import cpu_name
 
 # The profiler announces its own start and stop on stderr, at a level below this one.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -271,7 +272,7 @@ def provenance(device: str, **options: object) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         **(_gpu() if device == "cuda" else {}),
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -292,14 +293,6 @@ def _gpu() -> dict[str, object]:
         "multiprocessors": facts.multi_processor_count,
         "memory": facts.total_memory,
     }
-
-
-def cpu_model() -> str:
-    """The processor's name; where the system doesn't say, its architecture."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def memory_of_machine() -> int | None:

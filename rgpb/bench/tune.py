@@ -1,21 +1,27 @@
-"""`rgpb tune`: time the Triton kernels' configurations on this GPU and keep the fastest.
+"""`rgpb tune`: time what the kernels' speed depends on, on this machine, and keep the fastest.
 
-Each candidate of `rgpb.kernels.configs` is first compared with torch's float32 answer on the same inputs; only what
-agrees is timed. The chosen ones go into `configs.tuned_file()`, which launches read before the table.
+On a GPU these are the configurations of the Triton kernels: each candidate of `rgpb.kernels.configs` is first compared
+with torch's float32 answer on the same inputs, and only what agrees is timed. On a CPU they are the sizes of the
+products (`rgpb.engine.plan.Limits`), for the number of threads at hand; half a minute. What is chosen goes into
+`rgpb.kernels.tuned.file()`, which later processes read first: their results differ from earlier ones by rounding.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rgpb.bench.contest import Shape
+from rgpb.bench.contest import LOG_PROB, Job, Shape, fused, kind_of, make_batch
 from rgpb.bench.measure import interleaved
+from rgpb.engine import plan
+from rgpb.engine.plan import DEFAULT_WORKSPACE, Limits
+from rgpb.kernels import tuned
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 SHAPE = Shape(2048, 4096, 32768)  # rows of a chunk of a large head; a quarter of its vocabulary says as much
@@ -241,27 +247,82 @@ def _text(config: Any) -> str:
     return " ".join(f"{name}={value}" for name, value in config._asdict().items())
 
 
+CPU_SHAPE = Shape(2048, 512, 8192)
+# What is tried of each of `Limits`, and the job that is timed; one field after the other, each with the best so far.
+CPU_CANDIDATES: list[tuple[str, tuple[int, ...], str, str]] = [
+    ("columns", (1024, 2048, 4096, 8192), "bnf", "single"),
+    ("rows", (128, 256, 512, 1024), "bnf", "single"),
+    ("scored", (512, 1024, 2048), LOG_PROB, "forward"),
+    ("slice", (1024, 2048, 4096), "dpo", "two_pass"),
+]
+# So much faster than what is there, at least: less is noise.
+GAIN = 0.97
+
+
+@contextmanager
+def limits_of(limits: Limits) -> Iterator[None]:
+    """Calls inside go by these limits."""
+    there = plan.tuned_limits
+    plan.tuned_limits = lambda threads: limits  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        plan.tuned_limits = there
+
+
+def sweep_cpu(
+    progress: Callable[[str], object] = print, shape: Shape = CPU_SHAPE, rounds: int = 5, keep: bool = False
+) -> tuple[Limits, list[dict[str, Any]]]:
+    """Time the sizes of float32 products on this CPU, with the threads at hand.
+
+    Args:
+        keep: for later processes.
+
+    Returns:
+        The best limits, and one dict per candidate: limit, value, milliseconds (median), chosen.
+    """
+    threads, batch = torch.get_num_threads(), make_batch(shape, torch.float32, "cpu")
+    best, rows = plan.untuned_limits(threads), []
+
+    def timed(run: Callable[[], object], limits: Limits) -> None:
+        with limits_of(limits):
+            run()
+
+    for field, values, loss, path in CPU_CANDIDATES:
+        there = getattr(best, field)
+        run, _ = fused(batch, Job(loss, kind_of(path)), path, DEFAULT_WORKSPACE, impl="auto")
+        runs = {x: partial(timed, run, best._replace(**{field: x})) for x in sorted({*values, there})}
+        times = interleaved(runs, rounds, "cpu")
+        fastest = min(runs, key=lambda x: times.over(x, there))
+        chosen = fastest if times.over(fastest, there) < GAIN else there
+        best = best._replace(**{field: chosen})
+        for x in runs:
+            rows.append({"limit": field, "value": x, "ms": times.quantiles(x)[0] * 1e3, "chosen": x == chosen})
+            progress(f"{field} {x}: {rows[-1]['ms']:.1f} ms, {times.over(x, there):.3f} of {there}'s time")
+    if keep:
+        tuned.keep(plan.cpu_key(threads), best)
+        plan.tuned_limits.cache_clear()
+    return best, rows
+
+
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand `tune`."""
-    parser = subparsers.add_parser("tune", help="time the kernels' configurations on this GPU", description=__doc__)
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="default %(default)s")
+    parser = subparsers.add_parser("tune", help="time the kernels' sizes on this machine", description=__doc__)
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="on a GPU; default %(default)s")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tune on the current CUDA device. 1 if a configuration gave a wrong result.
-
-    Raises:
-        ValueError: no GPU.
-    """
+    """Tune on the current CUDA device, or without one on the CPU. 1 if a configuration gave a wrong result."""
     if not torch.cuda.is_available():
-        raise ValueError("device: expected a GPU to tune for, got torch.cuda.is_available() = False")
-    from rgpb.kernels import configs
+        best, _ = sweep_cpu(shape=CPU_SHAPE, keep=True)
+        print(f"{tuned.cpu_name()}, {torch.get_num_threads()} threads: {_text(best)}\nkept in {tuned.file()}")
+        return 0
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     rows = sweep(torch.device("cuda", torch.cuda.current_device()), dtype=dtype, keep=True)
     for row in rows:
         if row.get("chosen"):
             print(f"{row['kernel']}: {row['config']}, {row['ms']:.3f} ms")
-    print(f"kept in {configs.tuned_file()}")
+    print(f"kept in {tuned.file()}")
     return int(any(row["status"] == "FAILED" for row in rows))

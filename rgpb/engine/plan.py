@@ -24,27 +24,21 @@ Dimensions: N tokens, V vocabulary, H hidden size, C rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from rgpb.engine.skipping import CHOICE_BYTES
-from rgpb.kernels import cpp_rows, torch_rows
+from rgpb.kernels import cpp_rows, torch_rows, tuned
 from rgpb.kernels.types import PAD
 
 DEFAULT_WORKSPACE = 512 * 2**20
 
-# Rows of a chunk beyond which a product gains nothing. On a CPU a smaller chunk also stays closer to the caches.
-MAX_ROWS = {"cpu": 512, "cuda": 1 << 20}
-# The same where a CPU only scores, and a chunk is as wide as COLUMNS.
-MAX_SCORED = 2048
 # Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
 # longer (docs/performance.md). At least MIN_COLUMNS, of which each tile's columns are a part.
 COLUMNS = 512
 MIN_COLUMNS = 1024
-# Entries of the vocabulary in one finished slice of dW.
-MAX_SLICE = {"cpu": 2048, "cuda": 16384}
 # Slices of a product with all rows at once aren't narrower: 8 tiles of 128 columns.
 MIN_SLICE = 1024
 # Rows of a chunk come in multiples of a product's tile, or the last of its tiles is mostly empty.
@@ -52,8 +46,8 @@ ROW_TILE = 128
 # Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more, and take
 # more launches.
 MASS_TILE = {"cpu": 256, "cuda": 1024}
-# The same as MAX_ROWS, where gradients may be skipped in memory that is kept: of a narrow tile only a few rows of a
-# chunk count. In new memory a chunk of that size would cost more than it saves.
+# At least so many rows of a chunk, where gradients may be skipped in memory that is kept: of a narrow tile only a few
+# rows count. In new memory a chunk of that size would cost more than it saves.
 MAX_SKIPPING = 4096
 # Columns of one tile kernel's tile, at the least: there are so many partial statistics to a row.
 PARTIAL_TILE = 64
@@ -173,6 +167,49 @@ class Request(NamedTuple):
     workspace: int = DEFAULT_WORKSPACE
 
 
+class Limits(NamedTuple):
+    """Sizes beyond which a product gains nothing. On a CPU smaller ones also stay closer to the caches.
+
+    Attributes:
+        rows: of a chunk.
+        scored: the same where nothing is pulled back, and a chunk is as wide as `columns`.
+        columns: of logits that are formed by one float32 or float64 product.
+        slice: entries of the vocabulary in one finished slice of dW.
+    """
+
+    rows: int
+    scored: int
+    columns: int
+    slice: int
+
+
+GPU_LIMITS = Limits(1 << 20, 1 << 20, 1 << 62, 16384)
+
+
+def cpu_limits() -> Limits:
+    """Those of this CPU and so many threads: what `rgpb tune` has kept, or what was found on two threads."""
+    if torch.compiler.is_compiling():  # which doesn't know the threads
+        return Limits(512, 2048, MIN_COLUMNS, 2048)
+    threads = torch.get_num_threads()
+    return tuned_limits(threads) or untuned_limits(threads)
+
+
+def untuned_limits(threads: int) -> Limits:
+    """Those of any CPU."""
+    return Limits(512, 2048, max(MIN_COLUMNS, COLUMNS * threads) // MIN_COLUMNS * MIN_COLUMNS, 2048)
+
+
+@cache
+def tuned_limits(threads: int) -> Limits | None:
+    """What `rgpb tune` has kept."""
+    return tuned.read(Limits, cpu_key(threads))
+
+
+def cpu_key(threads: int) -> str:
+    """What limits are kept by."""
+    return f"{tuned.cpu_name()}, {threads} threads, torch {torch.__version__}"
+
+
 class Chunks(NamedTuple):
     """What the loops hold at a time: what fits the workspace, whatever the number of tokens.
 
@@ -223,7 +260,7 @@ class Sizes(NamedTuple):
         arch: key in `RATES`, or None.
         factored: whether rows have factors that are applied to the [C, H] sides, which takes float32 copies of them.
         ordered: whether the vocabulary is taken in another order.
-        columns: of logits that are formed by one product; V but for float32 and float64 products on a CPU.
+        limits: of this device.
         strided: whether the weight has no unit stride along H, as the tile kernels need it.
         tile: columns of a tile that is skipped, or not; 0 where nothing is.
         kept: whether the memory of a call that skips is kept from earlier ones.
@@ -243,11 +280,16 @@ class Sizes(NamedTuple):
     arch: str | None = None
     factored: bool = True
     ordered: bool = False
-    columns: int = 1 << 62
+    limits: Limits = GPU_LIMITS
     strided: bool = False
     tile: int = 0
     kept: bool = False
     trained: int | None = None
+
+    @property
+    def columns(self) -> int:
+        """Of logits that are formed by one product; V but for float32 and float64 products on a CPU."""
+        return min(self.vocab, self.limits.columns)
 
     @property
     def summed(self) -> int:
@@ -303,13 +345,6 @@ def gemm_dtype(device_type: str, weight: torch.dtype, compute: torch.dtype, impl
     return compute if compute == torch.float64 or device_type == "cuda" or native else torch.float32
 
 
-def cpu_columns() -> int:
-    """Columns of logits that a CPU forms by one product, a multiple of MIN_COLUMNS."""
-    if torch.compiler.is_compiling():  # which doesn't know the threads
-        return MIN_COLUMNS
-    return max(MIN_COLUMNS, COLUMNS * torch.get_num_threads()) // MIN_COLUMNS * MIN_COLUMNS
-
-
 def mass_tile(device_type: str) -> int:
     """Columns of a tile of the vocabulary that is left out, or not, for a row."""
     return MASS_TILE.get(device_type, MASS_TILE["cuda"])
@@ -331,10 +366,12 @@ def sizes(
     acc = 8 if weight_dtype == torch.float64 else 4
     convert = gemm != weight_dtype or (strided and impl == "tiled") or trained is not None
     factored = impl != "triton" or convert or gemm == torch.float16
-    one_product = min(vocab, cpu_columns()) if device_type == "cpu" and impl != "tiled" else vocab
+    limits = cpu_limits() if device_type == "cpu" else GPU_LIMITS
+    if impl == "tiled":
+        limits = limits._replace(columns=vocab)
     return Sizes(
         vocab, width, acc, gemm.itemsize, convert, weight_dtype.itemsize < 4, device_type, impl, arch, factored,
-        columns=one_product, strided=strided, trained=trained,
+        limits=limits, strided=strided, trained=trained,
     )  # fmt: skip
 
 
@@ -371,7 +408,7 @@ def row_chunk(
     if s.impl == "tiled":
         logits = 0 if score_only else logits
         row = logits + _row_sides(s) + 3 * s.acc * -(-s.vocab // PARTIAL_TILE)
-    most = min(tokens, MAX_ROWS.get(s.device_type, MAX_ROWS["cuda"]))
+    most = min(tokens, s.limits.rows)
     if s.tile:
         picked = picked_columns(s, workspace)
         fixed += picked * s.width * (s.gemm + s.acc)
@@ -379,7 +416,7 @@ def row_chunk(
         most = max(most, min(tokens, MAX_SKIPPING * s.kept))
     if score_only and s.sliced:
         row = (s.columns + PAD) * s.acc + _row_sides(s)
-        most = min(tokens, MAX_SCORED)
+        most = min(tokens, s.limits.scored)
     return _rows_that_fit(workspace, fixed, row, s.vocab, most, s)
 
 
@@ -396,7 +433,7 @@ def _rows_that_fit(workspace: int, fixed: int, row: int, vocab: int, most: int, 
             f"(one row of {vocab} logits and its scratch), got {workspace}"
         )
     rows = min(rows, most)
-    if s.device_type != "cpu" and ROW_TILE < rows < most < MAX_ROWS["cuda"]:
+    if s.device_type != "cpu" and ROW_TILE < rows < most < s.limits.rows:
         chunks = -(-most // (rows // ROW_TILE * ROW_TILE))
         rows = -(-most // (chunks * ROW_TILE)) * ROW_TILE  # chunks of equal length
     return rows, fixed + rows * row + min(rows, block) * scratch
@@ -435,7 +472,7 @@ def slice_chunk(s: Sizes, workspace: int, tokens: int) -> tuple[int, int, int]:
 
 def _wide_slices(s: Sizes) -> Iterator[int]:
     """Slices to try on a GPU, from the widest."""
-    step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
+    step = min(s.vocab, s.limits.slice)
     while s.device_type != "cpu":
         yield step
         if step <= MIN_SLICE:
@@ -454,7 +491,7 @@ def _slice_rows(s: Sizes, workspace: int, step: int, tokens: int) -> tuple[int, 
 
 def _narrow_slice(s: Sizes, workspace: int) -> tuple[int, int, int]:
     """(columns, bytes of a row, bytes of a column) where a slice of dW is summed over chunks of rows."""
-    step = min(s.vocab, MAX_SLICE.get(s.device_type, MAX_SLICE["cuda"]))
+    step = min(s.vocab, s.limits.slice)
     step = step if s.device_type == "cpu" else min(step, MIN_SLICE)
     column = s.width * s.gemm * s.convert + s.summed * s.acc * (s.accumulate or s.ordered)
     if column:

@@ -276,7 +276,7 @@ def test_offsets_beyond_32_bits():
 def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
     from rgpb.bench import tune
     from rgpb.bench.contest import Shape
-    from rgpb.kernels import configs
+    from rgpb.kernels import configs, tuned
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tile = configs.TILES[configs.INTERPRETED]["score"]
@@ -296,15 +296,15 @@ def test_tuning_checks_times_and_keeps(tmp_path, monkeypatch):
         ),
     )
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    for cached in (configs._tuned, configs.rows, configs.tile):
+    for cached in (tuned._known, configs.rows, configs.tile):
         cached.cache_clear()
     assert configs.rows(torch.device("cpu")) == configs.ROWS[configs.INTERPRETED]
-    configs.tuned_file().write_text('{"a, rows": [1]}')
-    configs._tuned.cache_clear()
+    tuned.file().write_text(f'{{"{configs._key(None, "rows", "")}": [1]}}')
+    tuned._known.cache_clear()
     configs.rows.cache_clear()
     with pytest.raises(ValueError, match="tuned choices: expected a file of `rgpb tune`"):
         configs.rows(torch.device("cpu"))
-    for cached in (configs._tuned, configs.rows, configs.tile):
+    for cached in (tuned._known, configs.rows, configs.tile):
         cached.cache_clear()
 
 
