@@ -4,9 +4,10 @@ MODEL is a folder of a transformers model, or a GGUF file (with the package `ggu
 with `prompt`, `chosen` and `rejected`. The model's hidden states of the responses' tokens are made once, and cut into
 responses of equal length, since some peers take no others. One step of each loss, forward and backward, is timed in
 interleaved rounds: the bare three products, naive PyTorch, peers that are installed, and the library without a
-tolerance and with one, with memory of its own and with memory that is kept. Beside the times stand the share of tiles
-left out and how far that moves the gradients. The last table, and the picture, say what other tolerances leave out of
-each loss, of chosen and rejected responses apart, and of flat logits.
+tolerance and with one, with memory of its own and with memory that is kept (the head's gradient, too, as the bare
+products do it). Beside the times stand the share of tiles left out and how far that moves the gradients. The last
+table, and the picture, say what other tolerances leave out of each loss, of chosen and rejected responses apart, and of
+flat logits. In dpo and swepo all tokens of a response have the same coefficient, so its part is as in mle.
 
 Dimensions: B responses, T tokens of each, V vocabulary, H hidden size.
 """
@@ -146,7 +147,7 @@ def race(batch: Batch, losses: tuple[str, ...], tolerance: float | str, rounds: 
     """A row for each loss and way: milliseconds, and over the three products, naive and the library's own."""
     table = []
     for loss in losses:
-        kept, floor = Workspace(), Floor(batch)
+        kept, floor = Workspace(gradients=True), Floor(batch)
         runs: dict[str, Callable[[], object]] = {"bare three products": partial(floor.run, 3)}
         runs |= dict(others(batch, loss)) if loss in NAIVE else {}
         hows: dict[str, dict[str, Any]] = {}
@@ -169,16 +170,16 @@ def race(batch: Batch, losses: tuple[str, ...], tolerance: float | str, rounds: 
 
 
 def sweep(batch: Batch, losses: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What tolerances leave out, in units of products: 1 + 2 (1 − s). Chosen and rejected apart are of `mle` on their
-    halves; flat logits are those of the head times FLAT."""
+    """What tolerances leave out, in units of products: 1 + 2 (1 − s). Flat logits are those of the head times FLAT."""
     half = len(batch.target) // 2
-    parts = {"chosen": slice(0, half), "rejected": slice(half, None)}
-    flat = batch._replace(weight=(FLAT * batch.weight.detach()).requires_grad_())
     cases = [(loss, "all", batch) for loss in losses]
-    for side, rows in parts.items():
+    for side, rows in {"chosen": slice(0, half), "rejected": slice(half, None)}.items():
         hidden = batch.hidden.detach()[rows].requires_grad_()
-        cases.append(("mle", side, batch._replace(hidden=hidden, target=batch.target[rows])))
-    cases.append(("mle", "flat logits", flat))
+        target, label, ref = batch.target[rows], batch.label[rows], batch.ref[rows]
+        some = batch._replace(hidden=hidden, target=target, label=label, ref=ref)
+        cases += [(loss, side, some) for loss in losses if loss in ("bnf", "mle")]
+    flat = batch._replace(weight=(FLAT * batch.weight.detach()).requires_grad_())
+    cases += [(loss, "flat logits", flat) for loss in losses if loss in ("bnf", "mle")]
     table = []
     for loss, of, data in cases:
         kept = Workspace()

@@ -41,6 +41,8 @@ AVX2_16MIB = "cpu-2-threads-avx2/2048-512-32000-16MiB/results.json"
 PEERS = "cpu-2-threads/peers/cpu.json"
 PRODUCTS = "cpu-2-threads/products/results.json"
 SKIPPING = "cpu-2-threads/skipping/results.json"
+GROWTH = "cpu-2-threads/growth/results.json"
+CALLS = "cpu-2-threads/calls/results.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -262,6 +264,28 @@ def skipping() -> str:
     return "\n\n".join([times, table(headers, [(name, *cells) for name, cells in rows.items()]), conditions(SKIPPING)])
 
 
+def small() -> str:
+    """Calls of a few tokens: medians beside naive cross-entropy."""
+    content = load(CALLS)
+    lines = [
+        (f"{row['call']}, {row['shape']}", *(f"{row[way]:.2f} ms" for way in ("rgpb", "naive")), f"{row['over']:.1f}")
+        for row in content["table"]
+    ]
+    return "\n\n".join([table(("", "rgpb", "naive cross-entropy", "ratio"), lines), conditions(CALLS)])
+
+
+def growth() -> str:
+    """How a step's time over the bare products grows with each size."""
+    content = load(GROWTH)
+    threads = list(dict.fromkeys(row["threads"] for row in content["table"]))
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in content["table"]:
+        sizes = ", ".join(f"**{row[name]:,}**" if name == row["grows"] else f"{row[name]:,}" for name in "NVH")
+        found.setdefault((row["grows"], sizes), []).append(f"{row['over the products']:.2f}")
+    headers = ("N, V, H", *(f"{count} thread{'s' * (count > 1)}" for count in threads))
+    return "\n\n".join([table(headers, [(sizes, *of) for (_, sizes), of in found.items()]), conditions(GROWTH)])
+
+
 # -- claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +460,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "peers": peers,
     "products": products,
     "skipping": skipping,
+    "growth": growth,
+    "calls": small,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
     "tally": tally,

@@ -487,3 +487,19 @@ def test_products_in_slices_are_the_products():
     torch.testing.assert_close(z, x @ weight.T)
     products.slices(x, weight, torch.empty(5, 40)[:, :32], dweight)
     torch.testing.assert_close(dweight, (x @ weight.T).T @ x)
+
+
+def test_small_calls_and_growth(tmp_path, capsys, monkeypatch):
+    from benchmarks import calls, growth
+
+    monkeypatch.setattr(calls, "SHAPES", (Shape(8, 4, 32),))
+    monkeypatch.setattr(growth, "SHAPES", {"N": [Shape(n, 8, 128) for n in (8, 16)], "V": [Shape(8, 8, 128)]})
+    for program, more in ((calls, ["--threads", "1"]), (growth, ["--threads", "1", "--workspace", "16"])):
+        monkeypatch.setattr("sys.argv", ["x", "--rounds", "1", *more, "--out", str(tmp_path / program.__name__)])
+        program.main()
+    small, grown = (json.loads(path.read_text())["table"] for path in sorted(tmp_path.glob("*/results.json")))
+    assert [row["call"] for row in small] == ["BNF step", "scores"]
+    assert all(row["rgpb"] > 0 and row["over"] > 0 for row in small)
+    assert [(row["grows"], row["N"]) for row in grown] == [("N", 8), ("N", 16), ("V", 8)]
+    assert all(row["over the products"] > 0 for row in grown)
+    assert (tmp_path / "benchmarks.growth" / "results.png").stat().st_size > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rgpb import FusedLoss, Workspace, linear_logprob
-from rgpb.fused import bnf_loss, dpo_loss
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, V, H = 4, 16, 600, 32
 
@@ -159,3 +159,38 @@ def test_bad_sizes(size, given):
     if size is not None:
         with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes, got {size}"):
             step(given, size)
+
+
+def test_the_memory_of_a_gradient_that_nobody_holds_is_taken_again():
+    torch.use_deterministic_algorithms(False)
+    hidden, weight, target = torch.randn(2, 5, 8), torch.randn(300, 8, requires_grad=True), torch.randint(300, (2, 5))
+    kept = Workspace(1 << 20, gradients=True)
+
+    def step(workspace=kept):
+        mle_loss(hidden, weight, target, workspace=workspace).backward()
+        return weight.grad.data_ptr()
+
+    first = step()
+    held, right = kept.held, weight.grad.clone()
+    weight.grad = None
+    assert kept.held == held + right.nbytes
+    assert step() == first
+    torch.testing.assert_close(weight.grad, right, rtol=0, atol=0)
+    view, weight.grad = weight.grad[1:], None  # somebody still looks at a part of it
+    assert step() != first
+    torch.testing.assert_close(view, right[1:], rtol=0, atol=0)
+    assert step() == weight.grad.data_ptr()  # accumulated
+    torch.testing.assert_close(weight.grad, 2 * right)
+    array, weight.grad = weight.grad.numpy(), None
+    again = step()
+    assert again != array.ctypes.data
+    shared, weight.grad = weight.grad, None
+    shared.share_memory_()
+    assert step() != shared.data_ptr()
+    torch.testing.assert_close(shared, right, rtol=0, atol=0)
+    weight.grad = None
+    kept.free()
+    assert kept.held == 0
+    plain = Workspace(1 << 20)
+    step(plain)
+    assert not plain._given

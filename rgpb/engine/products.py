@@ -73,6 +73,12 @@ class Problem(NamedTuple):
             return self.workspace.take(name, shape, dtype, self.hidden.device)
         return fresh(self.hidden.new_empty(shape, dtype=dtype))
 
+    def gradient(self, share: Share) -> Tensor:
+        """Memory for what of the head's gradient is one tensor's, not cleared."""
+        if self.workspace is not None:
+            return self.workspace.gradient(share.name, share.like)
+        return fresh(torch.empty_like(share.like))
+
     def ordered(self, order: Tensor) -> Problem:
         """The same with the vocabulary in that order. int64 [V]"""
         place = torch.empty_like(order)
@@ -291,7 +297,7 @@ class HeadSum:
     def __init__(self, p: Problem, products: Products, one_chunk: bool):
         self.p, self.products, self.empty, self.one_chunk = p, products, True, one_chunk
         self.shares = p.shares()
-        self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
+        self.made = [p.gradient(share) for share in self.shares]
         self.sums = list(self.made)
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         self.written: list[slice] = []  # of the vocabulary, where only some of it is
@@ -374,7 +380,7 @@ class HeadSlices:
         self.p, self.set, self.dtype = p, kernel_set(p.call.impl), p.call.dtype
         self.rows, self.pad = rows, p.call.chunks.pad
         self.shares = p.shares()
-        self.made = [fresh(torch.empty_like(share.like)) for share in self.shares]
+        self.made = [p.gradient(share) for share in self.shares]
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         dtype = self.dtype if p.call.impl == "tiled" else p.acc_dtype
         self.buffer = p.room("slice", rows * (columns + self.pad), dtype=dtype)

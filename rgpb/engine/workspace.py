@@ -28,19 +28,25 @@ class Workspace:
     Give it as `workspace=` of any loss, or enter it: `with Workspace(): …` makes it the default of the calls inside. A
     call that finds it in use (by another thread) allocates its own. Results never lie in it.
 
+    On a CPU, where the system takes long to hand out new memory, `gradients` also keeps that of the head's gradient:
+    the next call writes into it if by then nobody holds that gradient any more, as after `zero_grad(set_to_none=True)`.
+    It comes on top of `size`, and stays allocated between the steps. (CUDA's allocator does that by itself.)
+
     With a `grad_tolerance` it also keeps the order of the vocabulary by which most is left out (`sort_vocab`).
     Results depend on that order by rounding, and, within the tolerance, by what is left out.
 
     Args:
         size: bytes that a call may hold, and that are kept at most. Default: 512 MiB.
+        gradients: keep the memory of the head's gradient, too. Default: False.
 
     Raises:
         ValueError: a size that isn't a positive whole number.
     """
 
-    def __init__(self, size: int = DEFAULT_WORKSPACE):
+    def __init__(self, size: int = DEFAULT_WORKSPACE, gradients: bool = False):
         check_size(size, "size")
-        self.size, self.key = size, next(_keys)
+        self.size, self.gradients, self.key = size, gradients, next(_keys)
+        self._given: dict[str, torch.UntypedStorage] = {}
         self._blocks: dict[tuple[str, torch.device], Tensor] = {}
         self._orders: dict[Any, _Order] = {}
         self._lock, self._owner = threading.Lock(), 0
@@ -50,8 +56,9 @@ class Workspace:
 
     @property
     def held(self) -> int:
-        """Bytes kept at the moment."""
-        return sum(block.numel() for block in self._blocks.values())
+        """Bytes kept at the moment, gradients aside that somebody still holds."""
+        given = sum(storage.nbytes() for storage in self._given.values() if _is_free(storage))
+        return given + sum(block.numel() for block in self._blocks.values())
 
     def free(self) -> None:
         """Give back all memory, and forget the order; waits for a call of another thread.
@@ -64,6 +71,7 @@ class Workspace:
         with self._lock:
             self._blocks.clear()
             self._orders.clear()
+            self._given.clear()
 
     def __enter__(self) -> Workspace:
         _entered.stack = [*getattr(_entered, "stack", ()), self]
@@ -73,7 +81,7 @@ class Workspace:
         _entered.stack = _entered.stack[:-1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Workspace, (self.size,)  # a copy, or another process, has memory of its own
+        return Workspace, (self.size, self.gradients)  # a copy, or another process, has memory of its own
 
     @contextmanager
     def using(self, device: torch.device) -> Iterator[None]:
@@ -113,6 +121,20 @@ class Workspace:
             self._blocks[place] = fresh(torch.empty(size, dtype=torch.uint8, device=device))
         return self._blocks[place][:size].view(dtype).view(shape)
 
+    def gradient(self, name: str, like: Tensor) -> Tensor:
+        """Memory for a gradient of that name, not cleared: that of the last one, if nobody holds it any more."""
+        if not self.gradients or self._owner != threading.get_ident() or like.device.type != "cpu":
+            return fresh(torch.empty_like(like))
+        known = self._given.get(name)
+        if known is None or known.nbytes() != like.nbytes or not _is_free(known):
+            self._given.pop(name, None)
+            made = fresh(torch.empty_like(like))
+            if like.nbytes == made.untyped_storage().nbytes():
+                self._given[name] = made.untyped_storage()
+            return made
+        shape = torch.empty_like(like, device="meta")
+        return like.new_empty(0).set_(known, 0, shape.shape, shape.stride())
+
     def order(self, key: object, estimate: Callable[[], Tensor]) -> Tensor | None:
         """The order of a head's vocabulary, estimated where none is kept; None where it isn't worth its while."""
         found = self._orders.get(key)
@@ -149,6 +171,11 @@ class _Order:
 _keys = itertools.count(1)
 _alive: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 _entered = threading.local()  # `stack`: those of a thread
+
+
+def _is_free(storage: torch.UntypedStorage) -> bool:
+    """Whether nobody else holds it: no tensor, view or array of this process, nor another process."""
+    return torch._C._storage_Use_Count(storage._cdata) == 1 and not storage.is_shared()
 
 
 def check_size(size: object, argument: str = "workspace") -> None:
