@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -170,9 +171,10 @@ class Kept:
 
     def rows(self, *ranges: tuple[int, int]) -> Rows:
         """The positions of the kept rows start … stop of each range, one after the other."""
+        first, last = ranges[0][0], ranges[-1][1]
+        if all(before[1] == after[0] for before, after in pairwise(ranges)):
+            return slice(first, last) if self.index is None else self.index[first:last]
         if self.index is None:
-            if len(ranges) == 1:
-                return slice(*ranges[0])
             return torch.cat([torch.arange(*r, device=self.device) for r in ranges])
         return torch.cat([self.index[start:stop] for start, stop in ranges])
 
