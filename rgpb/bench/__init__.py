@@ -29,6 +29,7 @@ from rgpb.bench import contest
 from rgpb.bench.contest import DTYPES, LOG_PROB, NAIVE, PATHS, Case, Contestant, Job, Shape, kind_of, units_of
 from rgpb.bench.measure import failed, peak_memory, provenance
 from rgpb.bench.tables import Report, Row, markdown, plot, read, show, write
+from rgpb.engine.workspace import Workspace
 from rgpb.kernels import IMPLEMENTATIONS
 
 SMALL, LARGE = Shape(256, 128, 4096), Shape(2048, 512, 32000)
@@ -44,7 +45,7 @@ def jobs_of(losses: list[str], paths: list[str]) -> dict[Job, list[str]]:
     return {**jobs, Job(LOG_PROB, "forward"): ["forward"]} if "forward" in paths else jobs
 
 
-def line_up(job: Job, paths: list[str], workspace: int, impl: str) -> list[Contestant]:
+def line_up(job: Job, paths: list[str], workspace: int | Workspace, impl: str) -> list[Contestant]:
     """Naive PyTorch, then the library on each path."""
     return [
         Contestant("naive", job.kind, units_of(job.kind), lambda batch, job: contest.naive(batch, job)),
@@ -56,9 +57,10 @@ def line_up(job: Job, paths: list[str], workspace: int, impl: str) -> list[Conte
 
 
 def run_shape(
-    shape: Shape, dtype: str, jobs: dict[Job, list[str]], repeats: int, workspace: int, impl: str, device: str
-) -> tuple[list[Row], list[Row]]:
-    """The rows of a shape, and memory at an eighth, a quarter, a half and all of N for the first job.
+    shape: Shape, dtype: str, jobs: dict[Job, list[str]], repeats: int, workspace: int | Workspace, impl: str,
+    device: str,
+) -> tuple[list[Row], list[Row]]:  # fmt: skip
+    """The rows of a shape, and unless it is kept, memory at an eighth, a quarter, a half and all of N for the first job.
 
     Raises:
         ValueError: an odd N, or a `workspace` too small for one row.
@@ -74,7 +76,7 @@ def run_shape(
             if plan is not None and plan.path != one.path:
                 print(f"{job.loss} {one.path}: the plan takes {plan.path}, {plan.reason}", file=sys.stderr)
         raced = contest.race(case, [contest.prepared(case, job, one) for one in contestants], repeats)
-        if not rows:
+        if not rows and isinstance(workspace, int):
             passed = [one for one, row in zip(contestants, raced.rows) if row.status == "ok"]
             points = [*memory_of(case, job, passed), *(row for row in raced.rows if row.status == "ok")]
         rows += [*raced.floors, *raced.rows]
@@ -127,6 +129,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repeats", type=argument(positive), default=5, help="rounds, after one to warm up; default 5")
     parser.add_argument("--threads", type=argument(positive), help="of torch; default: what torch takes")
     parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
+    parser.add_argument("--keep", action="store_true", help="keep it, and the head's gradient, between calls")
     parser.add_argument("--impl", choices=IMPLEMENTATIONS, default="auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for results.json and results.png")
@@ -158,11 +161,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("device: expected a CUDA GPU, got torch.cuda.is_available() = False")
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    report = Report(provenance(a.device, repeats=a.repeats, workspace=a.workspace, kernels=a.impl), [], [])
+    workspace = Workspace(a.workspace, gradients=True) if a.keep else a.workspace
+    facts = provenance(a.device, repeats=a.repeats, workspace=a.workspace, kept=a.keep, kernels=a.impl)
+    report = Report(facts, [], [])
     for shape in a.shape or [SMALL, LARGE]:
         for dtype in a.dtype:
             jobs = jobs_of(a.loss, a.path)
-            rows, points = run_shape(shape, dtype, jobs, a.repeats, a.workspace, a.impl, a.device)
+            rows, points = run_shape(shape, dtype, jobs, a.repeats, workspace, a.impl, a.device)
             report.rows.extend(rows)
             report.points.extend(points)
     write(report, a.out)
