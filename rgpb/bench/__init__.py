@@ -60,7 +60,7 @@ def run_shape(
     shape: Shape, dtype: str, jobs: dict[Job, list[str]], repeats: int, workspace: int | Workspace, impl: str,
     device: str,
 ) -> tuple[list[Row], list[Row]]:  # fmt: skip
-    """The rows of a shape, and unless it is kept, memory at an eighth, a quarter, a half and all of N for the first job.
+    """Rows of a shape, and unless it is kept, memory at an eighth, a quarter, a half and all of N for the first job.
 
     Raises:
         ValueError: an odd N, or a `workspace` too small for one row.
