@@ -144,6 +144,7 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     config = copy.deepcopy(read.config)
     del config.quantization_config
+    config._name_or_path = ""  # the file's title, which PEFT would look up
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
