@@ -33,6 +33,7 @@ from rgpb.train.models import load_pretrained, load_tokenizer
 from rgpb.train.report import read_metrics
 
 SHOWN = 5
+RANKED = {"rewards/accuracies": "reward", "logps/accuracies": "likelihood per token"}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -87,21 +88,18 @@ def completions(folder: Path, prompts: list[list[dict[str, str]]], tokens: int) 
     return made
 
 
-def accuracy(metrics: dict[str, float], name: str, count: int) -> str:
-    """A part of the held-out pairs, with its standard error."""
-    part = metrics[name]
-    return f"{part:.3f} ± {math.sqrt(part * (1 - part) / count):.3f}"
+def error(part: float, count: int) -> float:
+    """The standard error of a part of so many pairs."""
+    return math.sqrt(part * (1 - part) / count)
 
 
 def rows_of_table(before: dict[str, float], after: dict[str, float], count: int) -> list[dict[str, str]]:
     """What training did to the held-out pairs."""
-    table = [
-        {"held-out pairs": text, "before": accuracy(before, name, count), "after": accuracy(after, name, count)}
-        for name, text in (
-            ("rewards/accuracies", "chosen has the higher reward"),
-            ("logps/accuracies", "chosen has the higher likelihood per token"),
-        )
-    ]
+    table = []
+    for name, text in RANKED.items():
+        parts = [f"{part:.3f} ± {error(part, count):.3f}" for part in (before[name], after[name])]
+        parts[0] = "0.5, all tied" if name == "rewards/accuracies" else parts[0]  # it is its own reference
+        table.append({"held-out pairs": f"chosen has the higher {text}", "before": parts[0], "after": parts[1]})
     for side in ("chosen", "rejected"):
         was, now = (metrics[f"logps/{side}"] for metrics in (before, after))
         change = f"{now:.2f} ({now - was:+.2f})"
@@ -117,12 +115,12 @@ def draw(
     """Accuracies with standard errors, shifts of the likelihood, and the loss of the training batches."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     right, shifts, losses = figure.subplots(1, 3)
-    names = {"rewards/accuracies": "by reward", "logps/accuracies": "by likelihood\nper token"}
     for at, (label, metrics) in enumerate((("before", before), ("after", after))):
-        parts = [metrics[name] for name in names]
-        errors = [math.sqrt(part * (1 - part) / count) for part in parts]
+        parts = [metrics[name] for name in RANKED]
+        errors = [error(part, count) for part in parts]
+        errors[0] *= at  # before, all rewards are tied
         right.bar([x + 0.4 * at for x in range(len(parts))], parts, 0.38, yerr=errors, capsize=4, label=label)
-    right.set_xticks([x + 0.2 for x in range(len(names))], list(names.values()))
+    right.set_xticks([x + 0.2 for x in range(len(RANKED))], [f"by {text}" for text in RANKED.values()])
     right.axhline(0.5, color="gray", lw=0.8)
     right.set_ylim(0, 1)
     right.set_ylabel("held-out pairs ranked rightly")
@@ -130,7 +128,7 @@ def draw(
     sides = ("chosen", "rejected")
     shifts.bar(sides, [after[f"logps/{side}"] - before[f"logps/{side}"] for side in sides], 0.5, color=["C2", "C3"])
     shifts.axhline(0, color="black", lw=0.8)
-    shifts.set_ylabel("change of the log-likelihood, nats a response")
+    shifts.set_ylabel("change of the log-likelihood, nats")
     points = [(record["step"], record["loss"]) for record in records if record["split"] == "train"]
     losses.plot(*zip(*points), marker="o", ms=3)
     losses.set_xlabel("optimizer step")
@@ -170,7 +168,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def report(a: argparse.Namespace, base: Path, run: Path, command: str) -> None:
-    """Everything that is shown, also as results.json, results.png and report.md."""
+    """Everything that is shown: numbers as results.json and results.png, with the completions as report.md."""
     result = json.loads((run / "result.json").read_text())
     before, after, count = result["before"], result["after"], result["eval_counts"]["units"]
     held = [json.loads(line) for line in (a.out / "held.jsonl").read_text().splitlines()]
@@ -183,8 +181,7 @@ def report(a: argparse.Namespace, base: Path, run: Path, command: str) -> None:
     lines = [*free_table(table), "", f"{count} pairs held out, {result['steps']} steps.", "", *free_table(texts)]
     print("\n".join(lines))
     facts = provenance("cpu", model=a.model.name, pairs=a.pairs.name, command=f"rgpb {command}", held_out=count)
-    content: dict[str, Any] = {"provenance": facts, "rows": [], "points": [], "table": table, "completions": texts}
-    save(a.out / "results.json", content)
+    save(a.out / "results.json", {"provenance": facts, "rows": [], "points": [], "table": table})
     draw(read_metrics(run), before, after, count, a.out / "results.png")
     write_text(a.out / "report.md", "\n".join([f"# {a.model.name}, BNF", "", *lines, "", "![](results.png)", ""]))
 
