@@ -262,7 +262,7 @@ def draw(curves: dict[str, list[float]], path: Path, window: int = 20) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trained", description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=Path, required=True)
@@ -275,7 +275,7 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=argument(positive), default=default, help=f"{text}default %(default)s")
     parser.add_argument("--lr", type=float, default=5e-6, help="of AdamW, after a tenth of the steps")
-    a = parser.parse_args()
+    a = parser.parse_args(given)
     torch.set_num_threads(a.threads)
     told = {name: str(value) for name, value in vars(a).items() if name not in ("out", "keep", "threads")}
     a.keep.mkdir(parents=True, exist_ok=True)
@@ -323,9 +323,7 @@ def report(a: argparse.Namespace, before: dict[str, Tensor], pairs: int) -> None
             table.append(line(name, made["kept"], made["held"], first["held"], distance))
             curves[f"{name[0]}, seed {name[1]}"] = [round(loss, 5) for loss in made["kept"]["loss"]]
     print("\n".join(free_table(table)), flush=True)
-    settings = {
-        name: getattr(a, name) for name in ("loss", "steps", "batch", "layers", "prompt", "response", "held", "lr")
-    }
+    settings = {name: getattr(a, name) for name in ("steps", "batch", "layers", "prompt", "response", "held", "lr")}
     facts = provenance("cpu", model=a.model.name, pairs=a.pairs.name, trained_on=pairs, beta=BETA, **settings)
     a.out.mkdir(parents=True, exist_ok=True)
     points = [{"name": name, "loss": loss} for name, loss in curves.items()]

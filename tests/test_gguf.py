@@ -1,5 +1,7 @@
-"""Models from GGUF files: a small one, written here; and SmolLM2, where it is there (`pytest -m real`)."""
+"""Models from GGUF files, and benchmarks on them: a small one, written here; and SmolLM2, where it is there (`pytest -m
+real`)."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks import real, trained
 from rgpb import cli
 from rgpb.train import models
 from rgpb.train.tokens import train_tokenizer
@@ -128,7 +131,7 @@ def test_what_the_file_does_not_name_is_not_made_up(made, tmp_path):
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, None, None)
 
 
-@pytest.mark.parametrize("extra", [[], ["--lora-r", "2", "--merge"]])
+@pytest.mark.parametrize("extra", [[], pytest.param(["--lora-r", "2", "--merge"], marks=pytest.mark.full)])
 def test_a_run_takes_the_file(file, tmp_path, monkeypatch, extra):
     monkeypatch.setattr("rgpb.train.report.plot", lambda runs, path: None)
     data = tmp_path / "pairs.jsonl"
@@ -193,6 +196,41 @@ def test_refusals(role, made, file, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "small-run").exists()
 
 
+@pytest.mark.full
+def test_what_skipping_changes_in_training(file, tmp_path, monkeypatch):
+    """A pair as one sequence scores as its two responses do; finished runs aren't made again."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    monkeypatch.setitem(trained.TOLERANCES, "1e-2", 0.9)  # new models' logits are flat
+    keep, out = tmp_path / "keep", tmp_path / "out"
+    given = {"model": file, "pairs": pairs, "out": out, "keep": keep, "layers": 1, "steps": 2, "batch": 2, "held": 3}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    trained.main(flags)
+    lm, tokenizer = models.load_pretrained(file, torch.float32), models.load_tokenizer(file)
+    every = trained.read(tokenizer, argparse.Namespace(pairs=pairs, prompt=64, response=32))
+    assert len(every) == len(PAIRS)
+    expected = []
+    for pair in every:
+        for side in (pair.chosen, pair.rejected):
+            ids = torch.tensor([pair.prompt + side])
+            logp = lm(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            expected.append(logp[len(pair.prompt) - 1 :].sum().item())
+    # hidden states are kept in bfloat16
+    torch.testing.assert_close(torch.load(keep / "ref.pt").flatten().tolist(), expected, rtol=2e-3, atol=2e-3)
+    table = json.loads((out / "results.json").read_text())["table"]
+    assert [(row["tolerance"], row["seed"]) for row in table] == list(trained.RUNS)
+    assert [row["head off"] is None for row in table] == [True] + [False] * 4
+    seeds = [row["head off"] for row in table if row["seed"]]
+    assert next(row for row in table if row["tolerance"] == "auto")["head off"] < 0.1 * min(seeds)
+    large = next(row for row in table if row["tolerance"] == "1e-2")
+    assert large["left out"] > 0
+    assert large["head off"] > 0
+    monkeypatch.setattr(trained, "trained", None)
+    trained.main(flags)
+    with pytest.raises(SystemExit, match="keep: expected a new folder, or one of the same settings"):
+        trained.main([*flags, "--lr", "1"])
+
+
 # -- the real one -----------------------------------------------------------------------------------------------------
 
 
@@ -220,8 +258,6 @@ def test_smollm2_answers(smollm2):
 
 @pytest.mark.real
 def test_make_real(smollm2, tmp_path):
-    from benchmarks import real
-
     said = [("What is 2 + 2?", "It is 4.", "It is 5."), ("Name a fruit.", "An apple.", "A chair.")]
     said += [(f"Is {n} even?", "Yes." if n % 2 == 0 else "No.", "Perhaps.") for n in range(6)]
     rows = [
