@@ -143,7 +143,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the run, its data, and what it shows")
     for name, default, text in (
-        ("train", 240, "pairs"), ("held", 160, "pairs held out"), ("characters", 400, "of a message at most"),
+        ("train", 160, "pairs"), ("held", 100, "pairs held out"), ("characters", 300, "of a message at most"),
         ("batch", 8, "pairs of a step"), ("tokens", 60, "of a completion at most"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=argument(positive), default=default, help=f"{text}; default %(default)s")
