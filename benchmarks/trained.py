@@ -294,8 +294,8 @@ def main(given: list[str] | None = None) -> None:
         kept = trained(top, every[rest], below[rest], ref[rest], tolerance, seed, a)
         return {"kept": kept, "held": scored(top, every[held], below[held]) - ref[held], "weights": top.parts()}
 
-    for name in RUNS:
-        made_once(place_of(a, name), partial(run, *name))
+    for each in RUNS:
+        made_once(place_of(a, each), partial(run, *each))
         report(a, start.parts(), len(every) - a.held)
 
 

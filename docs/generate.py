@@ -291,7 +291,7 @@ def growth() -> str:
 def trained() -> str:
     """What skipping changes in training, beside the spread of seeds."""
     content = load(TRAINED)
-    lines = [("before training", "", "0.500", "", "", "", "")]
+    lines: list[tuple[str, ...]] = [("before training", "", "0.500", "", "", "", "")]
     for row in content["table"]:
         name = "no tolerance" if row["tolerance"] == "none" else f"τ = {row['tolerance']}"
         apart = [

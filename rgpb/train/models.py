@@ -134,9 +134,10 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     check_gguf(path)
     how: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "local_files_only": True}
     try:
-        read, info = AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True, **how)
+        both: Any = AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True, **how)
     except Exception as error:
         raise ValueError(f"model: expected a GGUF file that transformers reads, got {str(path)!r} ({error})") from error
+    read, info = both
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
