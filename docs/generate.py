@@ -46,6 +46,8 @@ KEPT = "cpu-2-threads/kept-2048-512-32000/results.json"
 KEPT_LARGE = "cpu-2-threads/kept-1024-2048-128256/results.json"
 GROWTH = "cpu-2-threads/growth/results.json"
 CALLS = "cpu-2-threads/calls/results.json"
+TRAINED = "cpu-2-threads/trained/results.json"
+REAL = "cpu-2-threads/real/results.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -299,6 +301,39 @@ def growth() -> str:
     return "\n\n".join([table(headers, [(sizes, *of) for (_, sizes), of in found.items()]), conditions(GROWTH)])
 
 
+def trained() -> str:
+    """What skipping changes in training, beside the spread of seeds."""
+    content = load(TRAINED)
+    lines: list[tuple[str, ...]] = [("before training", "", "0.500", "", "", "", "")]
+    for row in content["table"]:
+        name = "no tolerance" if row["tolerance"] == "none" else f"τ = {row['tolerance']}"
+        apart = [
+            "" if row[f"{what} off"] is None else f"{row[f'{what} off']:.3f}" for what in ("head", "layers", "scores")
+        ]
+        right = f"{row['held-out accuracy']:.3f} ± {row['standard error']:.3f}"
+        lines.append(
+            (f"{name}, seed {row['seed']}", f"{row['loss, last tenth']:.3f}", right, *apart, f"{row['left out']:.2f}")
+        )
+    headers = (
+        "", "loss, last tenth", "held-out pairs ranked rightly", "head off", "layers off", "scores off", "left out"
+    )  # fmt: skip
+    made = content["provenance"]
+    source = f"Measured {made['date'][:10]}, PyTorch {made['torch']}: [data](../benchmarks/results/{TRAINED})."
+    return "\n\n".join([table(headers, lines), source])
+
+
+def real() -> str:
+    """What `make real` showed of held-out pairs."""
+    content = load(REAL)
+    first, *_ = content["table"]
+    made = content["provenance"]
+    source = (
+        f"Measured {made['date'][:10]} on {made['threads']} threads of an {made['cpu']}, PyTorch {made['torch']}, "
+        f"{made['held_out']} pairs held out: [data](../benchmarks/results/{REAL})."
+    )
+    return "\n\n".join([table([*first], [list(row.values()) for row in content["table"]]), source])
+
+
 # -- claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -478,6 +513,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "kept-large": lambda: measured(KEPT_LARGE),
     "growth": growth,
     "calls": small,
+    "trained": trained,
+    "real": real,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
     "tally": tally,

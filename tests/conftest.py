@@ -1,7 +1,7 @@
 """Shared settings: one thread for tiny tensors, deterministic, memory from `torch.empty` poisoned with NaN.
 
 What isn't asked for is deselected: tests marked `full` without `--full`, tests marked `gpu` without `-m gpu` or a GPU,
-tests marked `deepspeed` without DeepSpeed.
+tests marked `real` without `-m real`, tests marked `deepspeed` without DeepSpeed.
 `pytest -m gpu` runs in a bare checkout, on a machine that has torch, triton and pytest alone.
 """
 
@@ -101,6 +101,8 @@ def pytest_collection_modifyitems(config, items):
         left_out.add("full")
     if "gpu" not in config.getoption("-m") or not torch.cuda.is_available():
         left_out.add("gpu")
+    if "real" not in config.getoption("-m"):
+        left_out.add("real")
     if find_spec("deepspeed") is None:
         left_out.add("deepspeed")
     dropped = [item for item in items if left_out.intersection(mark.name for mark in item.iter_markers())]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from rgpb import hf
 from rgpb.train.config import TrainConfig
+from rgpb.train.models import load_pretrained
 
 
 def with_adapters(config: TrainConfig, model: Any) -> Any:
@@ -60,6 +60,6 @@ def save_merged(base: str | Path, adapter: Path, place: Path, dtype: Any) -> Non
     """The weights with the adapters added in, as a model of its own."""
     from peft import PeftModel
 
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    whole: Any = load_pretrained(base, dtype)
     merged: Any = PeftModel.from_pretrained(whole, str(adapter)).merge_and_unload()
     merged.save_pretrained(place)

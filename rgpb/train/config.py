@@ -76,8 +76,10 @@ class TrainConfig:
     pairing: str = _option(
         "best-worst", "which of K rewarded responses to compare; objectives of groups take all", choices=PAIRINGS
     )
-    model: str = _option("tiny-llama", f"folder of a model, or a new one with its own tokenizer: {', '.join(BUILT_IN)}")
-    ref_model: str | None = _option(None, "folder of the reference model; default: the model before training")
+    model: str = _option(
+        "tiny-llama", f"folder of a model, a GGUF file, or a new model with its own tokenizer: {', '.join(BUILT_IN)}"
+    )
+    ref_model: str | None = _option(None, "folder or file of the reference model; default: the model before training")
     vocab_size: int = _option(1024, "of the tokenizer that a new model gets", COUNT)
     online: bool = _option(False, "sample completions from the model, judge them by --reward, and train on those")
     reward: str | None = _option(None, "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, completions)")

@@ -18,6 +18,7 @@ from rgpb.objectives import OBJECTIVES, parse_sum, resolve
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_json
 from rgpb.train.machine import parallel_of, precision_of
+from rgpb.train.models import is_gguf
 from rgpb.train.ranks import processes
 from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
@@ -86,7 +87,7 @@ def _settings(
     if any(functions.values()):
         settings["functions"] = functions
     for name in ("model", "ref_model"):
-        if settings[name] is not None and Path(settings[name]).is_dir():
+        if settings[name] is not None and (Path(settings[name]).is_dir() or is_gguf(settings[name])):
             settings[name] = str(Path(settings[name]).resolve())
     return settings
 

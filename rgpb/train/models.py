@@ -1,9 +1,11 @@
-"""The models of a run and their tokenizer: from a folder, or new."""
+"""The models of a run and their tokenizer: from a folder, from a GGUF file, or new."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,24 @@ def family_of(config: TrainConfig) -> str | None:
     for name, folder in (("model", config.model), ("ref_model", config.ref_model)):
         if name == "model" and folder in BUILT_IN and not Path(folder).is_dir():
             continue
-        if folder is not None and not (Path(folder) / "config.json").is_file():
+        if folder is not None and is_gguf(folder):
+            check_gguf(Path(folder), name)
+        elif folder is not None and not (Path(folder) / "config.json").is_file():
             built_in = f", or one of {sorted(BUILT_IN)}" if name == "model" else ""
-            raise ValueError(f"{name}: expected a folder with a config.json{built_in}, got {folder!r}")
-    return None if Path(config.model).is_dir() else config.model
+            raise ValueError(f"{name}: expected a folder with a config.json, a GGUF file{built_in}, got {folder!r}")
+    return None if Path(config.model).is_dir() or is_gguf(config.model) else config.model
 
 
 def make_tokenizer(config: TrainConfig, family: str | None, folder: Path, preferences: Preferences) -> Any:
-    """The tokenizer of the model's folder; of a new model one learnt from the data, kept in `folder`."""
-    if family is None:
-        return AutoTokenizer.from_pretrained(config.model, local_files_only=True)
+    """The tokenizer of the model's folder; that of a GGUF file, or one learnt from the data, is kept in `folder`."""
+    if family is None and not is_gguf(config.model):
+        return load_tokenizer(config.model)
     place = folder / "tokenizer"
     if not place.exists():
-        tokenizer = train_tokenizer(texts_of(preferences), config.vocab_size)
+        if family is None:
+            tokenizer = load_tokenizer(config.model)
+        else:
+            tokenizer = train_tokenizer(texts_of(preferences), config.vocab_size)
         save_whole_folder(place, tokenizer.save_pretrained)
     return AutoTokenizer.from_pretrained(place, local_files_only=True)
 
@@ -61,8 +68,88 @@ def make_model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTr
 
 
 def load_model(config: TrainConfig, folder: str | Path) -> PreTrainedModel:
-    """A folder's model, with weights of the dtype that the run trains in."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config), local_files_only=True)
+    """The model of a folder or a GGUF file, with weights of the dtype that the run trains in."""
+    return load_pretrained(folder, dtype_of(config))
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether that names a GGUF file, by its ending."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
+
+
+def check_gguf(path: Path, name: str = "model") -> None:
+    """Refuse what can't be read as a GGUF file, before anything is.
+
+    Raises:
+        ValueError: no such file, one of another kind, or without the package `gguf`.
+    """
+    if not path.is_file():
+        raise ValueError(f"{name}: expected a GGUF file, got {str(path)!r}, which isn't there")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{name}: expected a GGUF file, got {str(path)!r}, which doesn't begin as one")
+    if find_spec("gguf") is None:
+        raise ValueError(f"{name}: expected the package gguf, which reads {path.name}, got none; pip install gguf")
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model's folder or of a GGUF file.
+
+    Of a GGUF file it has the special tokens that the file names, where transformers 5.17 takes others.
+
+    Raises:
+        ValueError: a GGUF file that can't be read.
+    """
+    if not is_gguf(path):
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    path = Path(path)
+    check_gguf(path)
+    from gguf import GGUFReader
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        fields = GGUFReader(path).fields
+    except Exception as error:
+        raise ValueError(f"model: expected a GGUF file with a tokenizer, got {str(path)!r} ({error})") from error
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
+        setattr(tokenizer, f"{role}_token", token)
+    tokenizer.clean_up_tokenization_spaces = False  # decoding gives the text that was encoded
+    return tokenizer
+
+
+def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder or a GGUF file, with weights of that dtype.
+
+    Of a GGUF file the weights are put into a model of their own, since the one that transformers makes counts as
+    quantised and can't be saved.
+
+    Raises:
+        ValueError: a GGUF file that can't be read, or lacks weights.
+    """
+    if not is_gguf(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    path = Path(path)
+    check_gguf(path)
+    how: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "local_files_only": True}
+    try:
+        both: Any = AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True, **how)
+    except Exception as error:
+        raise ValueError(f"model: expected a GGUF file that transformers reads, got {str(path)!r} ({error})") from error
+    read, info = both
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"model: expected all weights in {str(path)!r}, got none for {missing[0]} ({len(missing)} lack)"
+        )
+    config = copy.deepcopy(read.config)
+    del config.quantization_config
+    config._name_or_path = ""  # the file's title, which PEFT would look up
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    return model.eval()
 
 
 def dtype_of(config: TrainConfig) -> torch.dtype:
@@ -71,8 +158,8 @@ def dtype_of(config: TrainConfig) -> torch.dtype:
 
 
 def saved_dtype(config: TrainConfig, family: str | None) -> torch.dtype:
-    """Of the weights when they are saved: float32, or with `dtype="bf16"` what the model's folder has."""
-    if config.dtype == "float32" or family is not None:
+    """Of the weights when they are saved: float32, or with `dtype="bf16"` what the model's folder has, if it is one."""
+    if config.dtype == "float32" or family is not None or is_gguf(config.model):
         return torch.float32
     return AutoConfig.from_pretrained(config.model, local_files_only=True).dtype or torch.float32
 
