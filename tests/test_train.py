@@ -27,7 +27,7 @@ from rgpb.train import TrainConfig, command, models, report, teacher, train
 from rgpb.train import config as settings_module
 from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
-from rgpb.train.tokens import Collator, RefScores, reference_of, tokenise, train_tokenizer
+from rgpb.train.tokens import Collator, reference_of, tokenise, train_tokenizer
 from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -82,6 +82,7 @@ def groups(tmp_path):
 
 def config(data, output, **changes):
     settings = {"loss": "dpo", "steps": 4, "batch_size": 3, "lr": 3e-3, "vocab_size": 258, "log_steps": 2, "cpu": True}
+    settings |= {"eval_rows": 200}
     return TrainConfig(data=data, output=str(output), progress=False, **{**settings, **changes})
 
 
@@ -200,9 +201,8 @@ class TestObjectives:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
         spec = resolve(loss)
-        units = tokenise(
-            read_preferences(path), tokenizer, pairing="groups" if spec.unit == "group" else "best-worst"
-        ).with_ref(load_reference(tmp_path / "run"))
+        pairing = "groups" if spec.unit == "group" else "best-worst"
+        units = with_reference(tokenise(read_preferences(path), tokenizer, pairing=pairing), tmp_path / "run")
         batch = Collator(0)(list(units))
         inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "labels")}
         given = {"rewards": batch["rewards"]} if spec.rewards else {}
@@ -223,7 +223,7 @@ class TestObjectives:
         pairs = tokenise(read_preferences(data), tokenizer)
         scores = teacher.score_references(model, pairs, pad=0, batch_size=5)
         assert scores.logp.max() < 0
-        pairs = pairs.with_ref(load_reference(tmp_path / "run"))
+        pairs = with_reference(pairs, tmp_path / "run")
         batch = Collator(0)([pairs[i] for i in range(24)])
         inputs = {k: v for k, v in batch.items() if k != "label" and not k.startswith("ref")}
         loss, own = hf.loss(model, inputs, "dpo", ref=reference_of(batch), return_metrics=True)
@@ -234,8 +234,11 @@ class TestObjectives:
             assert after[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
 
 
-def load_reference(folder):
-    return RefScores(**load_file(next(folder.glob("ref-*.safetensors"))))
+def with_reference(units, folder):
+    """The units with scores of the new model that a run has begun with."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = models.make_model(config("", folder), "tiny-llama", tokenizer)
+    return units.with_ref(teacher.score_references(model, units, pad=0, batch_size=12))
 
 
 class TestStep:
@@ -251,7 +254,7 @@ class TestStep:
 
         def of(loss, batch_size, **changes):
             model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-            used = pairs if OBJECTIVES[loss].ref is None else pairs.with_ref(load_reference(tmp_path / "run"))
+            used = pairs if OBJECTIVES[loss].ref is None else with_reference(pairs, tmp_path / "run")
             caught = {}
 
             class Catch(TrainerCallback):
@@ -344,25 +347,58 @@ class TestStep:
 
 
 class TestReference:
-    def test_scores_are_computed_once(self, data, tmp_path, monkeypatch):
-        settings = config(data, tmp_path / "run", eval_data=data)
-        calls = []
-        compute = teacher.score_references
-        monkeypatch.setattr(teacher, "score_references", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    @pytest.fixture
+    def scored(self, monkeypatch):
+        """Responses in each call that scores references."""
+        calls, compute = [], teacher.score_references
+
+        def scoring(model, data, **keywords):
+            calls.append(keywords["responses"])
+            return compute(model, data, **keywords)
+
+        monkeypatch.setattr(teacher, "score_references", scoring)
+        return calls
+
+    def test_what_the_run_takes_is_scored_once(self, data, tmp_path, scored):
+        """Three units to evaluate on, then 2 steps of 3: at most 9 of 24 pairs, in blocks, each before its step."""
+        cache = {"ref_cache": str(tmp_path / "cache"), "eval_rows": 3}
+        first = train(config(data, tmp_path / "run", steps=2, **cache))
+        assert len(scored) == 3  # of the evaluation, and of each step
+        assert sorted(r for block in scored for r in block) == sorted({r for block in scored for r in block})
+        assert sum(map(len, scored)) <= 18
+        assert first["before"]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+        again = train(config(data, tmp_path / "again", steps=2, lr=1e-4, **cache))
+        assert len(scored) == 3
+        assert records(tmp_path / "again")[0] == records(tmp_path / "run")[0]
+        train(config(data, tmp_path / "longer", steps=5, **cache))
+        assert len(scored) == 5  # steps 3 and 4, and 5
+        train(config(data, tmp_path / "dpo", steps=2, seed=1, **cache))
+        assert len(scored) == 8  # another new model
+
+    def test_before_the_first_step_on_demand(self, data, tmp_path, scored):
+        """Bitwise the same, without a second model."""
+        for name, all_first in (("ahead", False), ("first", True)):
+            train(config(data, tmp_path / name, precompute_ref=all_first, ref_cache=str(tmp_path / f"cache-{name}")))
+        assert_equal(weights(tmp_path / "ahead"), weights(tmp_path / "first"))
+        assert records(tmp_path / "ahead") == records(tmp_path / "first")
+
+    def test_blocks(self):
+        for first, sizes in ((1, [1, 1, 2, 4, 8, 16, 3]), (16, [16, 16, 3])):
+            assert [len(group) for group in teacher._growing([[i] for i in range(35)], first)] == sizes
+
+    def test_a_broken_file_is_named(self, data, tmp_path):
+        settings = config(data, tmp_path / "run", ref_cache=str(tmp_path / "cache"))
         train(settings)
-        assert len(calls) == 1  # training and evaluation data are the same tokens
-        (cache,) = (tmp_path / "run").glob("ref-*.safetensors")
-        (tmp_path / "run" / "result.json").unlink()
-        for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        again = train(settings)
-        assert len(calls) == 1
-        # Any change of model or data is another file.
-        cache.unlink()
-        (tmp_path / "run" / "result.json").unlink()
-        assert train(settings)["after"]["loss"] == again["after"]["loss"]
-        assert len(calls) == 2
-        assert cache.exists()
+        broken = next((tmp_path / "cache").iterdir())
+        broken.write_bytes(b"half")
+        with pytest.raises(ValueError, match=f"ref_cache: expected a whole file, got {broken}"):
+            train(config(data, tmp_path / "again", ref_cache=str(tmp_path / "cache")))
+
+    def test_a_setting_of_the_model_is_part_of_its_fingerprint(self):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, **SMALL))
+        before = teacher.weights_fingerprint(model)
+        model.config.rms_norm_eps *= 2
+        assert teacher.weights_fingerprint(model) != before
 
     def test_of_another_model(self, data, tmp_path):
         train(config(data, tmp_path / "one", loss="mle", steps=8))
@@ -372,7 +408,9 @@ class TestReference:
         )
         assert teacher.weights_fingerprint(model) == teacher.weights_fingerprint(ref)
         assert result["before"]["rewards/chosen"] < -0.1  # the untrained policy is below the trained reference
-        scores = load_reference(tmp_path / "two")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one" / "model")
+        pairs = tokenise(read_preferences(data), tokenizer)
+        scores = teacher.score_references(model, pairs, pad=0, batch_size=5)
         assert scores.logp.dtype == torch.float32
         trained = records(tmp_path / "one")[-1]["logps/chosen"]
         chosen = [scores.logp[scores.starts[r] : scores.starts[r + 1]].sum().item() for r in range(0, 48, 2)]
@@ -397,7 +435,7 @@ class TestInterrupted:
         folder = tmp_path / "killed"
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in self.SETTINGS.items()]
         command = ["train", "--data", data, "--output", str(folder), *flags]
-        command += ["--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--cpu", "--quiet"]
+        command += ["--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--eval-rows=200", "--cpu", "--quiet"]
         program = (
             "import sys, torch, rgpb.train.config as t; from rgpb.cli import main; torch.set_num_threads(1);"
             "torch.use_deterministic_algorithms(True);"
@@ -503,6 +541,7 @@ class TestInterrupted:
 
     def flags(self, data, folder):
         flags = ["--loss=dpo", "--steps=4", "--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--log-steps=2"]
+        flags += ["--eval-rows=200"]
         return ["train", "--data", data, "--output", str(folder), *flags, "--cpu", "--quiet"]
 
 
@@ -540,7 +579,7 @@ class TestRunningMean:
         ((mean, _),) = self.progress(tmp_path / "run", 4).values()
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-        pairs = tokenise(read_preferences(data), tokenizer).with_ref(load_reference(tmp_path / "run"))
+        pairs = with_reference(tokenise(read_preferences(data), tokenizer), tmp_path / "run")
         batch = Collator(0)(list(pairs))
         inputs = {k: v for k, v in batch.items() if k != "label" and not k.startswith("ref")}
         label, ref = batch["label"], reference_of(batch)
@@ -928,22 +967,17 @@ class TestMismatched:
         tokenizer = AutoTokenizer.from_pretrained(run / "model")
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
-        scored = [RefScores(**load_file(path)) for path in run.glob("ref-*.safetensors")]
-        starts = pairs.completion_starts()
-        # the two files have the same starts where completions are equally long: told apart by what they fit
-        other, losses = pairs.mismatched(1024), []
-        for own, theirs in ((0, 1), (1, 0)):
-            assert torch.equal(scored[own].starts, starts)
-            batch = Collator(0)([pairs.with_ref(scored[own])[i] for i in range(24)])
-            wrong = Collator(0)([(other.with_ref(scored[theirs]).response(r),) for r in pairs.units.T.reshape(-1)])
-            ratio = (hf.token_scores(model, inputs_of(wrong)).logp - wrong["ref_logp"]).sum(1)
-            loss = hf.loss(
-                model, inputs_of(batch), "kto", label=batch["label"], ref=reference_of(batch), z0=ratio.double()
-            )
-            losses.append(loss.item())
+        batch = Collator(0)(list(with_reference(pairs, run)))
+        other = with_reference(pairs.mismatched(1024), run)
+        wrong = Collator(0)([(other.response(r),) for r in pairs.units.T.reshape(-1)])
+        ratio = (hf.token_scores(model, inputs_of(wrong)).logp - wrong["ref_logp"]).sum(1)
+        label, ref = batch["label"], reference_of(batch)
+        loss = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=ratio.double()).item()
+        own = ratio + (wrong["ref_logp"] - batch["ref_logp"]).sum(1)  # less the scores of the others
+        off = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=own.double()).item()
         logged = records(run)[-1]["loss"]
-        assert min(abs(logged - loss) for loss in losses) < 1e-5
-        assert abs(losses[0] - losses[1]) > 1e-3
+        assert abs(logged - loss) < 1e-5
+        assert abs(off - loss) > 1e-3
 
 
 def inputs_of(batch):

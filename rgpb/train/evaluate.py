@@ -5,6 +5,8 @@ Dimensions: B responses of a batch, U units (groups, pairs or responses), W resp
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,29 @@ from rgpb import hf
 from rgpb.hf import IGNORE
 from rgpb.layout import Responses
 from rgpb.objectives import Objective, option, reward_scale, unit_values
-from rgpb.train.tokens import reference_of
+from rgpb.train.config import EVAL_SAMPLE, TrainConfig
+from rgpb.train.files import write_json
+from rgpb.train.machine import device_of
+from rgpb.train.tokens import PreferenceDataset, reference_of
 from rgpb.validation import make_layout
+
+# What evaluation without `eval_rows` takes at most, in operations by device: about half a minute's
+BUDGET = {"cpu": 2.5e12, "cuda": 2.5e15}
+
+
+def eval_rows(config: TrainConfig, folder: Path, model: nn.Module, data: PreferenceDataset) -> int:
+    """How many units of `data` are evaluated on: `config.eval_rows`, or up to `EVAL_SAMPLE`, as many as `BUDGET` pays
+    for and 8 at least. Kept in `run.json`, so that another device goes on with as many."""
+    note = json.loads((folder / "run.json").read_text())
+    if "eval_rows" not in note:
+        each = (
+            2 * sum(p.numel() for p in model.parameters()) * float(data.lengths().double().mean() * data.units.shape[1])
+        )
+        passes = 2 if config.check()[0].ref is not None else 1
+        most = int(BUDGET[device_of(config).type] / (each * passes))
+        note["eval_rows"] = config.eval_rows or max(8, min(EVAL_SAMPLE, most))
+        write_json(folder / "run.json", note)
+    return min(note["eval_rows"], len(data))
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

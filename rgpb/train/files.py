@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# what the writers of other libraries say, in which no errno is left
+UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|\(os error (\d+)\)|unexpected pos")
+
+
+def write_failure(error: BaseException) -> OSError | None:
+    """A file system's refusal (full, read-only, no permission, a file in place of a folder) that an error comes from,
+    None where it comes from something else."""
+    if isinstance(error, OSError):
+        return error
+    found = UNWRITTEN.search(str(error))
+    if found is None:
+        return None
+    reason = os.strerror(int(found[1])) if found[1] else "a file could not be written (is the disk full?)"
+    return OSError(int(found[1] or errno.EIO), reason)
 
 
 def write_json(path: Path, value: Any) -> None:
