@@ -367,7 +367,7 @@ class TestReference:
         assert sorted(r for block in scored for r in block) == sorted({r for block in scored for r in block})
         assert sum(map(len, scored)) <= 18
         assert first["before"]["loss"] == pytest.approx(math.log(2), rel=1e-5)
-        again = train(config(data, tmp_path / "again", steps=2, lr=1e-4, **cache))
+        train(config(data, tmp_path / "again", steps=2, lr=1e-4, **cache))
         assert len(scored) == 3
         assert records(tmp_path / "again")[0] == records(tmp_path / "run")[0]
         train(config(data, tmp_path / "longer", steps=5, **cache))

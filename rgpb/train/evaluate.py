@@ -31,11 +31,10 @@ def eval_rows(config: TrainConfig, folder: Path, model: nn.Module, data: Prefere
     for and 8 at least. Kept in `run.json`, so that another device goes on with as many."""
     note = json.loads((folder / "run.json").read_text())
     if "eval_rows" not in note:
-        each = (
-            2 * sum(p.numel() for p in model.parameters()) * float(data.lengths().double().mean() * data.units.shape[1])
-        )
-        passes = 2 if config.check()[0].ref is not None else 1
-        most = int(BUDGET[device_of(config).type] / (each * passes))
+        tokens = data.lengths().double().mean().item() * data.units.shape[1]
+        passes = 1 if config.check()[0].ref is None else 2
+        each = 2 * sum(p.numel() for p in model.parameters()) * tokens * passes
+        most = int(BUDGET[device_of(config).type] / each)
         note["eval_rows"] = config.eval_rows or max(8, min(EVAL_SAMPLE, most))
         write_json(folder / "run.json", note)
     return min(note["eval_rows"], len(data))

@@ -87,7 +87,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
             seen.append(model(input_ids=ids, use_cache=False).logits)
     for module, mode in modes.items():
         module.training = mode
-    if not torch.allclose(*seen, rtol=1e-3, atol=1e-3 * seen[0].abs().max().item()):
+    if not torch.allclose(seen[0], seen[1], rtol=1e-3, atol=1e-3 * seen[0].abs().max().item()):
         raise ValueError(
             f"dropout: expected a model whose dropout can be turned off, got {type(model).__name__}, which computes "
             "something else in training than in evaluation; --dropout trains it as it is"
@@ -154,8 +154,8 @@ def rehearse(folder: Path, model: Any, tokenizer: Any, keep: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"output: expected {needed / 2**20:.0f} MiB free for the model and {keep} checkpoints (one more while it is "
-            f"written), got {free / 2**20:.0f} MiB in {folder}"
+            f"output: expected {needed / 2**20:.0f} MiB free, for the model and {keep + 1} checkpoints (an old one stays until "
+            f"the new one is there), got {free / 2**20:.0f} MiB in {folder}"
         )
 
 

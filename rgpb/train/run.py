@@ -74,11 +74,11 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
     try:
         return _run(config, spec, options, ranks, family, preferences, held_out, reward)
     except Exception as error:
-        failure = error if isinstance(error, ValueError | ElsewhereError) else write_failure(error)
+        failure: Any = None if isinstance(error, ValueError | ElsewhereError) else write_failure(error)
         if failure is None or failure is error:
             error.ranks = ranks  # type: ignore[attr-defined]
             raise
-        failure.ranks = ranks  # type: ignore[attr-defined]
+        failure.ranks = ranks
         raise failure from error
 
 

@@ -167,7 +167,7 @@ class References:
         if data is None:
             wanted = set(range(len(self._blocks)))
         else:
-            source, block_of = self._tables[id(data.tokens)]
+            block_of = self._tables[id(data.tokens)][1]
             responses = data.units if units is None else data.units[list(units)]
             wanted = set(block_of[responses[responses >= 0]].tolist())
         wanted -= self._filled
@@ -206,7 +206,7 @@ class References:
                 each.ref.log_odds[place_of] = found[prefix + "log_odds"]
 
     def _scored(self, data: PreferenceDataset, block: list[int], bar: tqdm[Any]) -> dict[str, Tensor]:
-        config, made = self.config, {}
+        config, made = self.config, dict[str, Tensor]()
         if self.model is None:
             raise ValueError(f"ref_cache: expected the scores that were in {self.folder} at the start, got fewer")
         options: dict[str, Any] = {"pad": self.pad, "batch_size": 4 * config.batch_size, "workspace": config.workspace}
@@ -228,13 +228,14 @@ class References:
             if each is not None:
                 for r in block:
                     digest.update(f"{each.prompts[r]} {each.starts[r + 1] - each.starts[r]} ".encode())
-                    digest.update(each.tokens[each.starts[r] : each.starts[r + 1]].numpy())
+                    digest.update(each.tokens[each.starts[r] : each.starts[r + 1]].numpy().data)
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _unscored(data: PreferenceDataset) -> PreferenceDataset:
     starts = data.completion_starts()
-    return data.with_ref(RefScores(*torch.full((2, int(starts[-1])), torch.nan), starts))
+    logp, log_odds = torch.full((2, int(starts[-1])), torch.nan)
+    return data.with_ref(RefScores(logp, log_odds, starts))
 
 
 def _growing(batches: Iterable[Sequence[int]], first: int) -> Iterator[list[Sequence[int]]]:

@@ -331,7 +331,7 @@ class PreferenceTrainer(Trainer):
         last = last_checkpoint(self.stage.folder)
         kept = "there is no checkpoint yet" if last is None else f"{last.name} is as it was"
         return (
-            f"training diverged in step {self.state.global_step + 1}: loss {loss:.4g}, norm of its gradient {norm:.4g}; "
+            f"training diverged in step {self.state.global_step + 1}: loss {loss:.4g}, gradient of norm {norm:.4g}; "
             f"the last good loss was {self._good or 'none'}; the step was not taken, and {kept}. Try a lower --lr than "
             f"{self.args.learning_rate:g}, --max-grad-norm 1, or without --bf16 and --dtype bf16"
         )
