@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -494,6 +495,38 @@ class TestInterrupted:
         )
         assert one["running"] == other["running"]
         assert bool(one["running"]) == ("bco" in loss)
+
+    @pytest.mark.parametrize(
+        ("moments", "flags"),
+        [
+            (3, ["--loss=dpo", "--steps=3", "--save-steps=1"]),
+            full(50, ["--loss=kto", "--steps=7", "--save-steps=2", "--eval-steps=3", "--sft-epochs=0.5"]),
+        ],
+    )
+    @pytest.mark.skipif(sys.platform != "linux", reason="limits, mounts and capabilities of Linux")
+    def test_at_random_moments(self, tmp_path, moments, flags):
+        """Killed, interrupted, out of disk space, out of the right to write: the same command goes on, and ends bitwise
+        as a run that nothing happened to."""
+        data = write(tmp_path / "pairs.jsonl", arithmetic_pairs(12, seed=1))
+        flags = [*flags, "--data", data, "--batch-size=3", "--log-steps=2", "--vocab-size=258", "--lr=3e-3", "--cpu"]
+        program = Path(__file__).with_name("interrupts.py")
+        done = subprocess.run(
+            [sys.executable, str(program), str(moments), "0", *flags, "--quiet"],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert len(lines) == moments
+        assert {line["stage"] for line in lines} > ({"training", "saving"} if moments > 5 else set())
+        for line in lines:
+            what = {name: line[name] for name in line if name != "then"}
+            if line["kind"] == "SIGKILL":
+                assert line["code"] == -signal.SIGKILL, what
+            elif line["kind"] == "SIGINT":
+                assert (line["code"], line["said"]) == (130, "\nrgpb: interrupted\n"), what
+            elif line["code"]:  # 0 where nothing was left to write
+                assert re.fullmatch(r"rgpb: error: .*\n", line["said"]), what
+            assert (line["again"], line["same"]) == (0, ["weights", "metrics", "report", "left"]), line
 
     def test_killed_after_the_last_checkpoint(self, data, tmp_path):
         settings = config(data, tmp_path / "run")

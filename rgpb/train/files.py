@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,22 @@ def write_text(path: Path, text: str) -> None:
 def save_whole_file(path: Path, save: Callable[[Path], Any]) -> None:
     """All of the file or none."""
     place = path.with_suffix(path.suffix + ".tmp")
-    save(place)
-    os.replace(place, path)
+    with naming(path):
+        save(place)
+        os.replace(place, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Where a file system refuses without saying what, say it."""
+    try:
+        yield
+    except Exception as error:
+        failure = write_failure(error)
+        if failure is None or failure.filename is not None:
+            raise
+        failure.filename = str(path)
+        raise failure from error
 
 
 def save_whole_folder(path: Path, *saves: Callable[[Path], Any]) -> None:
@@ -50,6 +65,7 @@ def save_whole_folder(path: Path, *saves: Callable[[Path], Any]) -> None:
     for old in (place, path):
         if old.exists():
             shutil.rmtree(old)
-    for save in saves:
-        save(place)
-    os.replace(place, path)
+    with naming(path):
+        for save in saves:
+            save(place)
+        os.replace(place, path)

@@ -23,8 +23,10 @@ from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
-FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout")
-FREE += ("ref_cache", "precompute_ref")
+FREE = (
+    *("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout"),
+    *("ref_cache", "precompute_ref"),
+)
 
 # What a run writes, and `overwrite` removes.
 OWN = (

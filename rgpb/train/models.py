@@ -154,8 +154,8 @@ def rehearse(folder: Path, model: Any, tokenizer: Any, keep: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"output: expected {needed / 2**20:.0f} MiB free, for the model and {keep + 1} checkpoints (an old one stays until "
-            f"the new one is there), got {free / 2**20:.0f} MiB in {folder}"
+            f"output: expected {needed / 2**20:.0f} MiB free, for the model and {keep + 1} checkpoints (the oldest "
+            f"goes last), got {free / 2**20:.0f} MiB in {folder}"
         )
 
 

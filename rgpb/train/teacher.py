@@ -22,6 +22,7 @@ from rgpb import hf
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.train.adapters import without_adapters
 from rgpb.train.config import TrainConfig
+from rgpb.train.files import naming
 from rgpb.train.machine import device_of
 from rgpb.train.parallel import at_rest
 from rgpb.train.ranks import ALONE, Ranks
@@ -193,8 +194,9 @@ class References:
             if ranks.first:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 place = file.with_suffix(f".{os.getpid()}.tmp")  # runs may share the folder
-                save_file(found, place)
-                os.replace(place, file)
+                with naming(file):
+                    save_file(found, place)
+                    os.replace(place, file)
         else:
             bar.update(len(block))
         for each, prefix in ((data, ""), (data.mismatches, "mismatched_")):

@@ -35,7 +35,7 @@ from rgpb.train.evaluate import (
     score_batch,
     summarise,
 )
-from rgpb.train.files import save_whole_file, save_whole_folder, write_json
+from rgpb.train.files import naming, save_whole_file, save_whole_folder, write_json
 from rgpb.train.folder import drop_checkpoints, last_checkpoint, step_of
 from rgpb.train.machine import device_of, peak_bytes, reset_peak
 from rgpb.train.models import rehearse, save_model
@@ -376,7 +376,7 @@ class PreferenceTrainer(Trainer):
             "device": self.args.device.type,
         }
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.stage.metrics, "a", encoding="utf-8") as file:
+        with naming(self.stage.metrics), open(self.stage.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
     def progress(self) -> dict[str, Any]:
@@ -407,7 +407,9 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own; of several ranks a folder that gets its name when all of them have written theirs."""
         if self.ranks.alone:
-            return super()._save_checkpoint(model, trial)
+            with naming(self.stage.folder / f"checkpoint-{self.state.global_step}"):
+                super()._save_checkpoint(model, trial)
+            return
         folder, ranks = self.stage.folder / f"checkpoint-{self.state.global_step}", self.ranks
         place = folder.with_suffix(".tmp")
         ranks.doing = f"the checkpoint of step {self.state.global_step}"
