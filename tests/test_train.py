@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, TrainerCallback
 
 from rgpb import cli, hf
 from rgpb import demo as demo_module
@@ -242,6 +242,30 @@ def with_reference(units, folder):
     return units.with_ref(teacher.score_references(model, units, pad=0, batch_size=12))
 
 
+class TestOneNumber:
+    @pytest.mark.parametrize(
+        ("loss", "batch_size"), [("bnf", 5), full("dpo", 5), ("swepo", 3), full("mle + 0.5*dpo", 24), full("kto", 24)]
+    )
+    def test_of_training_and_evaluation(self, data, groups, tmp_path, loss, batch_size):
+        """An epoch that learns nothing, in batches that are differently made up, is an evaluation."""
+        torch.manual_seed(7)
+        other = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, **SMALL))
+        other.save_pretrained(tmp_path / "ref")
+        rows = unpaired(arithmetic_pairs(8, seed=1))
+        path = write(tmp_path / "u.jsonl", [row for i, row in enumerate(rows) if i % 3 != 1]) if loss == "bnf" else data
+        path = groups if loss == "swepo" else path
+        units = {"bnf": 11, "swepo": 16}.get(loss, 24)
+        steps = math.ceil(units / batch_size)
+        settings = {"steps": steps, "log_steps": steps, "batch_size": batch_size, "lr": 1e-30}
+        train(config(path, tmp_path / "run", loss=loss, ref_model=str(tmp_path / "ref"), **settings))
+        before, trained, _ = records(tmp_path / "run")
+        shared = before.keys() & trained.keys() - {"split", "step", "epoch"}
+        assert shared >= {"loss", "logps/chosen", "logps/rejected", "perplexity", "agility", "rewards/margins"}
+        assert "rewards/accuracies" in shared or loss in ("bnf", "kto")
+        for name in shared - {"device"}:
+            assert trained[name] == pytest.approx(before[name], rel=1e-5, abs=1e-6), name
+
+
 class TestStep:
     """The gradient of one optimizer step."""
 
@@ -345,6 +369,115 @@ class TestStep:
         assert rounded == pytest.approx(exact, rel=2e-3)
         weights = load_file(tmp_path / "True" / "model" / "model.safetensors")
         assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+class TestFirstAndLast:
+    """What ends a run early, before its first step or in the middle, and what must not."""
+
+    def test_one_step_is_taken(self, data, tmp_path):
+        """Warm-up begins at a rate of 0; of one step there is none."""
+        train(config(data, tmp_path / "run", steps=1, log_steps=1, warmup=1.0))
+        line = next(r for r in records(tmp_path / "run") if r["split"] == "train")
+        assert line["learning_rate"] == 3e-3
+        assert records(tmp_path / "run")[-1]["loss"] != records(tmp_path / "run")[0]["loss"]
+
+    @pytest.mark.parametrize("clipped", [1.0, 0.0])
+    def test_a_diverged_run_stops(self, data, tmp_path, monkeypatch, capsys, clipped):
+        """By name, before the step that would spoil the weights."""
+        compute = PreferenceTrainer.compute_loss
+
+        def spoilt(self, *arguments, **keywords):
+            loss = compute(self, *arguments, **keywords)
+            return loss * math.nan if self.state.global_step == 3 else loss
+
+        monkeypatch.setattr(PreferenceTrainer, "compute_loss", spoilt)
+        flags = ["--loss=dpo", "--steps=6", "--save-steps=2", "--batch-size=3", "--lr=3e-3", "--vocab-size=258"]
+        flags += ["--data", data, "--output", str(tmp_path / "run"), "--cpu", "--quiet", f"--max-grad-norm={clipped}"]
+        assert cli.main(["train", *flags]) == 1
+        error = capsys.readouterr().err
+        assert re.fullmatch(
+            r"rgpb: error: training diverged in step 4: loss .*, gradient of norm nan; the last good loss was 0\.\d+ "
+            r"in step 3; the step was not taken, and checkpoint-2 is as it was\. Try a lower --lr than 0\.003, .*\n",
+            error,
+        )
+        found = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+        assert all(x.isfinite().all() for x in found.values())
+        monkeypatch.setattr(PreferenceTrainer, "compute_loss", compute)
+        assert cli.main(["train", *flags]) == 0
+        train(
+            config(data, tmp_path / "whole", steps=6, save_steps=2, max_grad_norm=clipped, eval_rows=None, log_steps=10)
+        )
+        assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+    def test_a_loss_alone_that_is_not_finite(self, data, tmp_path, monkeypatch):
+        compute = PreferenceTrainer.compute_loss
+
+        def spoilt(self, *arguments, **keywords):
+            self._step = (math.inf, 1)
+            return compute(self, *arguments, **keywords)
+
+        monkeypatch.setattr(PreferenceTrainer, "compute_loss", spoilt)
+        with pytest.raises(
+            FloatingPointError, match="in step 1: loss inf, .* the last good loss was none; .*no checkpoint"
+        ):
+            train(config(data, tmp_path / "run"))
+
+    def test_what_cannot_be_saved_is_refused_first(self, data, tmp_path, monkeypatch):
+        train(config(data, tmp_path / "base", steps=1))
+        place = tmp_path / "base" / "model" / "generation_config.json"
+        place.write_text(json.dumps({**json.loads(place.read_text()), "temperature": 0.5, "do_sample": False}))
+        monkeypatch.setattr(PreferenceTrainer, "evaluate", lambda self: pytest.fail("evaluated"))
+        with pytest.raises(
+            ValueError, match="model: expected one that can be saved at the end, .*temperature"
+        ) as raised:
+            train(config(data, tmp_path / "run", model=str(tmp_path / "base" / "model")))
+        assert "\n" not in str(raised.value)
+        assert raised.value.__cause__ is not None
+        assert not list((tmp_path / "run").glob("rehearsal*"))
+
+    def test_too_little_room_is_refused_first(self, data, tmp_path, monkeypatch):
+        few = shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4)
+        monkeypatch.setattr(models.shutil, "disk_usage", lambda path: few)
+        with pytest.raises(
+            ValueError, match=r"output: expected \d+ MiB free, for the model and 3 checkpoints .* got 0 MiB"
+        ):
+            train(config(data, tmp_path / "run"))
+
+    def test_output_is_a_file(self, data, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        for place, code, said in (
+            (tmp_path / "file", 2, "output: expected a folder"),
+            (tmp_path / "file" / "x", 1, "Not a"),
+        ):
+            assert cli.main(["train", "--data", data, "--output", str(place), "--cpu", "--quiet"]) == code
+            assert re.fullmatch(rf"rgpb: error: .*{said}.*\n", capsys.readouterr().err)
+
+    def test_dropout_is_off_unless_asked_for(self, data, tmp_path):
+        """A model whose configuration has dropout of each kind; what is saved still has it."""
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
+        base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=258, **sizes, attn_pdrop=0.4, resid_pdrop=0.4))
+        base.save_pretrained(tmp_path / "base")
+        train_tokenizer(["0"], 258).save_pretrained(tmp_path / "base")
+        found = {}
+        for name, changes in (("off", {}), ("on", {"dropout": True}), ("again", {})):
+            train(config(data, tmp_path / name, model=str(tmp_path / "base"), loss="simpo", steps=2, **changes))
+            found[name] = weights(tmp_path / name)
+        assert_equal(found["off"], found["again"])
+        assert any((found["on"][name] - x).abs().max() > 1e-6 for name, x in found["off"].items())
+        settings = config(data, tmp_path / "x", model=str(tmp_path / "base"))
+        model = models.load_model(settings, tmp_path / "base").train()
+        ids = torch.arange(8)[None]
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+        assert json.loads((tmp_path / "off" / "model" / "config.json").read_text())["attn_pdrop"] == 0.4
+
+    def test_a_model_that_always_drops_is_refused(self):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, **SMALL))
+        model.model.norm.register_forward_hook(
+            lambda module, inputs, out: torch.nn.functional.dropout(out, 0.5, module.training)
+        )
+        with pytest.raises(ValueError, match="dropout: expected a model whose dropout can be turned off, got LlamaFor"):
+            models.without_dropout(model)
 
 
 class TestReference:

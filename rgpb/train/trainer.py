@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rgpb import hf
+from rgpb.metrics import with_differences
 from rgpb.objectives import Objective, RunningMean, option
 from rgpb.objectives import units as units_of
 from rgpb.train.config import TrainConfig
@@ -302,6 +303,7 @@ class PreferenceTrainer(Trainer):
         there = present_of(inputs)
         good, bad = (label & there).sum(), (~label & there).sum()
         weights = {"chosen": good, "perplexity": good, "rejected": bad}
+        weights |= {"accuracies": bad} if spec.unit == "group" else {}  # of the best with each other
         self._step = (self._step[0] + loss.detach(), self._step[1] + units)
         self.add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
@@ -348,7 +350,7 @@ class PreferenceTrainer(Trainer):
         """Trainer's logs, with the averages since the last one."""
         if "loss" in logs:
             sums = self._all_sums()
-            logs.update({name: total / weight for name, (total, weight) in sums.items() if weight})
+            logs.update(with_differences({name: total / weight for name, (total, weight) in sums.items() if weight}))
             self._sums = {}
             self._record("train", logs)
         super().log(logs, start_time)
