@@ -173,7 +173,8 @@ def main(moments: int, seed: int, flags: list[str]) -> None:
         whole = ended(output / "run")
         stages = [stage for stage in counts if counts[stage]]
         for number in range(moments):
-            kind, stage = KINDS[number % len(KINDS)], stages[(number + number // len(KINDS)) % len(stages)]
+            lap, place_in = divmod(number, len(KINDS))
+            kind, stage = KINDS[place_in], stages[(place_in + lap + 3) % len(stages)]
             at = draw.randint(1, counts[stage] - counts[stage] // 50)  # it differs a little from start to start
             output, command_line = given(f"run-{number}")
             run_folder = output / "run"

@@ -579,6 +579,25 @@ def test_packed_equals_padded(name: str, attention: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", full("gemma2")])
+def test_left_padding_equals_right_padding_or_is_refused(name: str) -> None:
+    """By models that count positions from the row's start; with position ids also by these."""
+    model = build(name, **({"attn_pdrop": 0.3, "resid_pdrop": 0.3} if name == "gpt2" else {}))
+    batch = padded(model)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    left = {key: torch.stack([x.roll(7 - n) for x, n in zip(rows, lengths)]) for key, rows in batch.items()}
+    given = left | {"position_ids": (left["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    expected = hf.token_scores(model, batch).logp.sum(1)
+    torch.testing.assert_close(hf.token_scores(model, given).logp.sum(1), expected, rtol=1e-5, atol=1e-5)
+    if name == "gpt2":
+        with pytest.raises(
+            ValueError, match="attention_mask: expected padding on the right, or position_ids, since GPT2"
+        ):
+            hf.token_scores(model, left)
+    else:
+        torch.testing.assert_close(hf.token_scores(model, left).logp.sum(1), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_flattening_collator_feeds_packed_batches() -> None:
     model = build("llama")
     batch = padded(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -451,6 +453,32 @@ class TestFirstAndLast:
         ):
             assert cli.main(["train", "--data", data, "--output", str(place), "--cpu", "--quiet"]) == code
             assert re.fullmatch(rf"rgpb: error: .*{said}.*\n", capsys.readouterr().err)
+
+    def test_an_estimate_comes_before_the_first_step(self, data, tmp_path, capfd, monkeypatch):
+        """From the evaluation's speed; again from steps that were measured; where a run goes on from its own pace."""
+        begun, compute = [], PreferenceTrainer.compute_loss
+
+        def computing(self, *arguments, **keywords):
+            if not begun:
+                begun.append(capfd.readouterr().out)
+            if stop and self.state.global_step == stop:
+                raise KeyboardInterrupt
+            return compute(self, *arguments, **keywords)
+
+        monkeypatch.setattr(PreferenceTrainer, "compute_loss", computing)
+        settings = dataclasses.replace(
+            config(data, tmp_path / "run", steps=8, save_steps=4, eval_steps=3), progress=True
+        )
+        number = r"[\d.e-]+ (s|min)"
+        for stop, steps, evaluations in ((6, 8, 3), (0, 4, 2)):  # noqa: B007
+            begun.clear()
+            with contextlib.suppress(KeyboardInterrupt):
+                train(settings)
+            number = r"[\d.e-]+ (s|min)"
+            assert re.search(
+                rf"estimate: {steps} steps, {number} each, and {evaluations} evaluations: {number}\n", begun[0]
+            )
+            assert re.search(rf"as measured: {steps - 3} steps, {number} each, ", capfd.readouterr().out)
 
     def test_dropout_is_off_unless_asked_for(self, data, tmp_path):
         """A model whose configuration has dropout of each kind; what is saved still has it."""

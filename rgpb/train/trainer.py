@@ -226,10 +226,12 @@ class PreferenceTrainer(Trainer):
         self.measure: Callable[[Any], dict[str, float]] = lambda model: {}
         self.references: References | None = None
         self._good = ""  # the last finite loss, as text
+        # seconds and tokens of the last evaluation; seconds a step, where an earlier start has measured it
+        self._evaluated, self._pace = (0.0, 0), None  # type: tuple[float, int], float | None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
         if stage.config.progress and self.ranks.first:
-            self.add_callback(_Bar(stage.title))
+            self.add_callback(_Bar(self, stage.title))
 
     def units(self, batch: dict[str, Tensor]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
@@ -381,6 +383,27 @@ class PreferenceTrainer(Trainer):
         with naming(self.stage.metrics), open(self.stage.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
+    def left(self, step: float | None = None) -> tuple[float, str]:
+        """Seconds until the end, by seconds a step; and in words.
+
+        Args:
+            step: default: what an earlier start has measured, or three times the forward pass, whose speed is that of
+                the last evaluation, and a fourth for references that are yet to score. 0: unknown.
+        """
+        steps, every = self.state.max_steps - self.state.global_step, self.stage.config.eval_steps
+        evaluations = max(1, math.ceil(steps / every)) if every else 1
+        seconds, tokens = self._evaluated
+        if step is None:
+            step = self._pace
+        data: Any = self.train_dataset
+        if step is None and tokens and hasattr(data, "units"):
+            each = data.lengths().double().mean().item() * data.units.shape[1] * (1 if data.mismatches is None else 2)
+            units = min(self.args.train_batch_size * self.args.gradient_accumulation_steps, len(data))
+            passes = 4 if self.references is not None and self.references.model is not None else 3
+            step = passes * each * units * seconds / (tokens * self.ranks.world)
+        whole = steps * (step or 0.0) + evaluations * seconds
+        return whole, f"{steps} steps, {_duration(step or 0.0)} each, and {evaluations} evaluations: {_duration(whole)}"
+
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs beside Trainer's own files."""
         return {
@@ -399,6 +422,7 @@ class PreferenceTrainer(Trainer):
             save_whole_file(self.stage.metrics, lambda place: shutil.copyfile(checkpoint / "metrics.jsonl", place))
         self._sums = progress["sums"] if self.ranks.first else {}
         self._started = time.monotonic() - progress["seconds"]
+        self._pace = progress["seconds"] / progress["step"]
         self._peak = progress["peak_bytes"]
         if progress["logged"] is not None:
             self.train_dataset.logged = progress["logged"]  # type: ignore[union-attr]
@@ -478,6 +502,7 @@ class PreferenceTrainer(Trainer):
             self.references.ready(data)
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
         model.eval()
+        begun, tokens = time.monotonic(), 0
         collate: Any = self.data_collator
         firsts = range(0, len(data), size)
         for number in range(ranks.rank, len(firsts) + ranks.rank, ranks.world):
@@ -492,12 +517,15 @@ class PreferenceTrainer(Trainer):
                 estimated = mismatched_ratios(model, batch, stage.spec, stage.options, stage.config.workspace)
                 columns = score_batch(model, batch, stage.spec, {**estimated, **options}, stage.config.workspace)
             count = len(batch["label"]) // data.units.shape[1]
+            also: Any = batch.get("mismatched")
+            tokens += batch["input_ids"].numel() + (0 if also is None else also["input_ids"].numel())
             # a group's responses are consecutive, a pair's half a batch apart
             grouped = data.rewards is not None
             shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
             if number < len(firsts):
                 parts.append((number, shaped))
         model.train(training)
+        self._evaluated = time.monotonic() - begun, tokens
         found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
         whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         metrics = {**summarise(whole, stage.spec, stage.options), **self.measure(model)}
@@ -521,6 +549,14 @@ class SharedMean(RunningMean):
             total = total.new_tensor(math.fsum(total for total, _ in found))
             number = number.new_tensor(math.fsum(number for _, number in found))
         return super().take(total, number)
+
+
+def _duration(seconds: float) -> str:
+    """As a person says it."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _emptied(place: Path) -> None:
@@ -549,14 +585,23 @@ class _Bar(TrainerCallback):
     """One bar over the steps, with the last metrics behind it."""
 
     SHOWN = ("loss", "eval_loss", "eval_perplexity", "eval_agility")
+    MEASURED = 3  # steps until the estimate is made anew; the first is not among them
 
-    def __init__(self, title: str) -> None:
-        self.title, self.shown, self.bar = title, {}, None  # type: ignore[var-annotated]
+    def __init__(self, trainer: PreferenceTrainer, title: str) -> None:
+        self.trainer, self.title, self.shown, self.bar = trainer, title, {}, None  # type: ignore[var-annotated]
+        self.marks: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        whole, text = self.trainer.left()
+        if whole:
+            print(f"estimate: {text}", flush=True)
         self.bar = tqdm(desc=self.title, total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.marks.append(time.monotonic())
+        if len(self.marks) == self.MEASURED and state.global_step < state.max_steps:
+            each = (self.marks[-1] - self.marks[0]) / (self.MEASURED - 1)
+            tqdm.write(f"as measured: {self.trainer.left(each)[1]}")
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
