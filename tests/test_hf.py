@@ -7,6 +7,7 @@ import doctest
 import inspect
 import io
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -910,6 +911,27 @@ def test_scores_made_in_inference_mode() -> None:
     with torch.inference_mode():
         ref = hf.token_scores(model, batch)
     hf.loss(model, batch, "kto", label=torch.tensor([True, False, True]), ref=ref).backward()
+
+
+def test_a_reference_that_is_the_policy_of_every_step() -> None:
+    """A warning, once, in the second step; none where the reference was scored before training."""
+    model = build("llama")
+    batch = {key: value.repeat_interleave(2, 0)[:4] for key, value in padded(model).items()}
+    for inside in (False, True):
+        optimizer, said = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for step in range(4):
+            if inside or not step:
+                with torch.no_grad():
+                    ref = hf.token_scores(model, batch)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                hf.loss(model, batch, "dpo", ref=ref).backward()
+            said.append([str(w.message) for w in caught])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [len(messages) for messages in said] == ([1, 0, 0, 0] if inside else [0, 0, 0, 0]), said
+        if inside:
+            assert said[0][0].startswith("ref: these are once more the scores of the model that is trained")
 
 
 def test_a_flattened_row_without_bounds() -> None:
