@@ -23,8 +23,8 @@ from rgpb.train.machine import device_of
 from rgpb.train.tokens import PreferenceDataset, reference_of
 from rgpb.validation import make_layout
 
-# What evaluation without `eval_rows` takes at most, in operations by device: about half a minute's
-BUDGET = {"cpu": 2.5e12, "cuda": 2.5e15}
+# What evaluation without `eval_rows` takes at most, in operations by device: some twenty seconds'
+BUDGET = {"cpu": 1.5e12, "cuda": 1.5e15}
 
 
 def eval_rows(config: TrainConfig, folder: Path, model: nn.Module, data: PreferenceDataset) -> int:
