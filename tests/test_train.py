@@ -1157,7 +1157,8 @@ class TestMismatched:
     def test_the_step_and_the_evaluation_use_them(self, data, tmp_path, packing, monkeypatch):
         """The logged loss, before any step and in evaluation, is that of `fused_loss` with z₀ from the other batch."""
         run = tmp_path / "run"
-        train(config(data, run, loss="kto", steps=3, batch_size=24, packing=packing))
+        options = {"desirable_weight": 3.0, "beta": 0.5}  # so that z₀ doesn't cancel
+        train(config(data, run, loss="kto", steps=3, batch_size=24, packing=packing, loss_option=options))
         tokenizer = AutoTokenizer.from_pretrained(run / "model")
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
@@ -1166,9 +1167,9 @@ class TestMismatched:
         wrong = Collator(0)([(other.response(r),) for r in pairs.units.T.reshape(-1)])
         ratio = (hf.token_scores(model, inputs_of(wrong)).logp - wrong["ref_logp"]).sum(1)
         label, ref = batch["label"], reference_of(batch)
-        loss = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=ratio.double()).item()
+        loss = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=ratio.double(), **options).item()
         own = ratio + (wrong["ref_logp"] - batch["ref_logp"]).sum(1)  # less the scores of the others
-        off = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=own.double()).item()
+        off = hf.loss(model, inputs_of(batch), "kto", label=label, ref=ref, z0=own.double(), **options).item()
         logged = records(run)[-1]["loss"]
         assert abs(logged - loss) < 1e-5
         assert abs(off - loss) > 1e-3

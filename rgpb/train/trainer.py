@@ -276,6 +276,9 @@ class PreferenceTrainer(Trainer):
         torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
         return batches, self.ranks.total(sum(self.units(batch) for batch in batches))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: `get_batch_samples` seeds each step, and Trainer would put a checkpoint's state over that."""
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
