@@ -44,3 +44,11 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parsed
+
+
+def told(error: BaseException) -> str:
+    """An error in one line; of the file system's with path and reason."""
+    if isinstance(error, OSError) and error.strerror:
+        path = "" if error.filename is None else f"{error.filename}: "
+        return f"{path}{error.strerror}; mend that and give the same command again"
+    return " ".join(str(error).split())

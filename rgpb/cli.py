@@ -11,6 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from rgpb.arguments import told
+
 COMMANDS = {
     "train": ("rgpb.train.command", "train a model on preference data"),
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"rgpb: error: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"rgpb: error: {told(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nrgpb: interrupted", file=sys.stderr)
         return 130

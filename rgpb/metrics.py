@@ -20,9 +20,9 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
     The chosen of a group is the one with the highest reward, without rewards the first; all others are rejected.
 
     `logps/{chosen,rejected}`: mean Σ log p. `perplexity`: exp of minus a chosen response's mean token log-probability,
-    averaged over responses. `agility`: mean e^{S̄} of the chosen minus that of the rejected (Tuan & Wang 2024, §6).
+    averaged over responses. `agility/{chosen,rejected}`: mean e^{S̄}; `agility`: the difference (Tuan & Wang 2024, §6).
     With a reference, `rewards/{chosen,rejected,margins}`: β (S − R), and for pairs and groups `rewards/accuracies`, the
-    part of (chosen, rejected) in which the chosen's is higher; β = 1 where the objective has none. Without labels,
+    part of (chosen, rejected) that are `ranked` rightly; β = 1 where the objective has none. Without labels,
     pairs or groups all responses count as chosen. With a `data_group` all are means over the responses of its ranks.
     """
     total, mean = (responses.logps(normalize).detach() for normalize in (False, True))
@@ -49,18 +49,39 @@ def metrics(responses: Responses, spec: Objective, options: dict[str, Any]) -> d
     out = {"logps/chosen": average(total, good), "perplexity": average(torch.exp(-mean), good)}
     if spec.unit == "pair" or grouped or responses.label is not None:
         out["logps/rejected"] = average(total, bad)
-        out["agility"] = average(mean.exp(), good) - average(mean.exp(), bad)
+        out |= {f"agility/{side}": average(mean.exp(), which) for side, which in (("chosen", good), ("rejected", bad))}
     if responses.ref is not None or responses.ref_sums is not None:
         reward = reward_scale(spec, options) * responses.log_ratios().detach()
         out["rewards/chosen"] = average(reward, good)
-        if "agility" in out:
+        ratio, size = responses.log_ratios().detach(), total.abs()
+        if "logps/rejected" in out:
             out["rewards/rejected"] = average(reward, bad)
-            out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         if spec.unit == "pair":
-            chosen, rejected = pairs(reward)
-            both = sum(pairs(count)) > 0
-            out["rewards/accuracies"] = average((chosen > rejected).double(), both)  # type: ignore[arg-type]
+            both = (count > 0).view(2, -1).all(0)
+            out["rewards/accuracies"] = average(ranked(*pairs(ratio), *pairs(size)), both)
         elif grouped:
-            chosen = responses.groups(reward).gather(1, first)
-            out["rewards/accuracies"] = average((chosen > responses.groups(reward)).double().view(-1), bad)
-    return {name: value.float() for name, value in out.items()}
+            ratios, sizes = responses.groups(ratio), responses.groups(size)
+            right = ranked(ratios.gather(1, first), ratios, sizes.gather(1, first), sizes)
+            out["rewards/accuracies"] = average(right.view(-1), bad)
+    return {name: value.float() for name, value in with_differences(out).items()}
+
+
+def ranked(chosen: Tensor, rejected: Tensor, chosen_size: Tensor, rejected_size: Tensor) -> Tensor:
+    """1 where the chosen's score is higher, 0 where it is lower, ½ where they are one to float32's rounding; float64.
+
+    Args:
+        chosen, rejected: scores, of shapes that broadcast.
+        chosen_size, rejected_size: of the numbers that they were computed from.
+    """
+    difference, noise = chosen - rejected, 1e-6 * (chosen_size + rejected_size)
+    return torch.where(difference.abs() > noise, (difference > 0).double(), 0.5)
+
+
+def with_differences(averages: dict[str, Any]) -> dict[str, Any]:
+    """Averages over chosen and over rejected responses, and what is a difference of two such: so it is exact, however
+    many batches they come from."""
+    out = dict(averages)
+    for name, kind in (("agility", "agility"), ("rewards/margins", "rewards")):
+        if f"{kind}/chosen" in out and f"{kind}/rejected" in out:
+            out[name] = out[f"{kind}/chosen"] - out[f"{kind}/rejected"]
+    return out

@@ -53,8 +53,14 @@ def poisoned_empty(monkeypatch):
         planned.kept.cache_clear()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What is cached for a user is cached for these tests alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
-def ranks():
+def ranks(own_cache):
     """`ranks(n)`: n processes of torch.distributed (tests/ranks.py), the same ones for all tests of a worker."""
     from ranks import Ranks
 

@@ -7,6 +7,7 @@ import doctest
 import inspect
 import io
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -579,6 +580,25 @@ def test_packed_equals_padded(name: str, attention: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", full("gemma2")])
+def test_left_padding_equals_right_padding_or_is_refused(name: str) -> None:
+    """By models that count positions from the row's start; with position ids also by these."""
+    model = build(name, **({"attn_pdrop": 0.3, "resid_pdrop": 0.3} if name == "gpt2" else {}))
+    batch = padded(model)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    left = {key: torch.stack([x.roll(7 - n) for x, n in zip(rows, lengths)]) for key, rows in batch.items()}
+    given = left | {"position_ids": (left["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    expected = hf.token_scores(model, batch).logp.sum(1)
+    torch.testing.assert_close(hf.token_scores(model, given).logp.sum(1), expected, rtol=1e-5, atol=1e-5)
+    if name == "gpt2":
+        with pytest.raises(
+            ValueError, match="attention_mask: expected padding on the right, or position_ids, since GPT2"
+        ):
+            hf.token_scores(model, left)
+    else:
+        torch.testing.assert_close(hf.token_scores(model, left).logp.sum(1), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_flattening_collator_feeds_packed_batches() -> None:
     model = build("llama")
     batch = padded(model)
@@ -891,6 +911,27 @@ def test_scores_made_in_inference_mode() -> None:
     with torch.inference_mode():
         ref = hf.token_scores(model, batch)
     hf.loss(model, batch, "kto", label=torch.tensor([True, False, True]), ref=ref).backward()
+
+
+def test_a_reference_that_is_the_policy_of_every_step() -> None:
+    """A warning, once, in the second step; none where the reference was scored before training."""
+    model = build("llama")
+    batch = {key: value.repeat_interleave(2, 0)[:4] for key, value in padded(model).items()}
+    for inside in (False, True):
+        optimizer, said = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for step in range(4):
+            if inside or not step:
+                with torch.no_grad():
+                    ref = hf.token_scores(model, batch)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                hf.loss(model, batch, "dpo", ref=ref).backward()
+            said.append([str(w.message) for w in caught])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [len(messages) for messages in said] == ([1, 0, 0, 0] if inside else [0, 0, 0, 0]), said
+        if inside:
+            assert said[0][0].startswith("ref: these are once more the scores of the model that is trained")
 
 
 def test_a_flattened_row_without_bounds() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rgpb import OBJECTIVES, FusedLoss, LMHead, TokenScores, fused_loss, linear_logprob, objective, pairs
-from rgpb.fused import bnf_loss, dpo_loss, mle_loss
+from rgpb.fused import bnf_loss, dpo_loss, mle_loss, swepo_loss
 
 B, T, V, H = 4, 3, 7, 5
 
@@ -353,11 +353,27 @@ def test_module_and_metrics():
         "rewards/accuracies": (delta[:2] > delta[2:]).double().mean(),
         "perplexity": (-logps[:2] / T).exp().mean(),
         "agility": ((logps[:2] / T).exp() - (logps[2:] / T).exp()).mean(),
+        "agility/chosen": (logps[:2] / T).exp().mean(),
+        "agility/rejected": (logps[2:] / T).exp().mean(),
     }
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value.float(), msg=name)
         assert not metrics[name].requires_grad
+
+
+def test_ties_count_half():
+    """In pairs and groups; also what differs by rounding alone."""
+    given = good()
+    hidden, head, target = (given[k] for k in ("hidden", "head", "target"))
+    own = linear_logprob(hidden, head, target).logp.detach()
+    lower = torch.tensor([0.0, 1.0, 0.0, 0.0])[:, None]  # Δ is 0, +, 0, 0: a tie, and a pair that is ranked rightly
+    for nudge in (0.0, 1e-8):
+        ref = own - lower - nudge * torch.arange(4)[:, None]
+        assert dpo_loss(hidden, head, target, ref=ref, return_metrics=True)[1]["rewards/accuracies"] == 0.75
+        rewards = torch.tensor([[1.0, 0.0, 0.5, 0.2]])
+        _, groups = swepo_loss(hidden, head, target, ref=ref, rewards=rewards, return_metrics=True)
+        assert groups["rewards/accuracies"] == pytest.approx(1 / 3)  # the best is below one, and as good as two
 
 
 def test_token_scores_without_entropy():

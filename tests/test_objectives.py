@@ -10,6 +10,7 @@ from typing import Annotated
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from rgpb import OBJECTIVES, FusedLoss, Layout, Responses, TokenScores, fused_loss, linear_logprob, objective, reference
 from rgpb import fused as public
@@ -608,6 +609,29 @@ def test_drawing_with_a_generator_leaves_the_global_state_alone():
         generator = torch.Generator().manual_seed(1)
         mc_po_loss(hidden, weight, target, ref=ref, group_size=3, m=m, generator=generator).backward()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_drawing_inside_activation_checkpointing():
+    """torch's own generators are put back for the recomputation; one that is given would draw others."""
+    hidden, weight, target, ref = batch(40)
+    found = {}
+    for checkpointed in (False, True):
+        for own in (False, True):
+            torch.manual_seed(3)
+            generator = torch.Generator().manual_seed(3) if own else None
+            x = hidden.detach().clone().requires_grad_()
+
+            def loss(x, generator=generator):
+                return mc_po_loss(x.sin(), weight, target, ref=ref, group_size=4, m=1, generator=generator)
+
+            value = checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
+            if checkpointed and own:
+                with pytest.raises(ValueError, match="generator: expected none inside activation checkpointing"):
+                    value.backward()
+                continue
+            value.backward()
+            found[checkpointed, own] = x.grad
+    torch.testing.assert_close(found[True, False], found[False, False])
 
 
 def test_drawing_is_seeded_and_moves():

@@ -292,9 +292,9 @@ class TestGroups:
     @pytest.mark.parametrize(
         ("returned", "got"),
         [
-            ([1.0], "expected 24 finite numbers, one per completion, got 1 numbers"),
+            ([1.0], "expected 24 finite numbers, one per completion, got 1 numbers for .* and 3 others"),
             ([], "got 0 numbers"),
-            ([0.0] * 23 + [math.nan], "expected 24 finite numbers, one per completion, got nan"),
+            ([0.0] * 23 + [math.nan], r"expected 24 finite numbers, one per completion, got nan for \S+:\d+$"),
             ([math.inf] * 24, "got inf"),
             (None, "expected 24 finite numbers"),
             ([None] * 24, "expected 24 finite numbers"),
@@ -512,7 +512,7 @@ class TestInterrupted:
             return ascii_share(prompts, completions)
 
         settings = config(data, tmp_path / "cut", **self.SETTINGS)
-        with pytest.raises(RuntimeError, match=r"reward: the function raised Stopped in \w+"):
+        with pytest.raises(RuntimeError, match=r"raised Stopped on \d completions? each of \S+:\d+, .*, in \w+"):
             train(settings, reward=judge)
         torch.manual_seed(77)
         train(settings, reward=judge)
@@ -599,7 +599,9 @@ class TestJudges:
         file, calls = tmp_path / "judge.py", "def f(p, c):\n    return [len(x) for x in c]\n"
         settings = {"steps": 4, "refresh": 2, "save_steps": 1}
         file.write_text(calls.replace("return", "assert len(p) != 8\n    return"))  # 2 prompts, 4 completions: a round
-        with pytest.raises(RuntimeError, match="reward: the function raised AssertionError in round-00000; rounds"):
+        with pytest.raises(
+            RuntimeError, match=r"raised AssertionError on 4 completions each of \S+:\d+, .*, in round-00000"
+        ):
             train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))
         file.write_text(f"{calls}\n\ndef g(p, c):\n    return [-len(x) for x in c]\n")
         train(config(data, tmp_path / "run", reward=f"{file}:f", batch_size=1, **settings))

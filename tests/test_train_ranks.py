@@ -24,7 +24,7 @@ from rgpb.demo import arithmetic_pairs
 from rgpb.train import TrainConfig, report, train
 from rgpb.train import config as settings_module
 from rgpb.train.machine import check_devices
-from rgpb.train.order import Shares
+from rgpb.train.order import Order, _Shares
 from rgpb.train.ranks import Ranks, _meet
 
 pytestmark = [
@@ -208,15 +208,17 @@ class TestSameAsOneProcess:
 
     def test_every_unit_is_seen_once(self):
         """The shares of all ranks, one after the other, are the batches of one process."""
-        whole = list(Shares(13, 4, 7, Ranks()))
+        whole = list(Order(13, 4, 7))
         assert sorted(unit for batch in whole for unit in batch) == list(range(13))
         for world in (2, 3, 4):
-            parts = [list(Shares(13, 4, 7, Ranks(rank, world))) for rank in range(world)]
-            for batch, *shares in zip(whole, *parts):
-                assert [unit for share in shares for unit in share if unit >= 0] == batch
-                assert all(share == [-1 - batch[0]] or min(share) >= 0 for share in shares)
-                sizes = [len([unit for unit in share if unit >= 0]) for share in shares]
+            asked: list[Any] = []
+            ranks = [_Shares(list(range(13)), asked.append, Ranks(rank, world)) for rank in range(world)]
+            for batch in whole:
+                shares = [units for units, counts in (rank.__getitems__(batch) for rank in ranks) if counts]
+                assert [unit for share in shares for unit in share] == batch
+                sizes = [*map(len, shares)] + [0] * (world - len(shares))
                 assert max(sizes) - min(sizes) <= 1
+            assert asked == [batch for batch in whole for _ in ranks]
 
 
 class TestCheckpoints:
@@ -263,15 +265,18 @@ class TestCheckpoints:
                 assert isinstance(ran[0], dict) == (stop is None), ran
             assert differ(tmp_path / f"whole-{name}", tmp_path / f"cut-{name}") < 10 * ROUNDING
 
-    def test_reference_scores_go_on(self, ranks, data, tmp_path, monkeypatch):
-        """Parts are kept as they are made; the scores are those of one process, bitwise."""
-        case = training.config(data, tmp_path / "two", steps=1, batch_size=2)
-        train(training.config(data, tmp_path / "one", steps=1, batch_size=2))
-        assert ranks(2)(training.parts, case) == [[0, 1, 2, 3, 3], [0, 1, 2, 3, 3]]
-        (one,), (two,) = ((tmp_path / name).glob("ref-*.safetensors") for name in ("one", "two"))
-        assert one.name == two.name
-        a, b = load_file(one), load_file(two)
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    def test_reference_scores_go_on(self, ranks, data, tmp_path):
+        """Blocks are kept as they are made; the scores are those of one process, bitwise."""
+        settings: dict[str, Any] = {"steps": 5, "batch_size": 2, "eval_rows": 2}
+        case = training.config(data, tmp_path / "two", **settings, ref_cache=str(tmp_path / "cache-two"))
+        train(training.config(data, tmp_path / "one", **settings, ref_cache=str(tmp_path / "cache-one")))
+        begun = ranks(2)(training.blocks, case)
+        assert begun[0] == begun[1]
+        assert begun[0][2] == begun[0][3]  # the third again, but neither of those before it
+        one, two = ({f.name: load_file(f) for f in (tmp_path / f"cache-{name}").iterdir()} for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert len(begun[0]) == len(one) + 1
+        assert all(torch.equal(one[file][name], two[file][name]) for file in one for name in one[file])
 
 
 PATHS = f"""
@@ -304,7 +309,15 @@ def launch(tmp_path: Path, world: int, *flags: str, restarts: int = 0, **environ
 class TestDeaths:
     """A rank that is killed, wherever it is, costs the steps since the last checkpoint."""
 
-    FLAGS = ("--loss=dpo", "--steps=40", "--batch-size=4", "--save-steps=2", "--log-steps=5", "--timeout=60")
+    FLAGS = (
+        "--loss=dpo",
+        "--steps=40",
+        "--eval-rows=200",
+        "--batch-size=4",
+        "--save-steps=2",
+        "--log-steps=5",
+        "--timeout=60",
+    )
 
     def case(self, data, folder, parallel):
         return training.config(data, folder, steps=40, save_steps=2, log_steps=5, parallel=parallel)

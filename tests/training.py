@@ -25,7 +25,7 @@ def prepare() -> None:
 
 def config(data: str, output: Any, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {"loss": "dpo", "steps": 5, "batch_size": 4, "lr": 3e-3, "vocab_size": 258, "cpu": True}
-    settings |= {"log_steps": 2, "save_steps": 100, "progress": False}
+    settings |= {"log_steps": 2, "save_steps": 100, "progress": False, "eval_rows": 200}
     return TrainConfig(data=data, output=str(output), **{**settings, **changes})
 
 
@@ -62,32 +62,28 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def parts(settings: TrainConfig) -> list[int]:
-    """Interrupt the scoring of references in its fourth part, then run; the parts that were begun, in both."""
+def blocks(settings: TrainConfig) -> list[int]:
+    """Interrupt the scoring of references in its third block, then run; how many responses were scored at a time."""
     from rgpb.train import teacher
 
     prepare()
     torch.use_deterministic_algorithms(True)
     begun: list[int] = []
-    name, size = teacher._part, teacher.PART
+    compute = teacher.score_references
 
-    def counted(cache: Path, number: int) -> Path:
-        path = name(cache, number)
-        if not path.exists():
-            begun.append(number)
-        if len(begun) == 4:
-            begun.append(number)
+    def counted(*arguments: Any, responses: Any, **keywords: Any) -> Any:
+        begun.append(len(responses))
+        if len(begun) == 3:
             raise KeyboardInterrupt
-        return path
+        return compute(*arguments, responses=responses, **keywords)
 
-    teacher._part, teacher.PART = counted, 1
+    teacher.score_references = counted
     try:
         run([settings])
-        teacher._part = name
         result = run([settings])[0]
         assert isinstance(result, dict), result
     finally:
-        teacher._part, teacher.PART = name, size
+        teacher.score_references = compute
     return begun
 
 

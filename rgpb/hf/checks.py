@@ -170,6 +170,36 @@ def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Ten
         raise ValueError(f"cu_seqlens: {wrong}")
 
 
+def check_left_padded(model: PreTrainedModel, inputs: dict[str, Any], attached: Attached) -> None:
+    """Refuse padding on the left, without position ids, where the model would count it as positions."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or inputs.get("position_ids") is not None:
+        return
+    if model.config.is_encoder_decoder or torch.compiler.is_compiling() or bool((mask[:, 0] != 0).all()):
+        return
+    if not try_left_padding(model, attached):
+        raise ValueError(
+            f"attention_mask: expected padding on the right, or position_ids, since {described(model)} counts padding "
+            "on the left as positions; got rows that begin with 0"
+        )
+
+
+def try_left_padding(model: PreTrainedModel, attached: Attached) -> bool:
+    """Whether padding on the left changes nothing; tried once for each kind of attention."""
+    key = ("left", model.config._attn_implementation)
+    if key not in attached.passed:
+        ids = probe_ids(model, 5)
+        mask = (torch.arange(5, device=ids.device) >= 2)[None].long()
+        with evaluating(model):
+            alone, behind = (
+                head_input(model, attached, {"input_ids": ids[:, cut:], "attention_mask": mask[:, cut:]})[:, -3:]
+                for cut in (2, 0)
+            )
+        eps, size = torch.finfo(alone.dtype).eps, alone.abs().max().item()
+        attached.passed[key] = (alone - behind).abs().max().item() <= max(32 * eps, 1e-3) * size
+    return attached.passed[key]
+
+
 def packing_of(model: PreTrainedModel) -> tuple[str, str]:
     """What `try_packing` keeps its finding by."""
     return "packing", model.config._attn_implementation

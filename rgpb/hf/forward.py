@@ -5,9 +5,12 @@ Dimensions: B responses, T positions of a padded batch, N of a packed one, G gro
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, bounds_of, check_keys, rows_of, shapes_of
-from rgpb.hf.checks import check_head, check_offloaded, check_packed, evaluating, head_inside
+from rgpb.hf.checks import check_head, check_left_padded, check_offloaded, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat
@@ -50,7 +53,10 @@ def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = 
         scores = linear_logprob(hidden, head, call.flat_target.to(hidden.device), entropy=entropy, **options)
         return Results(tensors=tuple(x for x in scores if x is not None))
 
-    return TokenScores(*(call(run).tensors or ()))
+    scores = TokenScores(*(call(run).tensors or ()))
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _latest[call.base] = (weakref.ref(scores.logp), _version(call.base))
+    return scores
 
 
 def loss(
@@ -101,6 +107,8 @@ def loss(
     if spec.draw is not None and options.get("sequence_group") is None:  # parts of responses are drawn by fused_loss
         batch, ref, group_size, rewards = _drawn(model, batch, spec, ref, group_size, rewards, options, how)
     call = _Call(model, batch)
+    if isinstance(ref, TokenScores) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _warn_of_itself(call.base, ref)
     call.check_replicas()
     if isinstance(data_group, str):
         if data_group != "auto":
@@ -126,6 +134,30 @@ def loss(
     if results.aux_loss is not None:
         value = value + call.auxiliary(results.aux_loss, options.get("reduction", "mean"))
     return value if metrics is None else (value, metrics)
+
+
+# By model: its latest scores without gradient, and the state of the weights they are of; and the state in which a loss
+# had such scores as its reference. A state is the number of changes so far.
+_latest: WeakKeyDictionary[nn.Module, tuple[weakref.ref[Tensor], int]] = WeakKeyDictionary()
+_own: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+def _version(model: nn.Module) -> int:
+    return sum(p._version for p in model.parameters() if p.requires_grad and not p.is_inference())
+
+
+def _warn_of_itself(model: nn.Module, ref: TokenScores) -> None:
+    """Where the reference is the model of this very step for the second time, and the model has changed between."""
+    scores, version = _latest.get(model, (lambda: None, -1))
+    if scores() is not ref.logp or version != _version(model):
+        return
+    if _own.setdefault(model, version) not in (version, -1):
+        _own[model] = -1  # said once
+        warnings.warn(
+            "ref: these are once more the scores of the model that is trained, as it is in this step, though it has "
+            "changed since: log-ratios are 0 at every step. Score the reference once, before training",
+            stacklevel=3,
+        )
 
 
 def _batch_group(model: nn.Module, sequence_group: Any) -> Any:
@@ -250,6 +282,8 @@ class _Call:
             self.cu_seqlens = bounds_of(inputs)
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
+        else:
+            check_left_padded(self.base, inputs, self.attached)
         if shifted is not None:
             self.target = shifted
         else:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import head_forward, install
 from rgpb.hf.checks import check_head as _check_head
-from rgpb.hf.checks import head_input, try_packing
+from rgpb.hf.checks import head_input, try_left_padding, try_packing
 from rgpb.hf.heads import view, without_adapters
 from rgpb.hf.wrappers import around, base_of, inner, sharded_by
 
@@ -46,6 +46,7 @@ def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
                 _check_head(base, attached)
     if not base.config.is_encoder_decoder and sharded_by(base) is None:
         try_packing(base, attached)
+        try_left_padding(base, attached)
     return model
 
 

@@ -110,6 +110,12 @@ def draw_negatives(responses: Responses, options: dict[str, Any]) -> Tensor:
     if m == size - 1:  # all of them, whatever the sampler
         return torch.ones_like(present).view(-1)
     if sampler in ("mc", "random"):
+        if generator is not None and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "generator: expected none inside activation checkpointing, which computes the loss once more in the "
+                "backward pass and would draw others then; got one (torch's default generators are put back; or call "
+                "the loss outside the checkpoint)"
+            )
         device = keys.device if generator is None else generator.device
         uniform = torch.rand(keys.shape, generator=generator, device=device, dtype=torch.float64).to(keys.device)
         gumbel = -torch.log(-torch.log(uniform))  # the M highest of score + Gumbel noise: drawn ∝ e^score

@@ -1,6 +1,6 @@
 """Training on preference data: `rgpb train`.
 
-    data → tokens → (fine-tuning on the preferred) → reference scores, once → training → checkpoints, metrics, report
+    data → tokens → (fine-tuning on the preferred) → training, reference scores ahead of it → metrics, model, report
 
 Everything of a run lies in its output folder:
 
@@ -9,7 +9,6 @@ Everything of a run lies in its output folder:
     checkpoint-<step>/       model, optimizer, random states, metrics so far, and `progress.json`, written last:
                              a checkpoint without it is incomplete and not used; of several processes model and
                              optimizer lie in `dcp/`, and the folder is `checkpoint-<step>.tmp` until it is complete
-    ref-<hash>.safetensors   reference scores of every response token, by hash of reference model and tokens
     tokenizer/               where it was learnt from the data
     rollouts/                with `--online`: what was sampled, judged and trained on, round by round
     sft/                     the fine-tuning stage, a run of its own

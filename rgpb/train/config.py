@@ -14,7 +14,7 @@ from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
 from rgpb.train.rows import PAIRINGS
 
-EVAL_SAMPLE = 200  # units of the training data evaluated on where there is no evaluation data
+EVAL_SAMPLE = 200  # units evaluated on, at most, unless --eval-rows says otherwise
 
 BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
     "nano-llama": (
@@ -68,7 +68,12 @@ class TrainConfig:
 
     data: str = field(metadata={"help": "preference data: JSON lines (also gzipped), Parquet, or a saved dataset"})
     output: str = field(metadata={"help": "folder of the run"})
-    eval_data: str | None = _option(None, f"held-out data; default: the first {EVAL_SAMPLE} units of --data")
+    eval_data: str | None = _option(None, "held-out data; default: a part of --data")
+    eval_rows: int | None = _option(
+        None,
+        f"evaluate on the first so many units; default: {EVAL_SAMPLE}, fewer where that would take long",
+        COUNT,
+    )
     loss: str = _option("bnf", "objective, or a weighted sum such as mle+0.5*dpo")
     loss_option: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "an option of the objective, such as beta=0.2; repeatable"}
@@ -80,6 +85,12 @@ class TrainConfig:
         "tiny-llama", f"folder of a model, a GGUF file, or a new model with its own tokenizer: {', '.join(BUILT_IN)}"
     )
     ref_model: str | None = _option(None, "folder or file of the reference model; default: the model before training")
+    ref_cache: str | None = _option(
+        None, "folder of reference scores, which runs share; default: rgpb/references in the user's cache folder"
+    )
+    precompute_ref: bool = _option(
+        False, "score all references before the first step, so that no second model is held while training"
+    )
     vocab_size: int = _option(1024, "of the tokenizer that a new model gets", COUNT)
     online: bool = _option(False, "sample completions from the model, judge them by --reward, and train on those")
     reward: str | None = _option(None, "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, completions)")
@@ -125,6 +136,7 @@ class TrainConfig:
         choices=("ddp", "fsdp2"),
     )
     timeout: float = _option(1800.0, "seconds until a process that doesn't answer counts as missing", POSITIVE)
+    dropout: bool = _option(False, "train with the model's dropout; default: none, as in the reference")
     gradient_checkpointing: bool = _option(False, "recompute the backbone's activations instead of keeping them")
     cpu: bool = _option(False, "don't use a GPU")
     workspace: int = _option(
@@ -159,6 +171,10 @@ class TrainConfig:
                 raise ValueError(f"{entry.name}: expected {allowed.text}, got {value}")
         if spec.ref is None and self.ref_model is not None:
             raise ValueError(f"ref_model: expected none, since {self.loss} has no reference; got {self.ref_model!r}")
+        for name in ("ref_cache", "precompute_ref"):
+            if getattr(self, name) and (spec.ref is None or self.online):
+                why = "online, whose references are new each time" if self.online else f"{self.loss}, which has none"
+                raise ValueError(f"{name}: expected none with {why}; got {getattr(self, name)!r}")
         if self.online and spec.unit != "group":
             groups = sorted(name for name, known in OBJECTIVES.items() if known.unit == "group")
             raise ValueError(f"loss: expected one of groups with online, of {groups}, got {self.loss!r}")

@@ -5,6 +5,8 @@ Dimensions: B responses of a batch, U units (groups, pairs or responses), W resp
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,30 @@ from torch import Tensor, nn
 from rgpb import hf
 from rgpb.hf import IGNORE
 from rgpb.layout import Responses
+from rgpb.metrics import ranked, with_differences
 from rgpb.objectives import Objective, option, reward_scale, unit_values
-from rgpb.train.tokens import reference_of
+from rgpb.train.config import EVAL_SAMPLE, TrainConfig
+from rgpb.train.files import write_json
+from rgpb.train.machine import device_of
+from rgpb.train.tokens import PreferenceDataset, reference_of
 from rgpb.validation import make_layout
+
+# What evaluation without `eval_rows` takes at most, in operations by device: some twenty seconds'
+BUDGET = {"cpu": 1.5e12, "cuda": 1.5e15}
+
+
+def eval_rows(config: TrainConfig, folder: Path, model: nn.Module, data: PreferenceDataset) -> int:
+    """How many units of `data` are evaluated on: `config.eval_rows`, or up to `EVAL_SAMPLE`, as many as `BUDGET` pays
+    for and 8 at least. Kept in `run.json`, so that another device goes on with as many."""
+    note = json.loads((folder / "run.json").read_text())
+    if "eval_rows" not in note:
+        tokens = data.lengths().double().mean().item() * data.units.shape[1]
+        passes = 1 if config.check()[0].ref is None else 2
+        each = 2 * sum(p.numel() for p in model.parameters()) * tokens * passes
+        most = int(BUDGET[device_of(config).type] / each)
+        note["eval_rows"] = config.eval_rows or max(8, min(EVAL_SAMPLE, most))
+        write_json(folder / "run.json", note)
+    return min(note["eval_rows"], len(data))
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,26 +140,24 @@ def summarise(columns: dict[str, Tensor], spec: Objective, options: dict[str, An
     if paired:
         out["logps/accuracies"] = _ranked(mean, mean.abs(), present)
     out["perplexity"] = mean[good].neg().exp().mean()
-    out["agility"] = mean[good].exp().mean() - mean[bad].exp().mean()
+    out.update({f"agility/{side}": mean[which].exp().mean() for side, which in sides.items()})
     if "ratio" in columns:
         reward = reward_scale(spec, options) * columns["ratio"]
         out.update({f"rewards/{side}": reward[which].mean() for side, which in sides.items()})
-        out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
         if paired:
             out["rewards/accuracies"] = _ranked(columns["ratio"], total.abs(), present)
-    return {name: value.item() for name, value in out.items() if not value.isnan() or name == "loss"}
+    whole = with_differences(out)
+    return {name: value.item() for name, value in whole.items() if not value.isnan() or name == "loss"}
 
 
 def _ranked(score: Tensor, size: Tensor, present: Tensor) -> Tensor:
-    """Part of the pairs of a unit's first response with another whose first scores higher; a difference within
-    float32's rounding counts half.
+    """Part of the pairs of a unit's first response with another that are `ranked` rightly.
 
     Args:
         score: [U, W], computed from numbers as large as `size` [U, W].
         present: which responses there are, bool [U, W].
     """
-    difference, noise = score[:, :1] - score[:, 1:], 1e-6 * (size[:, :1] + size[:, 1:])
-    right = torch.where(difference.abs() > noise, (difference > 0).double(), 0.5)
+    right = ranked(score[:, :1], score[:, 1:], size[:, :1], size[:, 1:])
     return right[present[:, :1] & present[:, 1:]].mean()
 
 

@@ -24,12 +24,15 @@ from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
-FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout")
+FREE = (
+    *("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout"),
+    *("ref_cache", "precompute_ref"),
+)
 
 # What a run writes, and `overwrite` removes.
 OWN = (
     *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
-    *("merged", "checkpoint-*", "ref-*.safetensors"),
+    *("merged", "checkpoint-*"),
 )
 
 
@@ -41,6 +44,8 @@ def open_run(
     Raises:
         ValueError: a folder of something else, or of a run with other settings.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: expected a folder, or a path where one can be made, got the file {folder}")
     settings = _settings(config, preferences, held_out, reward)
     note = folder / "run.json"
     found = [] if not folder.exists() else [path for path in folder.iterdir() if path.suffix != ".tmp"]

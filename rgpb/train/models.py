@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,12 +66,13 @@ def make_model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTr
     if dtype_of(config) != torch.float32:
         drawn, model = model, AutoModelForCausalLM.from_config(made, dtype=dtype_of(config))
         model.load_state_dict(drawn.state_dict())
-    return model
+    return model if config.dropout else without_dropout(model)
 
 
 def load_model(config: TrainConfig, folder: str | Path) -> PreTrainedModel:
     """The model of a folder or a GGUF file, with weights of the dtype that the run trains in."""
-    return load_pretrained(folder, dtype_of(config))
+    model = load_pretrained(folder, dtype_of(config))
+    return model if config.dropout else without_dropout(model)
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -152,6 +155,33 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, whose modules drop nothing in training; its configuration stays as it is.
+
+    Raises:
+        ValueError: a model that still draws something in training.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
+                setattr(module, name, 0.0)
+    ids = torch.arange(4)[None] % hf.read_head(model).weight.shape[0]
+    modes = {module: module.training for module in model.modules()}
+    seen = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for training in (False, True):
+            model.train(training)
+            seen.append(model(input_ids=ids, use_cache=False).logits)
+    for module, mode in modes.items():
+        module.training = mode
+    if not torch.allclose(seen[0], seen[1], rtol=1e-3, atol=1e-3 * seen[0].abs().max().item()):
+        raise ValueError(
+            f"dropout: expected a model whose dropout can be turned off, got {type(model).__name__}, which computes "
+            "something else in training than in evaluation; --dropout trains it as it is"
+        )
+    return model
+
+
 def dtype_of(config: TrainConfig) -> torch.dtype:
     """Of the weights while they train."""
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -177,6 +207,43 @@ def save_model(place: Path, model: Any, state: dict[str, Any] | None, dtype: tor
     note = place / "config.json"
     if changed and note.exists():
         write_json(note, {**json.loads(note.read_text()), "dtype": str(dtype).removeprefix("torch.")})
+
+
+def rehearse(folder: Path, model: Any, tokenizer: Any, keep: int) -> None:
+    """Save what is saved at the end, without the weights, and see whether there is room for these.
+
+    Args:
+        folder: the run's.
+        model: whole or sharded.
+        keep: checkpoints kept.
+
+    Raises:
+        ValueError: what can't be saved, or too little room.
+    """
+    place = folder / "rehearsal.tmp"
+    try:
+        save_whole_folder(place.with_suffix(""), lambda to: model.save_pretrained(to, state_dict={}))
+        save_whole_folder(place.with_suffix(""), tokenizer.save_pretrained)
+    except OSError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"model: expected one that can be saved at the end, with its tokenizer; got {said}") from error
+    finally:
+        for left in (place, place.with_suffix("")):
+            shutil.rmtree(left, ignore_errors=True)
+    importlib.import_module("matplotlib.figure")  # the report's
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    trained = sum(size for size, grad in sizes if grad)
+    whole = trained if hasattr(model, "peft_config") else sum(size for size, _ in sizes)
+    there = sum(1 for _ in folder.glob("checkpoint-*"))
+    needed = whole + max(1, keep + 1 - there) * (whole + 2 * trained)  # the model, and checkpoints with AdamW's state
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"output: expected {needed / 2**20:.0f} MiB free, for the model and {keep + 1} checkpoints (the oldest "
+            f"goes last), got {free / 2**20:.0f} MiB in {folder}"
+        )
 
 
 def check_tokens(model: PreTrainedModel, name: str, sets: Sequence[PreferenceDataset]) -> None:

@@ -86,7 +86,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         self.units, self.per_round = units, config.refresh * config.batch_size * config.grad_accum
         self.candidates, self.new_tokens, self.ties = config.candidates, max_new_tokens or room, ties
         self.pad = pad_of(tokenizer)
-        self.asked = [row.prompt for row in prompts.rows]
+        self.asked, self.where = [row.prompt for row in prompts.rows], [row.where for row in prompts.rows]
         self.prompt_ids = prompt_tokens([prompt_text(row, tokenizer) for row in prompts.rows], tokenizer, limit)
         self.counts = {"rows": len(prompts.rows), "units": units}
         self.policy: PreTrainedModel | None = None
@@ -162,18 +162,22 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         except Exception as error:
             kind = type(error).__name__
             raise RuntimeError(
-                f"reward: the function raised {kind} in {name}; rounds judged so far are kept"
+                f"reward: the function raised {kind} on {count} completions each of {self.named(which)}, in {name}; "
+                "rounds judged so far are kept"
             ) from error
+        cause: Exception | None = None
         try:
             if isinstance(given, str | dict):
                 raise TypeError("not a sequence of numbers")
             values = [float(value) for value in given]
             wrong = [value for value in values if not math.isfinite(value)]
-            got = f"{len(values)} numbers" if len(values) != len(texts) else f"{wrong[0]}" if wrong else ""
+            got = f"{len(values)} numbers for {self.named(which)}" if len(values) != len(texts) else ""
+            if wrong and not got:
+                got = f"{wrong[0]} for {self.where[which[values.index(wrong[0]) // count]]}"
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            values, got = [], f"{type(given).__name__} ({error})"
+            values, got, cause = [], f"{type(given).__name__} ({error}) for {self.named(which)}", error
         if got:
-            raise ValueError(f"reward: expected {len(texts)} finite numbers, one per completion, got {got}")
+            raise ValueError(f"reward: expected {len(texts)} finite numbers, one per completion, got {got}") from cause
         return [
             {
                 "prompt": self.asked[p],
@@ -183,6 +187,11 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             }
             for i, p in enumerate(which)
         ]
+
+    def named(self, which: Sequence[int]) -> str:
+        """The rows of these prompts, as file and line."""
+        rows = [self.where[p] for p in which]
+        return ", ".join(rows[:3]) + (f" and {len(rows) - 3} others" if len(rows) > 3 else "")
 
     def mean_reward(self, model: PreTrainedModel, which: Sequence[int]) -> float:
         """Of one completion of each of these prompts, sampled anew with the same seed each time."""

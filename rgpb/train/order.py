@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from rgpb.train.ranks import Ranks
 FILLER = "filler"  # the key of a batch that only keeps a rank in step: it counts for nothing
 
 
-class Shares(Sampler[list[int]]):
-    """This rank's part of each batch: numbers of units; where that is none, −1 − the batch's first unit.
+class Order(Sampler[list[int]]):
+    """Each batch of all ranks together: numbers of units.
 
-    The order of an epoch is the one of Trainer in one process (accelerate's `SeedableRandomSampler`).
+    The order of an epoch is that of Trainer in one process (accelerate's `SeedableRandomSampler`).
 
     Args:
         count: units of the data.
@@ -25,8 +26,8 @@ class Shares(Sampler[list[int]]):
         seed: of the order; None: as the data comes.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int | None, ranks: Ranks) -> None:
-        self.count, self.batch_size, self.seed, self.ranks = count, batch_size, seed, ranks
+    def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.epoch = 0
         self.sampler = self  # where accelerate's loader looks for `set_epoch`
 
@@ -41,31 +42,51 @@ class Shares(Sampler[list[int]]):
         if self.seed is not None:
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         for first in range(0, self.count, self.batch_size):
-            whole = order[first : first + self.batch_size]
-            yield list(self.ranks.share(whole)) or [-1 - whole[0]]
+            yield order[first : first + self.batch_size]
+
+    def first(self, batches: int) -> Iterator[list[int]]:
+        """So many batches of the first epochs, but no unit's second one."""
+        return itertools.islice(Order(self.count, self.batch_size, self.seed), batches)
 
 
-class _Numbered(Dataset[Any]):
-    """Units by the numbers of `Shares`: (unit, whether it counts)."""
+class _Shares(Dataset[Any]):
+    """This rank's share of a batch: its units, and whether they count. Where it has none, the batch's first unit keeps
+    it in step."""
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
+    def __init__(self, data: Any, ready: Callable[[Sequence[int]], None], ranks: Ranks) -> None:
+        self.data, self.ready, self.ranks = data, ready, ranks
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, number: int) -> tuple[Any, bool]:
-        return (self.data[number], True) if number >= 0 else (self.data[-1 - number], False)
+    def __getitems__(self, units: list[int]) -> tuple[list[Any], bool]:
+        self.ready(units)
+        mine = list(self.ranks.share(units))
+        return [self.data[unit] for unit in mine or units[:1]], bool(mine)
 
 
 def loader(
-    data: Any, collate: Callable[[Sequence[Any]], dict[str, Any]], shares: Shares, device: torch.device
+    data: Any,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    order: Order,
+    ready: Callable[[Sequence[int]], None],
+    ranks: Ranks,
+    device: torch.device,
 ) -> DataLoaderShard:
-    """Batches of this rank, on its device, fetched one ahead."""
+    """Batches of this rank, on its device, fetched one ahead.
 
-    def made(units: list[tuple[Any, bool]]) -> dict[str, Any]:
-        return {**collate([unit for unit, _ in units]), FILLER: torch.tensor(not units[0][1])}
+    Args:
+        ready: called with the units of all ranks before a batch of them is made.
+    """
+
+    def made(share: tuple[list[Any], bool]) -> dict[str, Any]:
+        units, counts = share
+        return {**collate(units), FILLER: torch.tensor(not counts)}
 
     return DataLoaderShard(
-        _Numbered(data), device=device, batch_sampler=shares, collate_fn=made, pin_memory=device.type == "cuda"
+        _Shares(data, ready, ranks),
+        device=device,
+        batch_sampler=order,
+        collate_fn=made,
+        pin_memory=device.type == "cuda",
     )

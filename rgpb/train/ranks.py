@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rgpb.arguments import told
+
 T = TypeVar("T")
 
 ROLL_CALL = 5.0  # seconds in which a rank that is there answers when a collective has failed
@@ -214,8 +216,8 @@ def report_failure(error: BaseException, ranks: Ranks | None, timeout: float) ->
             print(f"rgpb: error: {text}; start again to go on after the last checkpoint", file=sys.stderr, flush=True)
             return
         name = f"rank {ranks.rank}: "
-    if isinstance(error, ValueError | ModuleNotFoundError):
-        print(f"rgpb: error: {name}{error}", file=sys.stderr, flush=True)
+    if isinstance(error, ValueError | ModuleNotFoundError | FloatingPointError | OSError):
+        print(f"rgpb: error: {name}{told(error)}", file=sys.stderr, flush=True)
     else:
         text = "".join(traceback.format_exception(error))
         print(f"{name}{text}", file=sys.stderr, flush=True)

@@ -18,8 +18,8 @@ from rgpb import hf
 from rgpb.objectives import OBJECTIVES, Objective, option
 from rgpb.train.adapters import save_merged, with_adapters
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
-from rgpb.train.evaluate import wants_preferred
-from rgpb.train.files import save_whole_folder
+from rgpb.train.evaluate import eval_rows, wants_preferred
+from rgpb.train.files import save_whole_folder, write_failure
 from rgpb.train.folder import open_run
 from rgpb.train.machine import check_devices, device_of, moved, parallel_of
 from rgpb.train.models import (
@@ -33,15 +33,16 @@ from rgpb.train.models import (
     saved_dtype,
 )
 from rgpb.train.online import Rollouts
+from rgpb.train.order import Order
 from rgpb.train.parallel import shard
-from rgpb.train.ranks import Ranks, open_ranks, own_rank
+from rgpb.train.ranks import ElsewhereError, Ranks, open_ranks, own_rank
 from rgpb.train.report import counted
 from rgpb.train.report import write as write_report
 from rgpb.train.rewards import Reward, reward_of
 from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
-from rgpb.train.teacher import weights_fingerprint, with_reference
+from rgpb.train.teacher import References, weights_fingerprint
 from rgpb.train.tokens import PreferenceDataset, pad_of, prompt_limit, tokenise
-from rgpb.train.trainer import Stage
+from rgpb.train.trainer import Stage, steps_of
 
 
 def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any]:
@@ -73,8 +74,12 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
     try:
         return _run(config, spec, options, ranks, family, preferences, held_out, reward)
     except Exception as error:
-        error.ranks = ranks  # type: ignore[attr-defined]
-        raise
+        failure: Any = None if isinstance(error, ValueError | ElsewhereError) else write_failure(error)
+        if failure is None or failure is error:
+            error.ranks = ranks  # type: ignore[attr-defined]
+            raise
+        failure.ranks = ranks
+        raise failure from error
 
 
 def _run(
@@ -87,6 +92,9 @@ def _run(
     stage.dtype = saved_dtype(config, family)
     done = ranks.by_first(lambda: json.loads(stage.result.read_text()) if stage.result.exists() else None)
     if done is not None:
+        if config.merge:
+            base = stage.folder / "sft" / "model" if config.sft_epochs else Path(config.model)
+            _merge(stage, base, make_tokenizer(config, family, folder, preferences))
         if ranks.first:
             write_report(folder)
         return {**done, "resumed": None}
@@ -129,8 +137,9 @@ def _on_data(
         return made
 
     train_set = tokenised(preferences)
-    eval_set = train_set.first(EVAL_SAMPLE) if held_out is None else tokenised(held_out)
+    eval_set = train_set if held_out is None else tokenised(held_out)
     check_tokens(model, config.model, (train_set, eval_set))
+    eval_set = eval_set.first(ranks.by_first(lambda: eval_rows(config, stage.folder, model, eval_set)))
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
             print(f"{name} data: {counted(data.counts)}")
@@ -143,29 +152,43 @@ def _on_data(
         del model
         gc.collect()  # Trainer and its callbacks hold each other, and the model on the GPU
         model = load_model(config, base)
-    sets = [train_set, eval_set]
-    if spec.ref is None:
-        model = _placed(stage, with_adapters(config, model))
-    elif config.ref_model is not None:
-        ref: Any = reference_model(config)
-        check_tokens(ref, config.ref_model, sets)
-        weights = weights_fingerprint(ref)
-        sets = with_reference(config, stage.folder, _placed(stage, ref), weights, pad_of(tokenizer), sets, ranks)
-        del ref
-        gc.collect()
-        model = _placed(stage, with_adapters(config, model))
-    else:
-        weights = weights_fingerprint(model)
-        model = _placed(stage, with_adapters(config, model))
-        sets = with_reference(config, stage.folder, model, weights, pad_of(tokenizer), sets, ranks)
-    train_set, eval_set = sets
     if wants_preferred(spec):
         train_set = train_set.preferred()
-    result = stage.fit(model, tokenizer, train_set, eval_set, epochs=config.epochs, steps=config.steps)
-    if config.merge:
-        merged = partial(save_merged, base, stage.folder / "model", dtype=stage.dtype)
-        ranks.by_first(lambda: save_whole_folder(stage.folder / "merged", merged, tokenizer.save_pretrained))
+    references = None
+    if spec.ref is None:
+        model = _placed(stage, with_adapters(config, model))
+    else:
+        ref: Any = reference_model(config)
+        if ref is not None:
+            check_tokens(ref, str(config.ref_model), (train_set, eval_set))
+        references = References(config, weights_fingerprint(model if ref is None else ref), pad_of(tokenizer), ranks)
+        steps = steps_of(config, len(train_set), config.epochs, config.steps)
+        order = Order(len(train_set), config.batch_size, config.seed)
+        eval_set = references.plan(eval_set, Order(len(eval_set), config.batch_size, None))
+        train_set = references.plan(train_set, order.first(steps * config.grad_accum), first=1)
+        missing = references.missing()
+        if missing and ref is None and config.lora_r is None and not config.precompute_ref:
+            ref = copy.deepcopy(model)
+        model = _placed(stage, with_adapters(config, model))
+        if missing:
+            references.model = model if ref is None else _placed(stage, ref.requires_grad_(False))
+        del ref
+        if config.precompute_ref:
+            references.ready()
+        gc.collect()
+    result = stage.fit(
+        model, tokenizer, train_set, eval_set, epochs=config.epochs, steps=config.steps, references=references
+    )
+    _merge(stage, base, tokenizer)
     return result
+
+
+def _merge(stage: Stage, base: Path, tokenizer: Any) -> None:
+    """With `merge`: the model with the adapters added in, unless it is there."""
+    place, ranks = stage.folder / "merged", stage.ranks
+    if stage.config.merge and not ranks.by_first(place.exists):
+        merged = partial(save_merged, base, stage.folder / "model", dtype=stage.dtype)
+        ranks.by_first(lambda: save_whole_folder(place, merged, tokenizer.save_pretrained))
 
 
 def _placed(stage: Stage, model: Any) -> Any:
@@ -198,7 +221,7 @@ def _on_rollouts(
     common["ranks"] = ranks
     data = Rollouts(prompts, tokenizer, config, units=steps * per_step, **common)
     asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
-    some = range(min(EVAL_SAMPLE, len(asked.asked)))
+    some = range(min(config.eval_rows or EVAL_SAMPLE, len(asked.asked)))
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
 
     def measure(policy: PreTrainedModel) -> dict[str, float]:

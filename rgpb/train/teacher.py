@@ -1,28 +1,34 @@
-"""Reference scores: of every response token, once, kept by what they depend on."""
+"""Reference scores: of every response token that a run takes, ahead of the step that needs it, cached by block."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import partial
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import rgpb
 from rgpb import hf
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.train.adapters import without_adapters
 from rgpb.train.config import TrainConfig
-from rgpb.train.files import save_whole_file
+from rgpb.train.files import naming
 from rgpb.train.machine import device_of
+from rgpb.train.parallel import at_rest
 from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.tokens import Collator, PreferenceDataset, RefScores
 
-PART = 256  # batches between two savings of what is computed so far
+AHEAD = 16  # batches of a block, once it has grown to that: the first step waits for its own batch alone
 
 
 @torch.no_grad()
@@ -34,9 +40,9 @@ def score_references(
     batch_size: int,
     workspace: int = DEFAULT_WORKSPACE,
     bf16: bool = False,
-    progress: bool = False,
+    progress: tqdm[Any] | None = None,
     ranks: Ranks = ALONE,
-    cache: Path | None = None,
+    responses: Sequence[int] | None = None,
 ) -> RefScores:
     """Scores of every completion token under `model`, longest responses first: memory is short at once, or never.
 
@@ -47,114 +53,215 @@ def score_references(
         data: tokenised responses.
         pad: token that fills up padded rows.
         batch_size: responses at a time.
-        workspace, bf16, progress: as in `TrainConfig`.
+        workspace, bf16: as in `TrainConfig`.
+        progress: a bar that counts responses.
         ranks: who share the work.
-        cache: file beside which parts are kept, so that an interrupted call goes on; None: nowhere.
+        responses: numbers of those to score; default: all.
 
     Returns:
-        float32, on the CPU.
+        float32, on the CPU: the completions of `responses` end to end, in their order.
     """
-    starts = data.completion_starts()
-    logp = torch.zeros(int(starts[-1]))
-    log_odds = torch.zeros_like(logp)
-    lengths = data.lengths()
+    which = torch.arange(len(data.prompts)) if responses is None else torch.tensor(responses, dtype=torch.int64)
+    lengths, prompts = data.lengths()[which], data.prompts[which]
+    starts = nn.functional.pad((lengths - prompts).cumsum(0), (1, 0))
+    flats = {name: torch.zeros(int(starts[-1])) for name in ("logp", "log_odds")}
     order = lengths.argsort(descending=True, stable=True)
-    order = order[(lengths > data.prompts)[order]]
+    batches = order[(lengths > prompts)[order]].split(batch_size)
     collate, device = Collator(pad), next(model.parameters()).device
-    model.eval()
-    bar = tqdm(total=len(order), desc="reference", unit="response", disable=not progress)
-    flats = {"logp": logp, "log_odds": log_odds}
-    batches = order.split(batch_size)
-    parts = [batches[i : i + PART] for i in range(0, len(batches), PART)]
-    with bar, torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        for number, part in enumerate(parts):
-            kept = None if cache is None or len(parts) == 1 else _part(cache, number)
-            places = [torch.arange(int(starts[r]), int(starts[r + 1])) for r in torch.cat(part).tolist()]
-            place = torch.cat(places)
-            if kept is not None and ranks.by_first(kept.exists):
-                for name, found in load_file(kept).items():
-                    flats[name][place] = found
-                bar.update(len(places))
-                continue
-            for first in range(0, len(part), ranks.world):
-                mine = first + ranks.rank  # beyond the last: once more the last, so that all ranks run the model
-                responses = part[min(mine, len(part) - 1)].tolist()
-                batch = collate([(data.response(r),) for r in responses])
-                del batch["label"]
-                scores = hf.token_scores(model, {k: v.to(device) for k, v in batch.items()}, workspace=workspace)
-                for name, flat in flats.items():
-                    for row, r in zip(getattr(scores, name).float().cpu(), responses if mine < len(part) else ()):
-                        flat[starts[r] : starts[r + 1]] = row[int(data.prompts[r]) - 1 : int(lengths[r]) - 1]
-                bar.update(sum(len(x) for x in part[first : first + ranks.world]))
-            values = {name: flat[place] for name, flat in flats.items()}  # 0 where another rank has them
-            ranks.add_up(list(values.values()))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    with hf.evaluating(model), autocast:
+        for first in range(0, len(batches) if len(batches[0]) else 0, ranks.world):
+            mine = first + ranks.rank  # beyond the last: once more the last, so that all ranks run the model
+            places = batches[min(mine, len(batches) - 1)].tolist()
+            batch = collate([(data.response(int(which[p])),) for p in places])
+            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+            scores = hf.token_scores(model, inputs, workspace=workspace)
             for name, flat in flats.items():
-                flat[place] = values[name]
-            if kept is not None and ranks.first:
-                save_whole_file(kept, partial(save_file, values))
-    return RefScores(logp, log_odds, starts)
-
-
-def _part(cache: Path, number: int) -> Path:
-    """Where a part of the scores is kept until all are there."""
-    return cache.with_name(f"{cache.stem}-part-{number:05d}{cache.suffix}")
+                for row, p in zip(getattr(scores, name).float().cpu(), places if mine < len(batches) else ()):
+                    flat[starts[p] : starts[p + 1]] = row[int(prompts[p]) - 1 : int(lengths[p]) - 1]
+            if progress is not None:
+                progress.update(sum(len(x) for x in batches[first : first + ranks.world]))
+    ranks.add_up(list(flats.values()))  # 0 where another rank has them
+    return RefScores(flats["logp"], flats["log_odds"], starts)
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hex digest of names, types, shapes and values of a model's state."""
-    digest = hashlib.sha256()
+    """Hex digest of a model's settings, and of names, types, shapes and values of its state."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    apart = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+    kept = {k: v for k, v in settings.items() if not k.startswith("_") and k not in apart}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def with_reference(
-    config: TrainConfig,
-    folder: Path,
-    ref: PreTrainedModel,
-    weights: str,
-    pad: int,
-    sets: Sequence[PreferenceDataset],
-    ranks: Ranks = ALONE,
-) -> list[PreferenceDataset]:
-    """The sets, and their mismatches, with reference scores, from the cache where they are there.
+def cache_folder(config: TrainConfig) -> Path:
+    """Where blocks of scores lie: `config.ref_cache`, or `rgpb/references` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "rgpb", "references") if config.ref_cache is None else Path(config.ref_cache)
+
+
+class References:
+    """Scores of the responses of training and evaluation, filled in block by block.
+
+    A block has the responses that some batches need and no batch before them. Its scores depend on the reference and
+    on its own tokens alone, so they are bitwise the same on any number of ranks, after an interruption, and in another
+    run; its file is named after just that.
 
     Args:
-        ref: the reference, whole or sharded; with adapters it is the model without them.
-        weights: its fingerprint.
-        sets: of units.
+        config: the run's settings.
+        weights: fingerprint of the reference.
+        pad: token that fills up padded rows.
+        ranks: who share the work.
+
+    Attributes:
+        model: the reference, whole or sharded; with adapters it is the model without them. None: everything is cached.
     """
-    device, ranks.doing = device_of(config), "the reference scores"
-    known: dict[int, RefScores] = {}  # by the tokens' identity: the evaluation set may be a part of the training set
 
-    def scored(data: PreferenceDataset) -> PreferenceDataset:
-        if data.mismatches is not None:
-            data.mismatches = scored(data.mismatches)
-        if id(data.tokens) in known:
-            return data.with_ref(known[id(data.tokens)])
-        key = hashlib.sha256(f"{weights} {data.fingerprint()} {config.bf16} {device.type}".encode()).hexdigest()[:16]
-        cache = folder / f"ref-{key}.safetensors"
-        if ranks.by_first(cache.exists):
-            ref_scores = RefScores(**load_file(cache))
+    def __init__(self, config: TrainConfig, weights: str, pad: int, ranks: Ranks = ALONE) -> None:
+        self.config, self.pad, self.ranks, self.folder = config, pad, ranks, cache_folder(config)
+        packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+        self.origin = " ".join([weights, rgpb.__version__, *packages, str(config.bf16), device_of(config).type])
+        self.model: Any = None
+        self._blocks: list[tuple[PreferenceDataset, list[int]]] = []
+        self._tables: dict[int, tuple[PreferenceDataset, Tensor]] = {}  # by the tokens' identity: each response's block
+        self._filled: set[int] = set()
+
+    def plan(self, data: PreferenceDataset, batches: Iterable[Sequence[int]], first: int = AHEAD) -> PreferenceDataset:
+        """Make the blocks of some batches of units; those of an earlier call come before them.
+
+        Args:
+            data: it may share its tokens with what was planned before.
+            batches: numbers of units.
+            first: how many batches the first block has. They double up to `AHEAD`.
+
+        Returns:
+            The data with scores, nan until `ready` has filled them in.
+        """
+        known = self._tables.get(id(data.tokens))
+        if known is None:
+            if data.mismatches is not None:
+                data.mismatches = _unscored(data.mismatches)
+            known = self._tables[id(data.tokens)] = (_unscored(data), torch.full((len(data.prompts),), -1))
+        source, block_of = known
+        for group in _growing(batches, first):
+            wanted = torch.cat([data.units[list(batch)].reshape(-1) for batch in group]).tolist()
+            block = [r for r in dict.fromkeys(wanted) if r >= 0 and block_of[r] < 0]
+            if block:
+                block_of[block] = len(self._blocks)
+                self._blocks.append((source, block))
+        data.mismatches = source.mismatches
+        assert source.ref is not None
+        return data.with_ref(source.ref)
+
+    def missing(self) -> int:
+        """How many responses of the plan are in no file. For all ranks."""
+        return self.ranks.by_first(
+            lambda: sum(len(block) for n, (_, block) in enumerate(self._blocks) if not self._file(n).exists())
+        )
+
+    def ready(self, data: PreferenceDataset | None = None, units: Sequence[int] | None = None) -> None:
+        """Fill in the scores of these units' blocks (default: of all there are). For all ranks alike."""
+        if data is None:
+            wanted = set(range(len(self._blocks)))
         else:
-            with without_adapters(ref):
-                ref_scores = score_references(
-                    ref,
-                    data,
-                    pad=pad,
-                    batch_size=4 * config.batch_size,
-                    workspace=config.workspace,
-                    bf16=config.bf16,
-                    progress=config.progress,
-                    ranks=ranks,
-                    cache=cache,
-                )
-            if ranks.first:
-                save_whole_file(cache, partial(save_file, ref_scores._asdict()))
-                for part in folder.glob(f"{cache.stem}-part-*"):
-                    part.unlink()
-        known[id(data.tokens)] = ref_scores
-        return data.with_ref(ref_scores)
+            block_of = self._tables[id(data.tokens)][1]
+            responses = data.units if units is None else data.units[list(units)]
+            wanted = set(block_of[responses[responses >= 0]].tolist())
+        wanted -= self._filled
+        if not wanted:
+            return
+        doing, self.ranks.doing = self.ranks.doing, "the reference scores"
+        total = sum(len(self._blocks[n][1]) for n in wanted)
+        quiet = not self.config.progress
+        with tqdm(total=total, desc="reference", unit="response", disable=quiet, leave=False) as bar:
+            for number in sorted(wanted):
+                self._fill(number, bar)
+                self._filled.add(number)
+        self.ranks.doing = doing
+        if len(self._filled) == len(self._blocks):
+            self.model = None  # free its memory
 
-    return [scored(data) for data in sets]
+    def _fill(self, number: int, bar: tqdm[Any]) -> None:
+        (data, block), ranks = self._blocks[number], self.ranks
+        file = self._file(number) if ranks.first else Path()
+        found = ranks.by_first(lambda: _read(file))
+        if found is None:
+            found = self._scored(data, block, bar)
+            if ranks.first:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                place = file.with_suffix(f".{os.getpid()}.tmp")  # runs may share the folder
+                with naming(file):
+                    save_file(found, place)
+                    os.replace(place, file)
+        else:
+            bar.update(len(block))
+        for each, prefix in ((data, ""), (data.mismatches, "mismatched_")):
+            if each is not None:
+                assert each.ref is not None
+                starts = each.ref.starts
+                place_of = torch.cat([torch.arange(int(starts[r]), int(starts[r + 1])) for r in block])
+                each.ref.logp[place_of] = found[prefix + "logp"]
+                each.ref.log_odds[place_of] = found[prefix + "log_odds"]
+
+    def _scored(self, data: PreferenceDataset, block: list[int], bar: tqdm[Any]) -> dict[str, Tensor]:
+        config, made = self.config, dict[str, Tensor]()
+        if self.model is None:
+            raise ValueError(f"ref_cache: expected the scores that were in {self.folder} at the start, got fewer")
+        options: dict[str, Any] = {"pad": self.pad, "batch_size": 4 * config.batch_size, "workspace": config.workspace}
+        with without_adapters(self.model):
+            for each, prefix in ((data, ""), (data.mismatches, "mismatched_")):
+                if each is not None:
+                    scores = score_references(
+                        self.model, each, bf16=config.bf16, progress=None if prefix else bar, ranks=self.ranks,
+                        responses=block, **options,
+                    )  # fmt: skip
+                    made |= {f"{prefix}logp": scores.logp, f"{prefix}log_odds": scores.log_odds}
+        at_rest(self.model)
+        return made
+
+    def _file(self, number: int) -> Path:
+        data, block = self._blocks[number]
+        digest = hashlib.sha256(f"{self.origin} {4 * self.config.batch_size}".encode())
+        for each in (data, data.mismatches):
+            if each is not None:
+                for r in block:
+                    digest.update(f"{each.prompts[r]} {each.starts[r + 1] - each.starts[r]} ".encode())
+                    digest.update(each.tokens[each.starts[r] : each.starts[r + 1]].numpy().data)
+        return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def _unscored(data: PreferenceDataset) -> PreferenceDataset:
+    starts = data.completion_starts()
+    logp, log_odds = torch.full((2, int(starts[-1])), torch.nan)
+    return data.with_ref(RefScores(logp, log_odds, starts))
+
+
+def _growing(batches: Iterable[Sequence[int]], first: int) -> Iterator[list[Sequence[int]]]:
+    """Groups of consecutive batches that end at 1, 2, 4, … times `first` while they are below `AHEAD`, and at each
+    multiple of that."""
+    group: list[Sequence[int]] = []
+    for number, batch in enumerate(batches, 1):
+        group.append(batch)
+        if number % AHEAD == 0 or (number < AHEAD and number % first == 0 and (number // first).bit_count() == 1):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """A block's scores, or None.
+
+    Raises:
+        ValueError: a file that isn't whole.
+    """
+    if not file.exists():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"ref_cache: expected a whole file, got {file} ({error}); remove it") from None

@@ -12,18 +12,18 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rgpb import hf
+from rgpb.metrics import with_differences
 from rgpb.objectives import Objective, RunningMean, option
 from rgpb.objectives import units as units_of
 from rgpb.train.config import TrainConfig
@@ -36,14 +36,15 @@ from rgpb.train.evaluate import (
     score_batch,
     summarise,
 )
-from rgpb.train.files import save_whole_file, save_whole_folder, write_json
+from rgpb.train.files import naming, save_whole_file, save_whole_folder, write_json
 from rgpb.train.folder import drop_checkpoints, last_checkpoint, step_of
 from rgpb.train.machine import device_of, peak_bytes, reset_peak
-from rgpb.train.models import save_model
-from rgpb.train.order import FILLER, Shares, loader
+from rgpb.train.models import rehearse, save_model
+from rgpb.train.order import FILLER, Order, loader
 from rgpb.train.parallel import load_state, load_trainers, replicated, save_state, whole_state
 from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.report import read_metrics
+from rgpb.train.teacher import References
 from rgpb.train.tokens import Collator, PreferenceDataset, pad_of, reference_of
 
 
@@ -81,6 +82,7 @@ class Stage:
         steps: int | None = None,
         lr: float | None = None,
         measure: Callable[[Any], dict[str, float]] = lambda model: {},
+        references: References | None = None,
     ) -> dict[str, Any]:
         """Train from the last complete checkpoint, or from the start; save the model; write and return the result.
 
@@ -90,14 +92,19 @@ class Stage:
             epochs: passes over the data, unless `steps` says how many optimizer steps.
             lr: peak learning rate; default: the run's.
             measure: metrics of the model that each evaluation adds.
+            references: where both sets' reference scores come from.
+
+        Raises:
+            ValueError: a model, tokenizer or folder that couldn't be saved at the end.
+            FloatingPointError: a loss or gradient that isn't finite; the step isn't taken.
         """
         config, ranks = self.config, self.ranks
         finished = ranks.by_first(lambda: json.loads(self.result.read_text()) if self.result.exists() else None)
         if finished is not None:
             return {**finished, "resumed": None}
         self.folder.mkdir(exist_ok=True)
-        per_epoch = math.ceil(math.ceil(len(train_set) / config.batch_size) / config.grad_accum)
-        total = steps or math.ceil(epochs * per_epoch)
+        per_epoch = steps_of(config, len(train_set), 1.0)
+        total = steps_of(config, len(train_set), epochs, steps)
         checkpoint = ranks.by_first(lambda: last_checkpoint(self.folder))
         done = 0 if checkpoint is None else step_of(checkpoint)
         reset_peak(device_of(config))
@@ -109,7 +116,9 @@ class Stage:
             data_collator=Collator(pad_of(tokenizer), config.packing),
             stage=self,
         )
-        trainer.measure = measure
+        trainer.measure, trainer.references = measure, references
+        if done < total:
+            ranks.by_first(lambda: rehearse(self.folder, trainer.model, tokenizer, config.keep_checkpoints))
         if hasattr(train_set, "policy"):
             train_set.policy, train_set.log = trainer.model, trainer.add
         if checkpoint is None:
@@ -159,7 +168,7 @@ class Stage:
             per_device_eval_batch_size=config.batch_size,
             gradient_accumulation_steps=config.grad_accum,
             learning_rate=lr,
-            warmup_steps=math.ceil(config.warmup * total),
+            warmup_steps=min(math.ceil(config.warmup * total), total - 1),  # lr is 0 at the first of them
             lr_scheduler_type=config.schedule,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
@@ -183,13 +192,18 @@ class Stage:
         )
 
 
+def steps_of(config: TrainConfig, units: int, epochs: float, steps: int | None = None) -> int:
+    """Optimizer steps of a run."""
+    return steps or math.ceil(epochs * math.ceil(math.ceil(units / config.batch_size) / config.grad_accum))
+
+
 class PreferenceTrainer(Trainer):
     """transformers' Trainer with the loss taken from hidden states and head, and evaluation likewise.
 
     A step's loss is the mean over all units of its batches, so gradient accumulation gives what one batch would, and
     so do several ranks, each of which has its share of every batch.
 
-    On several ranks the order of the data is Trainer's own of one process; accelerate's sampler would repeat units to
+    The order of the data is Trainer's own of one process; on several ranks accelerate's sampler would repeat units to
     fill up the last batches. Random states are a function of seed, step and rank, so a checkpoint needs none.
 
     Args:
@@ -204,15 +218,20 @@ class PreferenceTrainer(Trainer):
         self.stage, self.ranks = stage, stage.ranks
         self._sums: dict[str, list[Any]] = {}  # name → [Σ weight · value, Σ weight] since the last log
         self._started, self._peak = time.monotonic(), 0
+        self._step: tuple[Tensor | float, int] = (0.0, 0)  # sum of the losses of this step, and of how many units
         # averages over the whole run that the objective compares with, unless they were given as numbers
         self.running = {
             name: SharedMean(self.ranks) for name in stage.spec.running if option(stage.options, name) is None
         }
         self.measure: Callable[[Any], dict[str, float]] = lambda model: {}
+        self.references: References | None = None
+        self._good = ""  # the last finite loss, as text
+        # seconds and tokens of the last evaluation; seconds a step, where an earlier start has measured it
+        self._evaluated, self._pace = (0.0, 0), None  # type: tuple[float, int], float | None
         self.remove_callback(PrinterCallback)
         self.add_callback(_Checkpoints(self))
         if stage.config.progress and self.ranks.first:
-            self.add_callback(_Bar(stage.title))
+            self.add_callback(_Bar(self, stage.title))
 
     def units(self, batch: dict[str, Tensor]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
@@ -220,20 +239,18 @@ class PreferenceTrainer(Trainer):
             return 0
         return units_of(self.stage.spec, len(batch["label"]), group_size_of(batch))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Trainer's own order; that of the units themselves where the data is made on the way."""
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data) if hasattr(data, "policy") else super()._get_train_sampler(train_dataset)
-
     def get_train_dataloader(self) -> Any:
-        """Trainer's own, or this rank's share of the same batches."""
-        if self.ranks.alone:
-            return super().get_train_dataloader()
+        """This rank's share of the batches, with reference scores. Data that is made on the way comes as it is."""
         data: Any = self.train_dataset
-        config = self.stage.config
-        shares = Shares(len(data), config.batch_size, None if hasattr(data, "policy") else config.seed, self.ranks)
+        config, references = self.stage.config, self.references
+        order = Order(len(data), config.batch_size, None if hasattr(data, "policy") else config.seed)
+
+        def ready(units: Sequence[int]) -> None:
+            if references is not None:
+                references.ready(data, units)
+
         collate: Any = self.data_collator
-        return loader(data, collate, shares, self.args.device)
+        return loader(data, collate, order, ready, self.ranks, self.args.device)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Trainer's own, or with DDP or FSDP2 around the model, and the optimizer over what that leaves."""
@@ -256,9 +273,11 @@ class PreferenceTrainer(Trainer):
         step = self.state.global_step
         self.ranks.doing = f"step {step + 1}"
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not self.ranks.alone:
-            torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
+        torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
         return batches, self.ranks.total(sum(self.units(batch) for batch in batches))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: `get_batch_samples` seeds each step, and Trainer would put a checkpoint's state over that."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -289,6 +308,8 @@ class PreferenceTrainer(Trainer):
         there = present_of(inputs)
         good, bad = (label & there).sum(), (~label & there).sum()
         weights = {"chosen": good, "perplexity": good, "rejected": bad}
+        weights |= {"accuracies": bad} if spec.unit == "group" else {}  # of the best with each other
+        self._step = (self._step[0] + loss.detach(), self._step[1] + units)
         self.add("loss", loss.detach() / units, units)
         for name, value in metrics.items():
             self.add(name, value, weights.get(name.rpartition("/")[2], units))
@@ -300,8 +321,27 @@ class PreferenceTrainer(Trainer):
         return values if self.ranks.alone else torch.cat(self.ranks.gather(values.cpu())).to(values.device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's own, or where nothing is clipped the norm that would be; a step that isn't finite is not taken."""
         norm = super()._get_grad_norm(model, grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if norm is None:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        total, weight = self._step
+        loss, size = (math.fsum(part) for part in zip(*self.ranks.gather((float(total), weight))))
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise FloatingPointError(self._diverged(loss / (size or 1), float(norm)))
+        self._good, self._step = f"{loss / (size or 1):.4g} in step {self.state.global_step + 1}", (0.0, 0)
+        return norm
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        last = last_checkpoint(self.stage.folder)
+        kept = "there is no checkpoint yet" if last is None else f"{last.name} is as it was"
+        return (
+            f"training diverged in step {self.state.global_step + 1}: loss {loss:.4g}, gradient of norm {norm:.4g}; "
+            f"the last good loss was {self._good or 'none'}; the step was not taken, and {kept}. Try a lower --lr than "
+            f"{self.args.learning_rate:g}, --max-grad-norm 1, or without --bf16 and --dtype bf16"
+        )
 
     def add(self, name: str, value: Tensor | float, weight: float | Tensor) -> None:
         """Into the averages of the next log; a batch without such responses (nan) counts for nothing."""
@@ -315,7 +355,7 @@ class PreferenceTrainer(Trainer):
         """Trainer's logs, with the averages since the last one."""
         if "loss" in logs:
             sums = self._all_sums()
-            logs.update({name: total / weight for name, (total, weight) in sums.items() if weight})
+            logs.update(with_differences({name: total / weight for name, (total, weight) in sums.items() if weight}))
             self._sums = {}
             self._record("train", logs)
         super().log(logs, start_time)
@@ -343,8 +383,29 @@ class PreferenceTrainer(Trainer):
             "device": self.args.device.type,
         }
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.stage.metrics, "a", encoding="utf-8") as file:
+        with naming(self.stage.metrics), open(self.stage.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+    def left(self, step: float | None = None) -> tuple[float, str]:
+        """Seconds until the end, by seconds a step; and in words.
+
+        Args:
+            step: default: what an earlier start has measured, or three times the forward pass, whose speed is that of
+                the last evaluation, and a fourth for references that are yet to score. 0: unknown.
+        """
+        steps, every = self.state.max_steps - self.state.global_step, self.stage.config.eval_steps
+        evaluations = max(1, math.ceil(steps / every)) if every else 1
+        seconds, tokens = self._evaluated
+        if step is None:
+            step = self._pace
+        data: Any = self.train_dataset
+        if step is None and tokens and hasattr(data, "units"):
+            each = data.lengths().double().mean().item() * data.units.shape[1] * (1 if data.mismatches is None else 2)
+            units = min(self.args.train_batch_size * self.args.gradient_accumulation_steps, len(data))
+            passes = 4 if self.references is not None and self.references.model is not None else 3
+            step = passes * each * units * seconds / (tokens * self.ranks.world)
+        whole = steps * (step or 0.0) + evaluations * seconds
+        return whole, f"{steps} steps, {_duration(step or 0.0)} each, and {evaluations} evaluations: {_duration(whole)}"
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs beside Trainer's own files."""
@@ -364,6 +425,7 @@ class PreferenceTrainer(Trainer):
             save_whole_file(self.stage.metrics, lambda place: shutil.copyfile(checkpoint / "metrics.jsonl", place))
         self._sums = progress["sums"] if self.ranks.first else {}
         self._started = time.monotonic() - progress["seconds"]
+        self._pace = progress["seconds"] / progress["step"]
         self._peak = progress["peak_bytes"]
         if progress["logged"] is not None:
             self.train_dataset.logged = progress["logged"]  # type: ignore[union-attr]
@@ -374,7 +436,9 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's own; of several ranks a folder that gets its name when all of them have written theirs."""
         if self.ranks.alone:
-            return super()._save_checkpoint(model, trial)
+            with naming(self.stage.folder / f"checkpoint-{self.state.global_step}"):
+                super()._save_checkpoint(model, trial)
+            return
         folder, ranks = self.stage.folder / f"checkpoint-{self.state.global_step}", self.ranks
         place = folder.with_suffix(".tmp")
         ranks.doing = f"the checkpoint of step {self.state.global_step}"
@@ -437,8 +501,11 @@ class PreferenceTrainer(Trainer):
         stage, training, ranks, size = self.stage, model.training, self.ranks, self.stage.config.batch_size
         parts: list[tuple[int, dict[str, Tensor]]] = []
         ranks.doing = f"the evaluation after step {self.state.global_step}"
+        if self.references is not None:
+            self.references.ready(data)
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
         model.eval()
+        begun, tokens = time.monotonic(), 0
         collate: Any = self.data_collator
         firsts = range(0, len(data), size)
         for number in range(ranks.rank, len(firsts) + ranks.rank, ranks.world):
@@ -453,12 +520,15 @@ class PreferenceTrainer(Trainer):
                 estimated = mismatched_ratios(model, batch, stage.spec, stage.options, stage.config.workspace)
                 columns = score_batch(model, batch, stage.spec, {**estimated, **options}, stage.config.workspace)
             count = len(batch["label"]) // data.units.shape[1]
+            also: Any = batch.get("mismatched")
+            tokens += batch["input_ids"].numel() + (0 if also is None else also["input_ids"].numel())
             # a group's responses are consecutive, a pair's half a batch apart
             grouped = data.rewards is not None
             shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
             if number < len(firsts):
                 parts.append((number, shaped))
         model.train(training)
+        self._evaluated = time.monotonic() - begun, tokens
         found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
         whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         metrics = {**summarise(whole, stage.spec, stage.options), **self.measure(model)}
@@ -482,6 +552,14 @@ class SharedMean(RunningMean):
             total = total.new_tensor(math.fsum(total for total, _ in found))
             number = number.new_tensor(math.fsum(number for _, number in found))
         return super().take(total, number)
+
+
+def _duration(seconds: float) -> str:
+    """As a person says it."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _emptied(place: Path) -> None:
@@ -510,14 +588,23 @@ class _Bar(TrainerCallback):
     """One bar over the steps, with the last metrics behind it."""
 
     SHOWN = ("loss", "eval_loss", "eval_perplexity", "eval_agility")
+    MEASURED = 3  # steps until the estimate is made anew; the first is not among them
 
-    def __init__(self, title: str) -> None:
-        self.title, self.shown, self.bar = title, {}, None  # type: ignore[var-annotated]
+    def __init__(self, trainer: PreferenceTrainer, title: str) -> None:
+        self.trainer, self.title, self.shown, self.bar = trainer, title, {}, None  # type: ignore[var-annotated]
+        self.marks: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        whole, text = self.trainer.left()
+        if whole:
+            print(f"estimate: {text}", flush=True)
         self.bar = tqdm(desc=self.title, total=state.max_steps, initial=state.global_step, unit="step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.marks.append(time.monotonic())
+        if len(self.marks) == self.MEASURED and state.global_step < state.max_steps:
+            each = (self.marks[-1] - self.marks[0]) / (self.MEASURED - 1)
+            tqdm.write(f"as measured: {self.trainer.left(each)[1]}")
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
