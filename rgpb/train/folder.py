@@ -23,7 +23,18 @@ from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
-FREE = ("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout")
+FREE = (
+    "output",
+    "data",
+    "eval_data",
+    "save_steps",
+    "keep_checkpoints",
+    "overwrite",
+    "progress",
+    "parallel",
+    "timeout",
+    "allow",
+)
 
 # What a run writes, and `overwrite` removes.
 OWN = (
