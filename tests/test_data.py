@@ -53,7 +53,7 @@ class TestRead:
         path = write(tmp_path / "d.jsonl", row, "", row)  # a blank line is no row
         found = read_preferences(path)
         assert (found.form, len(found.rows)) == (form, 2)
-        assert found.rows[1] == (f"{path}:3", row["prompt"], completions, rewards)
+        assert found.rows[1] == (f"{path}:3", row["prompt"], completions, rewards, None)
 
     def test_gzip_is_told_by_content(self, tmp_path):
         path = tmp_path / "d.jsonl"
@@ -80,7 +80,7 @@ class TestRead:
             ([{**PAIR, **LABELLED}], 1, "expected the keys of one form"),
             ([PAIR, {**PAIR, "prompt": 3}], 2, "prompt: expected a string or a list .*, got 3"),
             ([{**PAIR, "chosen": ""}], 1, "chosen: expected some text, got ''"),
-            ([{**LABELLED, "label": "yes"}], 1, "label: expected true, false, 0, 1 or -1, got 'yes'"),
+            ([{**LABELLED, "label": "yes"}], 1, "label: expected true, false, 0, 1, -1, good or bad, got 'yes'"),
             ([{**LABELLED, "label": 2}], 1, "label: expected .* got 2"),
             ([{**REWARDED, "rewards": [1.0]}], 1, "rewards: expected 4, one per completion, got 1"),
             ([{**REWARDED, "completions": []}], 1, r"completions: expected a list of at least one, got \[\]"),
@@ -124,7 +124,7 @@ class TestPrompts:
         path = write(tmp_path / "d.jsonl", row, "", {"prompt": row["prompt"], "other": None})
         found = read_prompts(path)
         assert (found.source, found.form) == (str(path), "prompts")
-        assert found.rows == [(f"{path}:{line}", row["prompt"], (), ()) for line in (1, 3)]
+        assert found.rows == [(f"{path}:{line}", row["prompt"], (), (), None) for line in (1, 3)]
 
     @pytest.mark.parametrize(
         ("rows", "line", "message"),
@@ -221,7 +221,7 @@ class TestTokens:
         begin = ("<s>", tokenizer.bos_token_id)
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
         row = {"prompt": "0123456789", "chosen": "a", "rejected": "b"}
-        chosen, _ = self.data(tmp_path, tokenizer, row, max_length=16, max_prompt_length=4)[0]
+        chosen, _ = self.data(tmp_path, tokenizer, row, max_length=6, max_prompt_length=4)[0]
         assert tokenizer.decode(chosen.tokens) == "<s>789a<|endoftext|>"
 
     def test_empty_prompt_still_predicts_the_first_token(self, tmp_path, tokenizer):

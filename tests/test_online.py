@@ -94,6 +94,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def untrained(seed: int = 0, **more: Any) -> PreTrainedModel:
     """A small model whose distributions are far from uniform."""
     torch.manual_seed(seed)
+    more = {"eos_token_id": 0, **more}  # as the tokenizer's
     model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=64, **SMALL, **more)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -279,13 +280,14 @@ class TestGroups:
             return ascii_share(prompts, completions)
 
         data = rollouts(tmp_path, prompts=[CHAT, CHAT], reward=reward)
-        assert data.tokenizer.decode(data.prompt_ids[0]) == "user]hi<|endoftext|>\n[assistant]"  # its last 20 tokens
+        assert data.tokenizer.decode(data.prompt_ids[0]) == "[user]hi<|endoftext|>\n[assistant]"
         data.groups(untrained(), [0, 1], "some")
         assert seen == [CHAT] * 8
 
     def test_long_prompts_keep_their_end_and_empty_ones_have_a_token(self, tmp_path: Path) -> None:
         data = rollouts(tmp_path, prompts=["0123456789" * 4, ""], max_length=12, max_prompt_length=4)
-        assert data.tokenizer.batch_decode(data.prompt_ids) == ["6789", "<|endoftext|>"]
+        assert data.tokenizer.batch_decode(data.prompt_ids) == ["3456789", "<|endoftext|>"]
+        assert {"prompts cut": 1, "rows with an empty prompt": 1}.items() <= data.counts.items()
         assert data.new_tokens == 5
         assert rollouts(tmp_path, max_length=12, max_prompt_length=4, max_new_tokens=None).new_tokens == 8
 
@@ -352,7 +354,7 @@ class TestRun:
         (trained,) = (r for r in records(tmp_path / "run") if r["split"] == "train")
         assert trained["reward/sampled"] == pytest.approx(sum(sum(row["rewards"]) for row in rows) / (3 * 28))
         assert trained["reward/tied"] == pytest.approx(sum(len(set(row["rewards"])) == 1 for row in rows) / 28)
-        assert result["counts"] == {"rows": 6, "units": 28}
+        assert {"rows": 6, "units": 28, "prompts cut": 1}.items() <= result["counts"].items()
         evaluated = (tmp_path / "run" / "rollouts" / "evaluation.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in evaluated] == PROMPTS
 
