@@ -100,6 +100,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def described(error: Exception) -> str:
+    """An exception of another library in one line: 300 characters at most."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= 300 else text[:297] + "…"
+
+
 def number(where: str, key: str, value: Any) -> float:
     """A finite number, or refused."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
@@ -333,7 +339,8 @@ def layout_of(where: str, record: Any) -> Layout:
     found = [layout for layout in FORMS.values() if has(layout)]
     found = found or [layout for layout in LAYOUTS if has(layout)][:1]
     if len(found) != 1:
-        got = [key if record[key] is not None else f"{key} (null)" for key in sorted(record)]
+        keys = {key: " ".join(key.split()) for key in sorted(record)}
+        got = [name if record[key] is not None else f"{name} (null)" for key, name in keys.items()]
         raise ValueError(f"{where}: expected the keys of one form ({forms}), got {shown_keys(got)}")
     return found[0]
 
@@ -520,12 +527,12 @@ def _apart(where: str, layout: Layout, given: Any, texts: dict[str, Text]) -> tu
 
 def _shared_text(texts: Sequence[str]) -> str:
     """The prompt with which all texts begin: up to their last common turn of Anthropic's dialogues; else to the last
-    whole word, without the space behind it. What is left of each is never empty."""
+    whole word, without the space behind it; what is left then is never empty."""
     shared = 0
     while all(len(text) > shared for text in texts) and len({text[shared] for text in texts}) == 1:
         shared += 1
     turn = texts[0].rfind(ANTHROPIC, 0, shared)
-    if turn >= 0 and all(len(text) > turn + len(ANTHROPIC) for text in texts):
+    if turn >= 0:
         return texts[0][: turn + len(ANTHROPIC)]
     if any(len(text) == shared for text in texts):
         shared = len(texts[0][:shared].rstrip())

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rgpb.train.layouts import TEMPLATE, Preferences, Row, keys_of, read_layout, read_prompt, shown
+from rgpb.train.layouts import TEMPLATE, Preferences, Row, described, keys_of, read_layout, read_prompt, shown
 
 PAIRINGS = ("best-worst", "best-each", "all")
 GROUPS = "groups"  # in place of a pairing: all of a row's responses as one unit
@@ -45,19 +45,19 @@ def read_preferences(path: str | Path) -> Preferences:
     notes: Counter[str] = Counter()
     unread: set[str] = set()
     labels: dict[float, str] = {}  # where each number was first seen
-    layout, chat = None, False
+    layout, chat, first = None, False, ""
     for where, record in _records(path, unread):
         found, row, noted = read_layout(where, record)
         is_chat = isinstance(row.prompt, list)
         if layout is None:
-            layout, chat = found, is_chat
+            layout, chat, first = found, is_chat, where
         elif (found, is_chat) != (layout, chat):
             same = (found.form, is_chat) == (layout.form, chat)
             expected, got = (
                 f"the keys {', '.join(f.keys)}" if same else f"a row of {f.form}{', as chats' * c}"
                 for f, c in ((layout, chat), (found, is_chat))
             )
-            raise ValueError(f"{where}: expected {expected}, as in {rows[0].where}, got {got}")
+            raise ValueError(f"{where}: expected {expected}, as in {first}, got {got}")
         if found.form == "labelled" and isinstance(value := record.get("label"), int | float):
             labels.setdefault(float(value), where)
             if {-1.0, 0.0, 1.0} <= labels.keys():
@@ -65,11 +65,15 @@ def read_preferences(path: str | Path) -> Preferences:
                     f"{where}: label: expected two values, got {shown(value)} beside "
                     f"{', '.join(f'{v:g} in {w}' for v, w in labels.items() if v != value)}"
                 )
+        if "" in row.completions:  # of two texts with one prompt: as if the assistant had said nothing
+            notes["rows left out, an empty response"] += 1
+            continue
         notes.update(noted)
         unread.update(key for key in record if key not in keys_of(layout) and not (is_chat and key in TEMPLATE))
         rows.append(row)
-    if layout is None:
-        raise ValueError(f"{path}:1: expected at least one row of preferences, got an empty file")
+    if layout is None or not rows:
+        got = "an empty file" if layout is None else "none with some text in each response"
+        raise ValueError(f"{path}:1: expected at least one row of preferences, got {got}")
     if layout.merged:
         rows = _merged(rows)
     name = ", ".join(layout.keys) + (" as chats" if chat else "")
@@ -171,7 +175,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
                 first = False
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {error}") from None
+        raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {described(error)}") from None
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -267,10 +271,10 @@ def _tables(path: Path, unread: set[str]) -> Iterator[dict[str, Any]]:
             table = datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
         else:
             opened = pyarrow.ipc.open_file if _starts_with(path, b"ARROW1") else pyarrow.ipc.open_stream
-            with opened(str(path)) if opened is pyarrow.ipc.open_file else opened(open(path, "rb")) as reader:
-                table = datasets.Dataset(reader.read_all())
+            with pyarrow.OSFile(str(path)) as file:
+                table = datasets.Dataset(opened(file).read_all())
     except Exception as error:  # pyarrow and datasets have many
-        got = f"{str(path)!r} ({type(error).__name__}: {error})"
+        got = f"{str(path)!r} ({described(error)})"
         raise ValueError(f"data: expected a Parquet or Arrow file, or a folder saved by datasets, got {got}") from error
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"data: expected one split of {str(path)!r}, such as a folder in it, got {sorted(table)}")
@@ -283,7 +287,7 @@ def _tables(path: Path, unread: set[str]) -> Iterator[dict[str, Any]]:
                 yield {key: _without_nulls(value) for key, value in zip(batch, values)}
                 number += 1
     except Exception as error:
-        raise ValueError(f"{path}:{number + 1}: expected a row, got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path}:{number + 1}: expected a row, got {described(error)}") from error
 
 
 def _is_media(feature: Any) -> bool:

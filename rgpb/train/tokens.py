@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rgpb.hf import IGNORE
 from rgpb.layout import TokenScores
-from rgpb.train.layouts import Preferences, Row, Text, shown
+from rgpb.train.layouts import Preferences, Row, Text, described, shown
 from rgpb.train.rows import GROUPS, pair_up
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -575,8 +575,7 @@ def _rendered(
             chat, tokenize=tokenize, add_generation_prompt=prompt, **more, **(row.template or {})
         )
     except Exception as error:  # whatever a template does
-        text = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{row.where}: expected a chat that the template takes, got {text}") from error
+        raise ValueError(f"{row.where}: expected a chat that the template takes, got {described(error)}") from error
 
 
 def _placed(
@@ -706,8 +705,8 @@ def _ids(tokenizer: Any, texts: list[str], places: Sequence[str], add_special_to
     except Exception as error:
         if len(texts) > 1:
             return [_ids(tokenizer, [text], [where], add_special_tokens)[0] for text, where in zip(texts, places)]
-        text = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{places[0]}: expected a text that the tokenizer takes, got {text}") from error
+        got = described(error)
+        raise ValueError(f"{places[0]}: expected a text that the tokenizer takes, got {got}") from error
 
 
 ANCHORS = (
