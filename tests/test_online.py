@@ -24,7 +24,7 @@ from rgpb.train.models import make_model
 from rgpb.train.online import Rollouts
 from rgpb.train.rewards import load_reward
 from rgpb.train.rows import read_prompts
-from rgpb.train.tokens import Collator, reference_of, train_tokenizer
+from rgpb.train.tokens import Collator, reference_of, train_tokenizer, turn_end
 from rgpb.train.trainer import PreferenceTrainer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -185,6 +185,25 @@ class TestSampling:
         ended = sum(end in new for new in made)
         assert 5 < ended < len(made) - 5
         assert any(len(new) < 10 for new in made)
+
+    @pytest.mark.parametrize("own", [None, 7, [7, 9]])
+    def test_completions_stop_at_every_end_there_is(self, tmp_path: Path, own: Any) -> None:
+        """The model's settings', the tokenizer's, and how the template ends a turn: here "<|im_end|>"."""
+        data = rollouts(tmp_path, prompts=[CHAT], max_new_tokens=20, temperature=3.0, max_length=60)
+        data.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        data.tokenizer.chat_template = TEMPLATE.replace("<|endoftext|>", "<|im_end|>")
+        row = read_prompts(write(tmp_path / "chat.jsonl", [{"prompt": CHAT}])).rows[0]
+        data.turn_end = turn_end(row, data.tokenizer)
+        assert data.turn_end == 258
+        data.turn_end = 200  # one that the model has
+        model: Any = untrained(eos_token_id=own)
+        ends = {0, 200, *(own if isinstance(own, list) else [] if own is None else [own])}
+        made = data.sample(model, data.prompt_ids * 40, seed=0, count=4)
+        assert data.ends(model) == ends
+        for new in made:
+            assert not ends & set(new[:-1])
+            assert new[-1] in ends or len(new) == 20
+        assert {new[-1] for new in made if len(new) < 20} == ends
 
     def test_padding_on_the_left_changes_nothing(self, tmp_path: Path) -> None:
         """So cold that the likeliest token is drawn: prompts of 1 to 20 tokens in one batch, alone, and greedily."""

@@ -106,6 +106,18 @@ def described(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "…"
 
 
+def common(*texts: str) -> int:
+    """How many first letters all texts share."""
+    low, high = 0, min(map(len, texts))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(text[:middle] == texts[0][:middle] for text in texts):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def number(where: str, key: str, value: Any) -> float:
     """A finite number, or refused."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
@@ -461,8 +473,10 @@ def _is_content(turn: dict[str, Any]) -> bool:
 def _check_strings(where: str, key: str, value: Any) -> None:
     """Refuse what UTF-8 can't say, wherever it is."""
     for text in _strings(value):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{where}: {key}: expected text that UTF-8 can say, got half a surrogate pair")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {key}: expected text that UTF-8 can say, got half a surrogate pair") from None
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -528,9 +542,7 @@ def _apart(where: str, layout: Layout, given: Any, texts: dict[str, Text]) -> tu
 def _shared_text(texts: Sequence[str]) -> str:
     """The prompt with which all texts begin: up to their last common turn of Anthropic's dialogues; else to the last
     whole word, without the space behind it; what is left then is never empty."""
-    shared = 0
-    while all(len(text) > shared for text in texts) and len({text[shared] for text in texts}) == 1:
-        shared += 1
+    shared = common(*texts)
     turn = texts[0].rfind(ANTHROPIC, 0, shared)
     if turn >= 0:
         return texts[0][: turn + len(ANTHROPIC)]

@@ -196,14 +196,13 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 def _parsed(where: str, line: bytes) -> Any:
     """The JSON value of a line."""
+    text = _decoded(where, line)
     try:
-        return json.loads(line, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: expected UTF-8, got the bytes {line[error.start :][:8]!r}") from None
+        return DECODER.decode(text)
     except RecursionError:
         raise ValueError(f"{where}: expected one JSON object, got one nested too deeply") from None
     except json.JSONDecodeError as error:
-        start = line[:40].decode(errors="replace").rstrip()
+        start = text[:40].rstrip()
         raise ValueError(
             f"{where}: expected one JSON object, got {start!r} … ({error.msg}, column {error.colno})"
         ) from None
@@ -211,13 +210,18 @@ def _parsed(where: str, line: bytes) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _decoded(where: str, content: bytes) -> str:
+    try:
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        place, _, line = where.rpartition(":")
+        where = f"{place}:{int(line) + content.count(bytes([10]), 0, error.start)}"
+        raise ValueError(f"{where}: expected UTF-8, got the bytes {content[error.start :][:8]!r}") from None
+
+
 def _array(path: Path, line: int, content: bytes) -> Iterator[tuple[str, Any]]:
     """Records of a JSON array that begins in that line; each is where it begins."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line += content.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: expected UTF-8, got the bytes {content[error.start :][:8]!r}") from None
+    text = _decoded(f"{path}:{line}", content)
     space, place = re.compile(r"\s*"), 0
 
     def skip(to: int) -> None:
@@ -241,8 +245,8 @@ def _array(path: Path, line: int, content: bytes) -> Iterator[tuple[str, Any]]:
         except RecursionError:
             raise wrong("one nested too deeply") from None
         except json.JSONDecodeError as error:
-            line += text.count("\n", place, error.pos)
-            raise wrong(f"{text[place : place + 40]!r} … ({error.msg})") from None
+            at = line + text.count("\n", place, error.pos)
+            raise wrong(f"{text[place : place + 40]!r} … ({error.msg}, line {at})") from None
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
         yield f"{path}:{line}", record

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rgpb.hf import IGNORE
 from rgpb.layout import TokenScores
-from rgpb.train.layouts import Preferences, Row, Text, described, shown
+from rgpb.train.layouts import Preferences, Row, Text, common, described, shown
 from rgpb.train.rows import GROUPS, pair_up
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -320,7 +320,7 @@ def tokenise(
         for ids, start, of in encoded:
             seen["responses cut to max_length"] += start < max_length < len(ids)
             tokens.extend(ids[:max_length])
-            targets.extend(([i >= start for i in range(len(ids))] if of is None else of)[:max_length])
+            targets.extend((bytes(start) + b"\x01" * (len(ids) - start) if of is None else bytes(of))[:max_length])
             starts.append(len(tokens))
             lengths.append(min(start, max_length))
     kept = [(row, responses) for row, responses in units if lengths[place[row, responses[0]]] < max_length]
@@ -453,7 +453,7 @@ def turn_end(row: Row, tokenizer: Any) -> int | None:
     if isinstance(row.prompt, str):
         return None
     texts = [_rendered(row, tokenizer, [*row.prompt, {"role": "assistant", "content": said}]) for said in ("A", "B")]
-    tail = texts[0][len(texts[0]) - _shared(*(text[::-1] for text in texts)) :]
+    tail = texts[0][len(texts[0]) - common(*(text[::-1] for text in texts)) :]
     ids = _ids(tokenizer, [tail], [row.where])[0]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return ids[0] if ids and ids[0] in special else None
@@ -506,11 +506,6 @@ def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Cou
 
 PART = 1000  # rows that are tokenised at a time
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def _shared(a: str, b: str) -> int:
-    """How many first letters are the same."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def is_empty(prompt: Text) -> bool:
@@ -607,7 +602,7 @@ def _behind_text(row: Row, tokenizer: Any, completion: Text, ids: list[int]) -> 
     whole, asked, bare = (
         _rendered(row, tokenizer, turns, asks) for turns, asks in ((chat, False), (prompt, True), (prompt, False))
     )
-    shared = _shared(whole, asked)
+    shared = common(whole, asked)
     if shared < len(bare) or not whole.startswith(bare):
         before, after = (shown(text[max(shared - 20, 0) :][:40]) for text in (asked, whole))
         raise ValueError(
