@@ -363,6 +363,7 @@ class TestLayouts:
             ([{"messages": [A], "label": True}], 1, "messages: expected a chat whose first turns are the prompt and"),
             ([{"prompt": "q", "answers": [{"answer": "a"}]}], 1, r"answers\[0\]: expected an object with the key rank"),
             ([{"prompt": "p", "completions": ["a"], "labels": [True]}], 1, "expected the keys of one form"),
+            ([{**PAIR, "prompt": None}], 1, r"expected the keys of one form .* prompt \(null\)"),
             (['{"prompt": "a", "prompt": "b"}'], 1, "expected each key once, got 'prompt' twice"),
             (['[{"prompt": 1},', '  {"a": 1}', " oops"], 1, "expected the keys of one form"),
             (["[", json.dumps(PAIR), " oops]"], 3, "expected a JSON array of objects, got 'oops]"),

@@ -365,6 +365,15 @@ class TestMarked:
         one, other = data.fingerprint(), data._with(targets=torch.ones_like(data.targets)).fingerprint()
         assert one != other
 
+    def test_a_generation_prompt_that_no_chat_has(self, tmp_path):
+        """The marks say where the response begins, behind what the assistant said before."""
+        thinking = TEMPLATES["marked"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+        row = {"prompt": CHATS["turns"], "chosen": ANSWERS["turns"][0], "rejected": ANSWERS["turns"][1]}
+        tokenizer = of("bytes", thinking)
+        unit = tokenise(read_preferences(write(tmp_path / "d.jsonl", row)), tokenizer)[0]
+        targets = [r.tokens[r.prompt :] if r.targets is None else r.tokens[r.targets] for r in unit]
+        assert [tokenizer.decode(each) for each in targets] == [" yes <|im_end|>it is<|im_end|>", "5<|im_end|>"]
+
     def test_mismatched_completions_keep_their_marks(self, tmp_path):
         data, tokenizer = self.data(tmp_path), of("bytes", "marked")
         other = data.mismatched(4096)
@@ -416,6 +425,13 @@ class TestCounts:
             rows = [{**each, "rejected": each["chosen"] + "x"} for each in rows]
         with pytest.raises(ValueError, match=f"d: expected at most half of the .* affected, got {name}"):
             check_counts("d", self.counts(tmp_path, *rows, max_length=30))
+
+    def test_a_prompt_is_cut_no_more_than_has_to_be(self, tmp_path):
+        row = {"prompt": "0123456789" * 3, "chosen": "ab", "rejected": "abcd"}
+        found, tokenizer = read_preferences(write(tmp_path / "d.jsonl", row)), train_tokenizer(["a"], 258)
+        for side, prompt in (("left", "567890123456789"), ("right", "012345678901234")):
+            unit = tokenise(found, tokenizer, max_length=20, truncation_side=side)[0]
+            assert [tokenizer.decode(r.tokens) for r in unit] == [f"{prompt}{a}<|endoftext|>" for a in ("ab", "abcd")]
 
     def test_labels_of_one_class(self, tmp_path):
         good, bad = ({"prompt": "2 +", "completion": " 4", "label": label} for label in ("good", "bad"))
