@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import datasets
+import pyarrow
 import pytest
 import torch
 from tokenizers import processors
@@ -53,7 +55,7 @@ class TestRead:
         path = write(tmp_path / "d.jsonl", row, "", row)  # a blank line is no row
         found = read_preferences(path)
         assert (found.form, len(found.rows)) == (form, 2)
-        assert found.rows[1] == (f"{path}:3", row["prompt"], completions, rewards)
+        assert found.rows[1] == (f"{path}:3", row["prompt"], completions, rewards, None)
 
     def test_gzip_is_told_by_content(self, tmp_path):
         path = tmp_path / "d.jsonl"
@@ -80,7 +82,7 @@ class TestRead:
             ([{**PAIR, **LABELLED}], 1, "expected the keys of one form"),
             ([PAIR, {**PAIR, "prompt": 3}], 2, "prompt: expected a string or a list .*, got 3"),
             ([{**PAIR, "chosen": ""}], 1, "chosen: expected some text, got ''"),
-            ([{**LABELLED, "label": "yes"}], 1, "label: expected true, false, 0, 1 or -1, got 'yes'"),
+            ([{**LABELLED, "label": "yes"}], 1, "label: expected true, false, 0, 1, -1, good or bad, got 'yes'"),
             ([{**LABELLED, "label": 2}], 1, "label: expected .* got 2"),
             ([{**REWARDED, "rewards": [1.0]}], 1, "rewards: expected 4, one per completion, got 1"),
             ([{**REWARDED, "completions": []}], 1, r"completions: expected a list of at least one, got \[\]"),
@@ -118,13 +120,269 @@ class TestRead:
             read_preferences(tmp_path)
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+Q, A, B = said("user", "q?"), said("assistant", "a"), said("assistant", "b")
+TURNS = [said("system", "s"), Q, A, said("user", "and?")]
+# The layouts of known sets, with made-up texts: (form, prompt, responses, rewards) of each
+KNOWN = {
+    "hh-rlhf": (
+        {"chosen": "\n\nHuman: q\n\nAssistant: I am", "rejected": "\n\nHuman: q\n\nAssistant: I was"},
+        ("pairs", "\n\nHuman: q\n\nAssistant:", (" I am", " I was"), (1, 0)),
+    ),
+    "ultrafeedback of trl": (
+        {"chosen": [*TURNS, A], "rejected": [*TURNS, B], "score_chosen": 8.0, "score_rejected": 3.0},
+        ("pairs", TURNS, ([A], [B]), (1, 0)),
+    ),
+    "ultrafeedback binarized": (
+        {"prompt": "q?", "chosen": [Q, A], "rejected": [Q, B], "messages": [Q, A], "prompt_id": "x"},
+        ("pairs", [Q], ([A], [B]), (1, 0)),
+    ),
+    "ultrafeedback": (
+        {"instruction": "q", "models": ["m", "n"], "source": "x", "correct_answers": ["None"], "completions": [
+            {"response": "a", "overall_score": 7.5, "model": "m"}, {"response": "b", "overall_score": 8}]},
+        ("rewarded", "q", ("a", "b"), (7.5, 8)),
+    ),
+    "orca": (
+        {"system": "s", "question": "q?", "chosen": "a", "rejected": "b"},
+        ("pairs", [said("system", "s"), Q], ([A], [B]), (1, 0)),
+    ),
+    "orca without a system": (
+        {"system": "", "input": "q?", "chosen": "a", "rejected": "b", "x": [9]}, ("pairs", [Q], ([A], [B]), (1, 0)),
+    ),
+    "capybara": (
+        {"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]}, ("pairs", [Q], ([A], [B]), (1, 0)),
+    ),
+    "a string and answers": ({"prompt": "q?", "chosen": [A], "rejected": [B]}, ("pairs", [Q], ([A], [B]), (1, 0))),
+    "messages and answers": ({"messages": TURNS, "chosen": [A], "rejected": [B]}, ("pairs", TURNS, ([A], [B]), (1, 0))),
+    "messages and strings": ({"messages": TURNS, "chosen": "a", "rejected": "b"}, ("pairs", TURNS, ([A], [B]), (1, 0))),
+    "messages that are the chosen": (
+        {"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, B]}, ("pairs", [Q], ([A], [B]), (1, 0)),
+    ),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q?"}], "chosen": {"from": "gpt", "value": "a"},
+         "rejected": {"from": "gpt", "value": "b"}},
+        ("pairs", [Q], ([A], [B]), (1, 0)),
+    ),
+    "openai": (
+        {"input": {"messages": TURNS, "tools": []}, "preferred_output": [A], "non_preferred_output": [B]},
+        ("pairs", TURNS, ([A], [B]), (1, 0)),
+    ),
+    "stack-exchange-paired": (
+        {"question": "q", "response_j": "a", "response_k": "b", "date": "x"}, ("pairs", "q", ("a", "b"), (1, 0)),
+    ),
+    "shp": (
+        {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 3, "score_B": 5},
+        ("pairs", "q", ("a", "b"), (0, 1)),
+    ),
+    "pku-saferlhf": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0},
+        ("pairs", "q", ("a", "b"), (0, 1)),
+    ),
+    "helpsteer2 preference": (
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -2},
+        ("pairs", "q", ("a", "b"), (1, 0)),
+    ),
+    "helpsteer3": (
+        {"context": [Q], "response1": "a", "response2": "b", "overall_preference": 0, "domain": "x"},
+        ("pairs", [Q], ([A], [B]), (0, 0)),
+    ),
+    "webgpt": (
+        {"question": {"full_text": "q", "id": 1}, "answer_0": "a", "answer_1": "b", "score_0": -0.5, "score_1": 0.5},
+        ("pairs", "q", ("a", "b"), (-0.5, 0.5)),
+    ),
+    "summaries": (
+        {"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
+        ("pairs", "q", ("a", "b"), (0, 1)),
+    ),
+    "arena": (
+        {"conversation_a": [Q, A], "conversation_b": [Q, B], "winner": "model_b", "model_a": "m", "model_b": "n"},
+        ("pairs", [Q], ([A], [B]), (0, 1)),
+    ),
+    "nectar": (
+        {"prompt": "Human: q Assistant: ", "answers": [{"answer": "a", "rank": 2.0}, {"answer": "b", "rank": 1.0}]},
+        ("rewarded", "Human: q Assistant: ", ("a", "b"), (-2, -1)),
+    ),
+    "responses and scores": (
+        {"prompt": [Q], "responses": [[A], [B]], "scores": [1, 2]}, ("rewarded", [Q], ([A], [B]), (1, 2)),
+    ),
+    "helpsteer": (
+        {"prompt": "q", "response": "a", "helpfulness": 3, "correctness": 4}, ("rewarded", "q", ("a", "a"), (3, 3)),
+    ),
+    "messages and a score": ({"messages": [Q, A], "score": 0.5}, ("rewarded", [Q], ([A], [A]), (0.5, 0.5))),
+    "kto-mix": ({"prompt": [Q], "completion": [A], "label": False}, ("labelled", [Q], ([A],), (-1,))),
+    "messages and a label": ({"messages": [*TURNS, A], "label": "good"}, ("labelled", TURNS, ([A],), (1,))),
+    "a response and a label": ({"prompt": "q", "response": "a", "label": "Bad"}, ("labelled", "q", ("a",), (-1,))),
+}  # fmt: skip
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("name", KNOWN)
+    def test_known_sets(self, tmp_path, name):
+        record, (form, prompt, completions, rewards) = KNOWN[name]
+        path = write(tmp_path / "d.jsonl", record, record)
+        found = read_preferences(path)
+        assert (found.form, found.rows[0][1:4]) == (form, (prompt, completions, rewards))
+        assert len(found.rows) == (1 if len(completions) > 1 and completions[0] == completions[1] else 2)
+        assert all(key in record for key in found.layout.removesuffix(" as chats").split(", "))
+        assert read_prompts(path).rows[0].prompt == prompt
+
+    @pytest.mark.parametrize("save", ["parquet", "arrow", "stream", "saved"])
+    def test_known_sets_in_tables(self, tmp_path, save):
+        """Also with a column of pictures, whose bytes are none."""
+        for name, (record, _) in KNOWN.items():
+            wanted = read_preferences(write(tmp_path / "d.jsonl", record, record))
+            table = datasets.Dataset.from_list([record, record])
+            table = table.add_column("picture", [{"bytes": b"no picture", "path": None}] * 2)
+            table = table.cast_column("picture", datasets.Image()).with_format("numpy")
+            path = tmp_path / name
+            if save == "saved":
+                table.save_to_disk(path)
+            elif save == "parquet":
+                table.to_parquet(path)
+            else:
+                made = pyarrow.ipc.new_file if save == "arrow" else pyarrow.ipc.new_stream
+                with made(str(path), table.data.table.schema) as sink:
+                    sink.write_table(table.data.table)
+            found = read_preferences(path)
+            assert [row[1:] for row in found.rows] == [row[1:] for row in wanted.rows], name
+            assert "picture" in found.unread
+
+    def test_tables_say_nothing_of_keys_that_a_turn_has_not(self, tmp_path):
+        call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+        row = {"prompt": [Q], "chosen": [call], "rejected": [B]}
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "d")
+        assert read_preferences(tmp_path / "d").rows[0].completions == ([call], [B])
+
+    def test_arrays_and_shards(self, tmp_path):
+        array = tmp_path / "d.json"
+        array.write_text(json.dumps([PAIR, PAIR], indent=1))
+        lines = [4 * i + 2 + i for i in range(2)]
+        assert [row.where for row in read_preferences(array).rows] == [f"{array}:{line}" for line in lines]
+        shards = tmp_path / "shards"
+        shards.mkdir()
+        for i in range(2):
+            datasets.Dataset.from_list([PAIR]).to_parquet(shards / f"train-{i:05d}-of-00002.parquet")
+        wheres = [row.where for row in read_preferences(shards).rows]
+        assert wheres == [f"{shards}/train-{i:05d}-of-00002.parquet:1" for i in range(2)]
+        (shards / "train-00001-of-00002.parquet").unlink()
+        with pytest.raises(ValueError, match="expected 2 shards in .*, got 1"):
+            read_preferences(shards)
+        write(shards / "test.jsonl", PAIR)
+        with pytest.raises(ValueError, match="expected the shards of one file in"):
+            read_preferences(shards)
+
+    def test_one_split(self, tmp_path):
+        table = datasets.Dataset.from_list([PAIR])
+        datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "one")
+        assert len(read_preferences(tmp_path / "one").rows) == 1
+        datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
+        with pytest.raises(ValueError, match=r"expected one split of .*, got \['test', 'train'\]"):
+            read_preferences(tmp_path / "two")
+
+    def test_without_datasets(self, tmp_path, monkeypatch):
+        datasets.Dataset.from_list([PAIR]).to_parquet(tmp_path / "d")
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ValueError, match=r'expected datasets to be installed.*pip install "rgpb\[hf\]"'):
+            read_preferences(tmp_path / "d")
+
+    @pytest.mark.parametrize(
+        ("texts", "prompt"),
+        [
+            (("The answer is 12", "The answer is 13"), "The answer is"),
+            (("2+2=4", "2+2=5"), "2+2="),
+            (("Q: x\nA: yes", "Q: x\nA: no"), "Q: x\nA:"),
+            (("Q\nyes", "Q\nno"), "Q\n"),
+            (("say yes", "say yes, sir"), "say"),
+            (("say yes", "say yes"), "say"),
+            (("yes", "no"), ""),
+            (("same", "same"), ""),
+        ],
+    )
+    def test_the_prompt_of_two_texts(self, tmp_path, texts, prompt):
+        row = read_preferences(write(tmp_path / "d.jsonl", {"chosen": texts[0], "rejected": texts[1]})).rows[0]
+        assert row.prompt == prompt
+        assert tuple(row.prompt + text for text in row.completions) == texts
+        assert all(row.completions)
+
+    def test_an_answer_of_nothing_is_left_out_and_counted(self, tmp_path):
+        nothing = {"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}
+        found = read_preferences(write(tmp_path / "d.jsonl", nothing, KNOWN["hh-rlhf"][0]))
+        assert ([row.where[-1] for row in found.rows], found.notes) == (["2"], {"rows left out, an empty response": 1})
+        with pytest.raises(ValueError, match=r"d\.jsonl:1: .*got none with some text in each response"):
+            read_preferences(write(tmp_path / "d.jsonl", nothing))
+
+    def test_the_prompt_of_two_chats(self, tmp_path):
+        same = read_preferences(write(tmp_path / "d.jsonl", {"chosen": [Q, A], "rejected": [Q, A]})).rows[0]
+        assert (same.prompt, same.completions) == ([Q], ([A], [A]))
+        longer = read_preferences(write(tmp_path / "d.jsonl", {"chosen": [Q, A], "rejected": [Q, A, Q, B]})).rows[0]
+        assert (longer.prompt, longer.completions) == ([Q], ([A], [A, Q, B]))
+
+    @pytest.mark.parametrize(
+        ("rows", "line", "message"),
+        [
+            (
+                [{"chosen": [Q, A], "rejected": [said("user", "x"), B]}],
+                1,
+                "chosen: expected a chat whose first turns are",
+            ),
+            (
+                [{"chosen": [Q, A], "rejected": [said("system", "x"), Q]}],
+                1,
+                "chosen: expected a chat whose first turns",
+            ),
+            (
+                [{"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]}],
+                1,
+                "prompt: expected the text of a turn with which",
+            ),
+            (
+                [{"prompt": [Q], "chosen": [said("user", "x"), A], "rejected": [B]}],
+                1,
+                "chosen: expected a response, or",
+            ),
+            ([{"chosen": "a", "rejected": [Q, B]}], 1, "rejected: expected a string as chosen is, got a chat"),
+            (
+                [PAIR, {"chosen": "a", "rejected": "b"}],
+                2,
+                "expected the keys prompt, chosen, rejected, as in .*:1, got",
+            ),
+            (
+                [{**LABELLED, "label": label} for label in (1, 0, -1)],
+                3,
+                "label: expected two values, got -1 beside 1 in",
+            ),
+            (
+                [{**KNOWN["arena"][0], "winner": "b"}],
+                1,
+                "winner: expected one of 'model_a', 'model_b', 'tie', .*got 'b'",
+            ),
+            ([{"messages": [Q], "label": True}], 1, "messages: expected a chat whose first turns are the prompt and"),
+            ([{"messages": [A], "label": True}], 1, "messages: expected a chat whose first turns are the prompt and"),
+            ([{"prompt": "q", "answers": [{"answer": "a"}]}], 1, r"answers\[0\]: expected an object with the key rank"),
+            ([{"prompt": "p", "completions": ["a"], "labels": [True]}], 1, "expected the keys of one form"),
+            ([{**PAIR, "prompt": None}], 1, r"expected the keys of one form .* prompt \(null\)"),
+            (['{"prompt": "a", "prompt": "b"}'], 1, "expected each key once, got 'prompt' twice"),
+            (['[{"prompt": 1},', '  {"a": 1}', " oops"], 1, "expected the keys of one form"),
+            (["[", json.dumps(PAIR), " oops]"], 3, "expected a JSON array of objects, got 'oops]"),
+            (["[", json.dumps(PAIR) + ","], 3, "expected a JSON array of objects, got ''"),
+            (["[", json.dumps(PAIR) + "]", "more"], 3, "expected a JSON array of objects, got 'more"),
+        ],
+    )
+    def test_refused(self, tmp_path, rows, line, message):
+        with pytest.raises(ValueError, match=rf"d\.jsonl:{line}: {message}"):
+            read_preferences(write(tmp_path / "d.jsonl", *rows))
+
+
 class TestPrompts:
     @pytest.mark.parametrize("row", [PAIR, LABELLED, REWARDED, CHAT, {"prompt": "q"}, {"prompt": "", "rewards": "?"}])
     def test_rows_of_any_form(self, tmp_path, row):
         path = write(tmp_path / "d.jsonl", row, "", {"prompt": row["prompt"], "other": None})
         found = read_prompts(path)
         assert (found.source, found.form) == (str(path), "prompts")
-        assert found.rows == [(f"{path}:{line}", row["prompt"], (), ()) for line in (1, 3)]
+        assert found.rows == [(f"{path}:{line}", row["prompt"], (), (), None) for line in (1, 3)]
 
     @pytest.mark.parametrize(
         ("rows", "line", "message"),
@@ -221,7 +479,7 @@ class TestTokens:
         begin = ("<s>", tokenizer.bos_token_id)
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[begin])
         row = {"prompt": "0123456789", "chosen": "a", "rejected": "b"}
-        chosen, _ = self.data(tmp_path, tokenizer, row, max_length=16, max_prompt_length=4)[0]
+        chosen, _ = self.data(tmp_path, tokenizer, row, max_length=6, max_prompt_length=4)[0]
         assert tokenizer.decode(chosen.tokens) == "<s>789a<|endoftext|>"
 
     def test_empty_prompt_still_predicts_the_first_token(self, tmp_path, tokenizer):

@@ -24,7 +24,7 @@ from rgpb.train.models import make_model
 from rgpb.train.online import Rollouts
 from rgpb.train.rewards import load_reward
 from rgpb.train.rows import read_prompts
-from rgpb.train.tokens import Collator, reference_of, train_tokenizer
+from rgpb.train.tokens import Collator, reference_of, train_tokenizer, turn_end
 from rgpb.train.trainer import PreferenceTrainer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -94,6 +94,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def untrained(seed: int = 0, **more: Any) -> PreTrainedModel:
     """A small model whose distributions are far from uniform."""
     torch.manual_seed(seed)
+    more = {"eos_token_id": 0, **more}  # as the tokenizer's
     model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=64, **SMALL, **more)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -184,6 +185,25 @@ class TestSampling:
         ended = sum(end in new for new in made)
         assert 5 < ended < len(made) - 5
         assert any(len(new) < 10 for new in made)
+
+    @pytest.mark.parametrize("own", [None, 7, [7, 9]])
+    def test_completions_stop_at_every_end_there_is(self, tmp_path: Path, own: Any) -> None:
+        """The model's settings', the tokenizer's, and how the template ends a turn: here "<|im_end|>"."""
+        data = rollouts(tmp_path, prompts=[CHAT], max_new_tokens=20, temperature=3.0, max_length=60)
+        data.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        data.tokenizer.chat_template = TEMPLATE.replace("<|endoftext|>", "<|im_end|>")
+        row = read_prompts(write(tmp_path / "chat.jsonl", [{"prompt": CHAT}])).rows[0]
+        data.turn_end = turn_end(row, data.tokenizer)
+        assert data.turn_end == 258
+        data.turn_end = 200  # one that the model has
+        model: Any = untrained(eos_token_id=own)
+        ends = {0, 200, *(own if isinstance(own, list) else [] if own is None else [own])}
+        made = data.sample(model, data.prompt_ids * 40, seed=0, count=4)
+        assert data.ends(model) == ends
+        for new in made:
+            assert not ends & set(new[:-1])
+            assert new[-1] in ends or len(new) == 20
+        assert {new[-1] for new in made if len(new) < 20} == ends
 
     def test_padding_on_the_left_changes_nothing(self, tmp_path: Path) -> None:
         """So cold that the likeliest token is drawn: prompts of 1 to 20 tokens in one batch, alone, and greedily."""
@@ -279,13 +299,14 @@ class TestGroups:
             return ascii_share(prompts, completions)
 
         data = rollouts(tmp_path, prompts=[CHAT, CHAT], reward=reward)
-        assert data.tokenizer.decode(data.prompt_ids[0]) == "user]hi<|endoftext|>\n[assistant]"  # its last 20 tokens
+        assert data.tokenizer.decode(data.prompt_ids[0]) == "[user]hi<|endoftext|>\n[assistant]"
         data.groups(untrained(), [0, 1], "some")
         assert seen == [CHAT] * 8
 
     def test_long_prompts_keep_their_end_and_empty_ones_have_a_token(self, tmp_path: Path) -> None:
         data = rollouts(tmp_path, prompts=["0123456789" * 4, ""], max_length=12, max_prompt_length=4)
-        assert data.tokenizer.batch_decode(data.prompt_ids) == ["6789", "<|endoftext|>"]
+        assert data.tokenizer.batch_decode(data.prompt_ids) == ["3456789", "<|endoftext|>"]
+        assert {"prompts cut": 1, "rows with an empty prompt": 1}.items() <= data.counts.items()
         assert data.new_tokens == 5
         assert rollouts(tmp_path, max_length=12, max_prompt_length=4, max_new_tokens=None).new_tokens == 8
 
@@ -352,7 +373,7 @@ class TestRun:
         (trained,) = (r for r in records(tmp_path / "run") if r["split"] == "train")
         assert trained["reward/sampled"] == pytest.approx(sum(sum(row["rewards"]) for row in rows) / (3 * 28))
         assert trained["reward/tied"] == pytest.approx(sum(len(set(row["rewards"])) == 1 for row in rows) / 28)
-        assert result["counts"] == {"rows": 6, "units": 28}
+        assert {"rows": 6, "units": 28, "prompts cut": 1}.items() <= result["counts"].items()
         evaluated = (tmp_path / "run" / "rollouts" / "evaluation.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in evaluated] == PROMPTS
 

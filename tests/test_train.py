@@ -20,7 +20,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 
 from rgpb import cli, hf
 from rgpb import demo as demo_module
@@ -1177,3 +1184,26 @@ class TestMismatched:
 
 def inputs_of(batch):
     return {k: v for k, v in batch.items() if k not in ("label", "ref_logp", "ref_log_odds")}
+
+
+def test_data_that_is_not_what_it_seems_has_to_be_allowed(tmp_path):
+    """Nothing is written before; with `allow` the counts are in the report."""
+    data = write(tmp_path / "same.jsonl", [{"prompt": f"{i}", "chosen": " a", "rejected": " a"} for i in range(4)])
+    with pytest.raises(ValueError, match="at most half of the units .*equal responses: 4 of 4 .--allow"):
+        train(config(data, tmp_path / "run", steps=1))
+    result = train(config(data, tmp_path / "run", steps=1, allow=True))
+    assert result["counts"]["units of equal responses"] == 4
+    shown = (tmp_path / "run" / "report.md").read_text()
+    assert "rows read as prompt, chosen, rejected: 4" in shown
+    assert "units of equal responses: 4" in shown
+
+
+def test_a_padding_token_that_the_model_has_not(data, tmp_path):
+    tokenizer = train_tokenizer(["1 + 1 = 2"], 258)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=258, max_position_embeddings=64, **SMALL))
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert tokenizer.pad_token_id == 258
+    settings = {"model": str(tmp_path / "m"), "max_length": 64, "steps": 1}
+    assert train(config(data, tmp_path / "run", **settings))["steps"] == 1

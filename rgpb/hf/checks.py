@@ -273,7 +273,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     """A few different token ids, [1, count], that are none of the special ones."""
     config = model.config.get_text_config()
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    given = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]  # eos may be several
+    special = {token for own in given for token in (own if isinstance(own, list | tuple) else [own])}
     ids = [token for token in range(count + len(special)) if token not in special][:count]
     embedding: Any = model.get_input_embeddings()
     device = embedding.weight.device

@@ -117,8 +117,10 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are clipped to it; 0: not at all", NONNEGATIVE)
     max_length: int = _option(1024, "tokens of prompt and response", LENGTH)
     max_prompt_length: int | None = _option(
-        None, "of it at most for the prompt, whose end is kept; default: half", WHOLE
+        None, "what is left of a prompt at least where both are longer; default: half", WHOLE
     )
+    truncation_side: str = _option("left", "where such a prompt is cut", choices=("left", "right"))
+    allow: bool = _option(False, "go on where most of the data was cut, left out, or is otherwise not what it seems")
     packing: bool = _option(False, "put responses end to end instead of padding them")
     bf16: bool = _option(False, "bfloat16 autocast; weights stay float32")
     dtype: str = _option(

@@ -26,7 +26,7 @@ from rgpb.train.rows import Preferences
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
 FREE = (
     *("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout"),
-    *("ref_cache", "precompute_ref"),
+    *("ref_cache", "precompute_ref", "allow"),
 )
 
 # What a run writes, and `overwrite` removes.

@@ -30,7 +30,16 @@ from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
 from rgpb.train.teacher import score_references
-from rgpb.train.tokens import PreferenceDataset, Response, pad_of, prompt_limit, prompt_text, prompt_tokens
+from rgpb.train.tokens import (
+    PreferenceDataset,
+    Response,
+    check_counts,
+    is_empty,
+    pad_of,
+    prompt_limit,
+    prompt_tokens,
+    turn_end,
+)
 
 
 @contextmanager
@@ -64,7 +73,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         ranks: of several, the first samples and judges for all.
 
     Raises:
-        ValueError: lengths that leave no room for a completion.
+        ValueError: lengths that leave no room for a completion, or prompts of which most have to be cut.
     """
 
     def __init__(
@@ -86,9 +95,24 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         self.units, self.per_round = units, config.refresh * config.batch_size * config.grad_accum
         self.candidates, self.new_tokens, self.ties = config.candidates, max_new_tokens or room, ties
         self.pad = pad_of(tokenizer)
-        self.asked, self.where = [row.prompt for row in prompts.rows], [row.where for row in prompts.rows]
-        self.prompt_ids = prompt_tokens([prompt_text(row, tokenizer) for row in prompts.rows], tokenizer, limit)
-        self.counts = {"rows": len(prompts.rows), "units": units}
+        ids, cut = prompt_tokens(prompts.rows, tokenizer, max_length - self.new_tokens, config.truncation_side)
+        kept = [(row, tokens) for row, tokens in zip(prompts.rows, ids) if tokens is not None]
+        self.asked, self.prompt_ids = [row.prompt for row, _ in kept], [tokens for _, tokens in kept]
+        self.where = [row.where for row, _ in kept]
+        self.counts = {
+            "rows": len(prompts.rows),
+            f"rows read as {prompts.layout}": len(prompts.rows),
+            "units": units,
+            "prompts cut": cut,
+            "prompts left out, no text to cut off": len(ids) - len(kept),
+            "rows with an empty prompt": sum(map(is_empty, self.asked)),
+        }
+        if not kept:
+            raise ValueError(f"{prompts.source}: expected prompts that leave room for a completion, got {self.counts}")
+        if not config.allow:
+            check_counts(prompts.source, self.counts)
+        self.longest = max(map(len, self.prompt_ids)) + self.new_tokens
+        self.turn_end = turn_end(kept[0][0], tokenizer)
         self.policy: PreTrainedModel | None = None
         self.log: Callable[[str, float, int], None] = lambda name, value, weight: None
         self.logged = -1  # the last round whose rewards were logged; a checkpoint keeps it
@@ -198,12 +222,19 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         rows = self.ranks.by_first(lambda: self.judged(model, which, "evaluation", 1))
         return math.fsum(row["rewards"][0] for row in rows) / len(rows)
 
+    def ends(self, model: PreTrainedModel) -> set[int]:
+        """Tokens that end a completion: the model's own settings', the tokenizer's, and how a template ends a turn."""
+        own = model.generation_config.eos_token_id if model.generation_config is not None else None
+        several = own if isinstance(own, list) else [own]
+        return {int(end) for end in (*several, self.tokenizer.eos_token_id, self.turn_end) if end is not None}
+
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: list[list[int]], seed: int, count: int) -> list[list[int]]:
         """`count` completions of each prompt from the model's own distribution at the temperature: token ids, with the
-        end token where it came, [P · count]."""
+        token that ended it where one came, [P · count]."""
         device, config = hf.read_head(model).weight.device, self.config
-        end, made = self.tokenizer.eos_token_id, []
+        pad = min(self.pad, max(map(max, prompts)))  # masked: any token that the model has
+        ends, made = self.ends(model), []
         cuda = [device] if device.type == "cuda" else []
         bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not config.progress, leave=False)
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16)
@@ -212,15 +243,16 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             for first in range(0, len(prompts), config.batch_size):
                 part = prompts[first : first + config.batch_size]
                 width = max(map(len, part))
-                ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in part], device=device)
+                ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=device)
                 mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
                 out = model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=mask, do_sample=True, temperature=config.temperature, top_k=0,
-                    top_p=1.0, num_return_sequences=count, max_new_tokens=self.new_tokens, pad_token_id=self.pad,
-                    eos_token_id=end,
+                    top_p=1.0, num_return_sequences=count, max_new_tokens=self.new_tokens, pad_token_id=pad,
+                    eos_token_id=sorted(ends),
                 )  # fmt: skip
                 for new in out[:, width:].tolist():
-                    made.append(new[: new.index(end) + 1] if end in new else new)
+                    stop = next((i for i, token in enumerate(new, 1) if token in ends), len(new))
+                    made.append(new[:stop])
                 bar.update(len(part))
         return made
 

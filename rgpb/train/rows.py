@@ -1,97 +1,87 @@
 """Preference data: files → rows → units.
 
-A row has a prompt and responses in one of three forms; other keys are left alone, and one file has one form:
+A row has a prompt and responses in one of three forms:
 
     {"prompt": …, "chosen": …, "rejected": …}                   pairs
     {"prompt": …, "completion": …, "label": true | 1 | -1}      labelled   (false, 0 and -1: dispreferred)
     {"prompt": …, "completions": [K], "rewards": [K]}           rewarded
 
-Texts are strings, or chats: lists of {"role": …, "content": …} in the prompt and in every response.
+`rgpb.train.layouts` has the other ways in which files say the same; one file has one. Other keys are left unread.
+
+Texts are strings, or chats: lists of {"role": …, "content": …, …}. What else a message holds goes to the chat template,
+as do a row's `tools` and `chat_template_kwargs`.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-FORMS = {
-    "pairs": ("prompt", "chosen", "rejected"),
-    "labelled": ("prompt", "completion", "label"),
-    "rewarded": ("prompt", "completions", "rewards"),
-}
+from rgpb.train.layouts import TEMPLATE, Preferences, Row, described, keys_of, read_layout, read_prompt, shown
+
 PAIRINGS = ("best-worst", "best-each", "all")
 GROUPS = "groups"  # in place of a pairing: all of a row's responses as one unit
-
-Text = str | list[dict[str, str]]
-
-
-class Row(NamedTuple):
-    """One line of a file.
-
-    Attributes:
-        where: file and line, for messages.
-        prompt: a string, or a chat.
-        completions: the responses, as many as `rewards`.
-        rewards: higher is better: (1, 0) of a pair, (±1,) of a labelled response.
-    """
-
-    where: str
-    prompt: Text
-    completions: tuple[Text, ...]
-    rewards: tuple[float, ...]
-
-
-class Preferences(NamedTuple):
-    """A file of preferences.
-
-    Attributes:
-        source: the path.
-        form: a key of `FORMS`.
-        rows: at least one.
-    """
-
-    source: str
-    form: str
-    rows: list[Row]
 
 
 def read_preferences(path: str | Path) -> Preferences:
     """Read and check a whole file before anything else happens.
 
     Args:
-        path: JSON lines, plain or gzipped (told apart by content); a Parquet file; or a folder that
-            `datasets.Dataset.save_to_disk` made.
+        path: JSON lines or a JSON array, plain or gzipped (told apart by content); a Parquet or Arrow file; a folder of
+            shards of one of these; or a folder that `datasets.Dataset.save_to_disk` made.
 
     Raises:
-        ValueError: no such file; not JSON; missing or ill-typed keys; an empty response; mixed forms; no rows. The
-            message names file and line, what was expected and what came.
+        ValueError: no such file; not JSON; missing or ill-typed keys; an empty response; mixed forms or layouts; labels
+            of which 0 may mean two things; no rows. The message names file and line, what was expected and what came.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    path = _existing(path)
     rows: list[Row] = []
-    form, chat = "", False
-    for where, record in _records(path):
-        found = _form(where, record)
-        row = _row(where, found, record)
+    notes: Counter[str] = Counter()
+    unread: set[str] = set()
+    labels: dict[float, str] = {}  # where each number was first seen
+    layout, chat, first = None, False, ""
+    for where, record in _records(path, unread):
+        found, row, noted = read_layout(where, record)
         is_chat = isinstance(row.prompt, list)
-        if not rows:
-            form, chat = found, is_chat
-        elif (found, is_chat) != (form, chat):
-            expected, got = (f"a row of {f}{', as chats' * c}" for f, c in ((form, chat), (found, is_chat)))
-            raise ValueError(f"{where}: expected {expected}, as in {rows[0].where}, got {got}")
+        if layout is None:
+            layout, chat, first = found, is_chat, where
+        elif (found, is_chat) != (layout, chat):
+            same = (found.form, is_chat) == (layout.form, chat)
+            expected, got = (
+                f"the keys {', '.join(f.keys)}" if same else f"a row of {f.form}{', as chats' * c}"
+                for f, c in ((layout, chat), (found, is_chat))
+            )
+            raise ValueError(f"{where}: expected {expected}, as in {first}, got {got}")
+        if found.form == "labelled" and isinstance(value := record.get("label"), int | float):
+            labels.setdefault(float(value), where)
+            if {-1.0, 0.0, 1.0} <= labels.keys():
+                raise ValueError(
+                    f"{where}: label: expected two values, got {shown(value)} beside "
+                    f"{', '.join(f'{v:g} in {w}' for v, w in labels.items() if v != value)}"
+                )
+        if "" in row.completions:  # of two texts with one prompt: as if the assistant had said nothing
+            notes["rows left out, an empty response"] += 1
+            continue
+        notes.update(noted)
+        unread.update(key for key in record if key not in keys_of(layout) and not (is_chat and key in TEMPLATE))
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}:1: expected at least one row of preferences, got an empty file")
-    return Preferences(str(path), form, rows)
+    if layout is None or not rows:
+        got = "an empty file" if layout is None else "none with some text in each response"
+        raise ValueError(f"{path}:1: expected at least one row of preferences, got {got}")
+    if layout.merged:
+        rows = _merged(rows)
+    name = ", ".join(layout.keys) + (" as chats" if chat else "")
+    return Preferences(str(path), layout.form, rows, name, tuple(sorted(unread)), dict(notes))
 
 
 def read_prompts(path: str | Path) -> Preferences:
-    """Read the prompts of a file: rows of any form, or {"prompt": …} alone. Their responses aren't looked at.
+    """Read the prompts of a file: rows of any layout, or {"prompt": …} alone, whose responses aren't looked at.
 
     Returns:
         Preferences of the form "prompts", whose rows have no completions.
@@ -99,134 +89,233 @@ def read_prompts(path: str | Path) -> Preferences:
     Raises:
         ValueError: as `read_preferences`.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    path = _existing(path)
     rows: list[Row] = []
-    for where, record in _records(path):
-        if not isinstance(record, dict) or record.get("prompt") is None:
-            raise ValueError(f"{where}: expected an object with the key prompt, got {shown(record)}")
-        prompt = _text(where, "prompt", record["prompt"], None)
-        if rows and isinstance(prompt, list) != isinstance(rows[0].prompt, list):
-            expected, got = ("a chat" if isinstance(p, list) else "a string" for p in (rows[0].prompt, prompt))
+    for where, record in _records(path, set()):
+        row = read_prompt(where, record)
+        if rows and isinstance(row.prompt, list) != isinstance(rows[0].prompt, list):
+            expected, got = ("a chat" if isinstance(p, list) else "a string" for p in (rows[0].prompt, row.prompt))
             raise ValueError(f"{where}: prompt: expected {expected}, as in {rows[0].where}, got {got}")
-        rows.append(Row(where, prompt, (), ()))
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}:1: expected at least one prompt, got an empty file")
-    return Preferences(str(path), "prompts", rows)
+    return Preferences(str(path), "prompts", rows, "prompt")
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, record) of every row."""
-    if path.is_dir() or _starts_with(path, b"PAR1"):
-        yield from ((f"{path}:{i}", record) for i, record in enumerate(_tables(path), 1))
-        return
-    number = 0
+def _existing(path: str | Path) -> Path:
+    if not Path(path).exists():
+        raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    return Path(path)
+
+
+def _merged(rows: list[Row]) -> list[Row]:
+    """Rows of one judged response each → rows of all responses to a prompt, in the order of their first ones."""
+    by_prompt: dict[str, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(json.dumps([row.prompt, row.template]), []).append(row)
+    return [
+        same[0]._replace(
+            completions=tuple(c for row in same for c in row.completions),
+            rewards=tuple(r for row in same for r in row.rewards),
+        )
+        for same in by_prompt.values()
+    ]
+
+
+def _records(path: Path, unread: set[str]) -> Iterator[tuple[str, Any]]:
+    """(where, record) of every row. Columns of media go into `unread`."""
+    if path.is_dir() and not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        for shard in _shards(path):
+            yield from _records(shard, unread)
+    elif path.is_dir() or any(_starts_with(path, magic) for magic in (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        yield from ((f"{path}:{i}", record) for i, record in enumerate(_tables(path, unread), 1))
+    else:
+        yield from _json_records(path)
+
+
+SHARD = re.compile(r"(.*?)[-_.]?(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")
+KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of a folder that are parts of one."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        kind = next((kind for kind in KINDS if file.name.endswith(kind)), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(file)
+    if not found:
+        raise ValueError(
+            f"data: expected a Parquet file, or a folder saved by datasets or of shards ({', '.join(KINDS)}), "
+            f"got {str(folder)!r}"
+        )
+    files = [file for files in found.values() for file in files]
+    matches = [SHARD.fullmatch(file.name.partition(".")[0]) for file in files]
+    names = {match[1] if match else file.name for file, match in zip(files, matches)}
+    if len(found) > 1 or (len(files) > 1 and len(names) > 1):
+        names = {file.name for file in files}
+        raise ValueError(f"data: expected the shards of one file in {str(folder)!r}, got {shown(sorted(names))}")
+    total = {int(match[3]) for match in matches if match and match[3]}
+    if total and total != {len(files)}:
+        raise ValueError(f"data: expected {max(total)} shards in {str(folder)!r}, got {len(files)}")
+    return files
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of JSON lines, or of one JSON array."""
+    number, first = 0, True
     try:
         with gzip.open(path) if _starts_with(path, b"\x1f\x8b") else open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: expected UTF-8, got the bytes {line[error.start :][:8]!r}") from None
-                except RecursionError:
-                    raise ValueError(f"{where}: expected one JSON object, got one nested too deeply") from None
-                except json.JSONDecodeError as error:
-                    start = line[:40].decode(errors="replace").rstrip()
-                    raise ValueError(
-                        f"{where}: expected one JSON object, got {start!r} … ({error.msg}, column {error.colno})"
-                    ) from None
-                yield where, record
+                if first and line.lstrip().startswith(b"["):
+                    yield from _array(path, number, line + lines.read())
+                    return
+                yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
+                first = False
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {error}") from None
+        raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {described(error)}") from None
 
 
-def _tables(path: Path) -> Iterable[Any]:
-    """Rows of a Parquet file or a saved dataset, through `datasets`."""
-    import datasets
-    import pyarrow.parquet
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, refused where a key comes twice."""
+    made = dict(items)
+    if len(made) != len(items):
+        twice = next(key for key, n in Counter(key for key, _ in items).items() if n > 1)
+        raise _TwiceError(f"expected each key once, got {shown(twice)} twice")
+    return made
 
+
+class _TwiceError(ValueError):
+    pass
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _parsed(where: str, line: bytes) -> Any:
+    """The JSON value of a line."""
+    text = _decoded(where, line)
+    try:
+        return DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"{where}: expected one JSON object, got one nested too deeply") from None
+    except json.JSONDecodeError as error:
+        start = text[:40].rstrip()
+        raise ValueError(
+            f"{where}: expected one JSON object, got {start!r} … ({error.msg}, column {error.colno})"
+        ) from None
+    except ValueError as error:  # a key that comes twice, an integer of thousands of digits
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _decoded(where: str, content: bytes) -> str:
+    try:
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        place, _, line = where.rpartition(":")
+        where = f"{place}:{int(line) + content.count(bytes([10]), 0, error.start)}"
+        raise ValueError(f"{where}: expected UTF-8, got the bytes {content[error.start :][:8]!r}") from None
+
+
+def _array(path: Path, line: int, content: bytes) -> Iterator[tuple[str, Any]]:
+    """Records of a JSON array that begins in that line; each is where it begins."""
+    text = _decoded(f"{path}:{line}", content)
+    space, place = re.compile(r"\s*"), 0
+
+    def skip(to: int) -> None:
+        nonlocal place, line
+        to = space.match(text, to).end()  # type: ignore[union-attr]
+        line, place = line + text.count("\n", place, to), to
+
+    def wrong(got: str) -> ValueError:
+        return ValueError(f"{path}:{line}: expected a JSON array of objects, got {got}")
+
+    skip(0)
+    skip(place + 1)
+    first = True
+    while not text.startswith("]", place):
+        if not first:
+            if not text.startswith(",", place):
+                raise wrong(f"{text[place : place + 40]!r} behind an object" if place < len(text) else "no end of it")
+            skip(place + 1)
+        try:
+            record, end = DECODER.raw_decode(text, place)
+        except RecursionError:
+            raise wrong("one nested too deeply") from None
+        except json.JSONDecodeError as error:
+            at = line + text.count("\n", place, error.pos)
+            raise wrong(f"{text[place : place + 40]!r} … ({error.msg}, line {at})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+        yield f"{path}:{line}", record
+        skip(end)
+        first = False
+    skip(place + 1)
+    if place < len(text):
+        raise wrong(f"{text[place : place + 40]!r} behind its end")
+
+
+def _tables(path: Path, unread: set[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet or Arrow file or a saved dataset, through `datasets`, as plain values in any format."""
+    try:
+        import datasets
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            f'data: expected datasets to be installed, to read {str(path)!r} (pip install "rgpb[hf]"); {error}'
+        ) from None
     try:
         if path.is_dir():
             table = datasets.load_from_disk(str(path))
+            if isinstance(table, datasets.DatasetDict) and len(table) == 1:
+                (table,) = table.values()
+        elif _starts_with(path, b"PAR1"):
+            table = datasets.Dataset(pyarrow.parquet.ParquetFile(path).read())
         else:
-            table = datasets.Dataset(pyarrow.parquet.read_table(path))
-    except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(
-            f"data: expected a Parquet file, or a folder saved by datasets, got {str(path)!r} ({error})"
-        ) from None
+            opened = pyarrow.ipc.open_file if _starts_with(path, b"ARROW1") else pyarrow.ipc.open_stream
+            with pyarrow.OSFile(str(path)) as file:
+                table = datasets.Dataset(opened(file).read_all())
+    except Exception as error:  # pyarrow and datasets have many
+        got = f"{str(path)!r} ({described(error)})"
+        raise ValueError(f"data: expected a Parquet or Arrow file, or a folder saved by datasets, got {got}") from error
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"data: expected one split of {str(path)!r}, such as a folder in it, got {sorted(table)}")
-    return table
+    media = [name for name, feature in table.features.items() if _is_media(feature)]
+    unread.update(media)
+    number = 0
+    try:
+        for batch in table.remove_columns(media).with_format(None).iter(batch_size=1000):
+            for values in zip(*batch.values()):
+                yield {key: _without_nulls(value) for key, value in zip(batch, values)}
+                number += 1
+    except Exception as error:
+        raise ValueError(f"{path}:{number + 1}: expected a row, got {described(error)}") from error
+
+
+def _is_media(feature: Any) -> bool:
+    """Whether a column has images, sounds or the like somewhere: features that `datasets` decodes."""
+    if isinstance(feature, dict):
+        return any(map(_is_media, feature.values()))
+    if isinstance(feature, list):
+        return any(map(_is_media, feature))
+    inner = getattr(feature, "feature", None)
+    return type(feature).__module__ != "datasets.features.features" if inner is None else _is_media(inner)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every object of a column the same keys: null is where a row has none."""
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return value
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:
     with open(path, "rb") as file:
         return file.read(len(magic)) == magic
-
-
-def _form(where: str, record: Any) -> str:
-    forms = "; ".join(", ".join(keys) for keys in FORMS.values())
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with the keys {forms}; got {shown(record)}")
-    found = [form for form, keys in FORMS.items() if all(record.get(key) is not None for key in keys)]
-    if len(found) != 1:
-        got = [key if record[key] is not None else f"{key} (null)" for key in sorted(record)]
-        raise ValueError(f"{where}: expected the keys of one form ({forms}), got {', '.join(got) or 'none'}")
-    return found[0]
-
-
-def _row(where: str, form: str, record: dict[str, Any]) -> Row:
-    prompt = _text(where, "prompt", record["prompt"], None)
-    chat = isinstance(prompt, list)
-    if form == "pairs":
-        pair = tuple(_text(where, key, record[key], chat) for key in ("chosen", "rejected"))
-        return Row(where, prompt, pair, (1.0, 0.0))
-    if form == "labelled":
-        label = record["label"]
-        if isinstance(label, str) or label not in (True, False, -1):
-            raise ValueError(f"{where}: label: expected true, false, 0, 1 or -1, got {shown(label)}")
-        completion = _text(where, "completion", record["completion"], chat)
-        return Row(where, prompt, (completion,), (1.0 if label > 0 else -1.0,))
-    completions, rewards = record["completions"], record["rewards"]
-    for key, value in (("completions", completions), ("rewards", rewards)):
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{where}: {key}: expected a list of at least one, got {shown(value)}")
-    if len(rewards) != len(completions):
-        raise ValueError(f"{where}: rewards: expected {len(completions)}, one per completion, got {len(rewards)}")
-    for i, reward in enumerate(rewards):
-        if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) < 1e300:
-            raise ValueError(f"{where}: rewards[{i}]: expected a finite number, got {shown(reward)}")
-    texts = tuple(_text(where, f"completions[{i}]", text, chat) for i, text in enumerate(completions))
-    return Row(where, prompt, texts, tuple(float(reward) for reward in rewards))
-
-
-def _text(where: str, key: str, value: Any, chat: bool | None) -> Text:
-    """A string or a chat; a response (`chat` known) must be of the prompt's kind and not empty."""
-    is_chat = isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    )
-    if not is_chat and not isinstance(value, str):
-        raise ValueError(f'{where}: {key}: expected a string or a list of {{"role", "content"}}, got {shown(value)}')
-    if chat is not None and chat != is_chat:
-        expected, got = ("a chat" if c else "a string" for c in (chat, is_chat))
-        raise ValueError(f"{where}: {key}: expected {expected} as the prompt is, got {got}")
-    if not value and (is_chat or chat is not None):
-        raise ValueError(f"{where}: {key}: expected some text, got {shown(value)}")
-    for text in [turn["content"] for turn in value] if is_chat else [value]:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{where}: {key}: expected text that UTF-8 can say, got half a surrogate pair")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value] if is_chat else value
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in a message: 60 characters at most."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def pair_up(preferences: Preferences, pairing: str = "best-worst") -> tuple[list[tuple[int, tuple[int, ...]]], int]:

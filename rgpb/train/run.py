@@ -41,7 +41,7 @@ from rgpb.train.report import write as write_report
 from rgpb.train.rewards import Reward, reward_of
 from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
 from rgpb.train.teacher import References, weights_fingerprint
-from rgpb.train.tokens import PreferenceDataset, pad_of, prompt_limit, tokenise
+from rgpb.train.tokens import PreferenceDataset, check_counts, pad_of, tokenise
 from rgpb.train.trainer import Stage, steps_of
 
 
@@ -129,9 +129,12 @@ def _on_data(
             pairing=GROUPS if spec.unit == "group" else config.pairing,
             max_length=config.max_length,
             max_prompt_length=config.max_prompt_length,
+            truncation_side=config.truncation_side,
         )
         if spec.unit == "group" and not spec.rewards:
             made = made.without_tied_best()
+        if not config.allow:
+            check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
         if any(option(options, name) is None for name in spec.mismatched):
             made.mismatches = made.mismatched(config.max_length)
         return made
@@ -210,17 +213,18 @@ def _on_rollouts(
         ref = reference_model(config) or copy.deepcopy(model)
         ref.requires_grad_(False)
     count, per_step = len(prompts.rows), config.batch_size * config.grad_accum
-    longest = prompt_limit(tokenizer, config.max_length, config.max_prompt_length)
-    longest = longest + config.max_new_tokens if config.max_new_tokens else config.max_length
-    for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
-        if its is not None:
-            check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, longest)
     steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
     ref = None if ref is None else moved(ref, device_of(config))
     common: dict[str, Any] = {"reward": reward, "ref": ref, "folder": stage.folder / "rollouts", "ties": spec.rewards}
     common["ranks"] = ranks
     data = Rollouts(prompts, tokenizer, config, units=steps * per_step, **common)
     asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
+    for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
+        if its is not None:
+            check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, max(data.longest, asked.longest))
+    if config.progress:
+        for kind, rollouts in (("training", data), *((("evaluation", asked),) if asked is not data else ())):
+            print(f"{kind} prompts: {counted(rollouts.counts)}")
     some = range(min(config.eval_rows or EVAL_SAMPLE, len(asked.asked)))
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
 

@@ -7,19 +7,22 @@ a batch, T padded length, N packed length.
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rgpb.hf import IGNORE
 from rgpb.layout import TokenScores
-from rgpb.train.rows import GROUPS, Preferences, Row, pair_up, shown
+from rgpb.train.layouts import Preferences, Row, Text, common, described, shown
+from rgpb.train.rows import GROUPS, pair_up
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -88,6 +91,7 @@ class Response(NamedTuple):
         ref: log p and log-odds of the completion's tokens under the reference, float32 [n − prompt] each, or None.
         reward: of a response of a group, higher is better; else None.
         mismatch: the same prompt with the completion of another one, where the objective wants that; else None.
+        targets: which tokens are trained on, bool [n]; None: all of the completion.
     """
 
     tokens: Tensor
@@ -96,6 +100,7 @@ class Response(NamedTuple):
     ref: tuple[Tensor, Tensor] | None
     reward: float | None = None
     mismatch: Response | None = None
+    targets: Tensor | None = None
 
 
 class PreferenceDataset(Dataset[tuple[Response, ...]]):
@@ -111,6 +116,7 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         ref: reference scores, or None until `with_ref`.
         rewards: float64 [U, W] of groups, else None.
         mismatches: from `mismatched`, or None.
+        targets: bool, as `tokens`: which are trained on; None: those of all completions.
     """
 
     def __init__(
@@ -124,10 +130,11 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         ref: RefScores | None = None,
         rewards: Tensor | None = None,
         mismatches: PreferenceDataset | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         self.tokens, self.starts, self.prompts = tokens, starts, prompts
         self.units, self.labels, self.counts, self.ref = units, labels, counts, ref
-        self.rewards, self.mismatches = rewards, mismatches
+        self.rewards, self.mismatches, self.targets = rewards, mismatches, targets
 
     def __len__(self) -> int:
         return len(self.units)
@@ -147,12 +154,13 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
 
     def response(self, r: int, label: bool = True) -> Response:
         """Response r by itself."""
-        tokens = self.tokens[self.starts[r] : self.starts[r + 1]].long()
-        ref = None
+        whole = slice(int(self.starts[r]), int(self.starts[r + 1]))
+        tokens, ref = self.tokens[whole].long(), None
         if self.ref is not None:
             own = slice(int(self.ref.starts[r]), int(self.ref.starts[r + 1]))
             ref = (self.ref.logp[own], self.ref.log_odds[own])
-        return Response(tokens, int(self.prompts[r]), label, ref)
+        targets = None if self.targets is None else self.targets[whole]
+        return Response(tokens, int(self.prompts[r]), label, ref, targets=targets)
 
     def lengths(self) -> Tensor:
         """Tokens of each response, prompt included, int64 [R]."""
@@ -203,14 +211,17 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
             following[r] = place
             if both[r][0] != both[r - 1][0]:
                 place = r
-        tokens, starts = array("i"), [0]
+        tokens, starts, targets = array("i"), [0], []
         for r, (prompt, _) in enumerate(both):
             tokens.extend([*prompt, *both[following[r]][1]][:max_length])
             starts.append(len(tokens))
+            if self.targets is not None:
+                a, b = ends[following[r]] + int(self.prompts[following[r]]), ends[following[r] + 1]
+                targets.append(torch.nn.functional.pad(self.targets[a:b], (len(prompt), 0))[:max_length])
         count, responses = {"responses": len(both)}, torch.arange(len(both))[:, None]
         return PreferenceDataset(
             torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts), self.prompts, responses,
-            torch.ones_like(responses, dtype=torch.bool), count,
+            torch.ones_like(responses, dtype=torch.bool), count, targets=torch.cat(targets) if targets else None,
         )  # fmt: skip
 
     def first(self, count: int) -> PreferenceDataset:
@@ -234,9 +245,23 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
     def fingerprint(self) -> str:
         """Hex digest of the tokens and where responses and prompts begin: what reference scores depend on."""
         digest = hashlib.sha256()
-        for tensor in (self.tokens, self.starts, self.prompts):
+        for tensor in (self.tokens, self.starts, self.prompts, *([] if self.targets is None else [self.targets])):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
+
+
+class Encoded(NamedTuple):
+    """A prompt and a response as token ids.
+
+    Attributes:
+        ids: all of them.
+        start: where the response begins.
+        targets: which of the tokens are trained on; None: all from `start`.
+    """
+
+    ids: list[int]
+    start: int
+    targets: list[bool] | None = None
 
 
 def tokenise(
@@ -246,13 +271,25 @@ def tokenise(
     pairing: str = "best-worst",
     max_length: int = 1024,
     max_prompt_length: int | None = None,
+    truncation_side: str = "left",
 ) -> PreferenceDataset:
     """Token ids of all units.
 
-    Prompt and completion are tokenised separately, so the boundary doesn't depend on the completion; the prompt gets
-    the beginning-of-sequence token where the tokenizer adds one, the completion the end token. A prompt longer than
-    `max_prompt_length` loses its beginning, then a response beyond `max_length` its end (with the end token). Where
-    nothing of the completion is left, the whole unit is left out and counted.
+    Chats: prompt and response have the ids of `apply_chat_template(messages, tokenize=True)`, and nothing is added: how
+    a turn ends is the template's. The response begins behind the ids of the prompt with the generation prompt; where
+    these don't come first, at the token with the first letter behind their text; where the template writes a
+    generation prompt that isn't there when a response follows, behind what both have. A template with
+    `{% generation %}` says which tokens of the response are trained on; else all, the template's own end included.
+
+    Strings: the ids of `tokenizer(prompt)`, those that the completion has in the midst of a text, and the end token
+    unless the completion ends with it. So the boundary depends on neither side, and a tokenizer that puts a space in
+    front of texts puts none between them. An empty prompt without any token is the end token.
+
+    Where the longest of a row's responses and its prompt are longer than `max_length` together, the prompt is cut for
+    all of them, to `max_prompt_length` or what the longest response leaves, whichever is more; then each response loses
+    what is beyond `max_length`, its end token first. Of a string the tokenizer's own tokens at either side stay, of a
+    chat everything but text of messages, none of it the system's: what is cut is letters, and the template writes
+    the rest anew. Where nothing of a response is left, the whole unit is left out.
 
     Args:
         preferences: of any form.
@@ -260,54 +297,111 @@ def tokenise(
         pairing: see `pair_up`.
         max_length: tokens of prompt and completion together, ≥ 2.
         max_prompt_length: default: half of `max_length`.
+        truncation_side: where prompts are cut, "left" or "right".
 
     Raises:
-        ValueError: a tokenizer without end token or chat template, a chat template whose text of the prompt changes
-            with the response, lengths that don't fit, or data of which no unit is left.
+        ValueError: a tokenizer without end token or chat template; a chat template that fails, that changes the prompt
+            when the response follows, or that doesn't show a tool's call or the tools; lengths that don't fit; data of
+            which no unit is left.
     """
     limit = prompt_limit(tokenizer, max_length, max_prompt_length)
     units, tied = pair_up(preferences, pairing)
     used = sorted({(row, completion) for row, completions in units for completion in completions})
     place = {response: r for r, response in enumerate(used)}
-    rows = sorted({row for row, _ in used})
-    prompts, completions = _texts(preferences, rows, used, tokenizer)
-    end = tokenizer.eos_token_id
-    prompt_ids = dict(zip(rows, prompt_tokens(prompts, tokenizer, limit)))
+    wanted: dict[int, list[int]] = {}
+    for row, completion in used:
+        wanted.setdefault(row, []).append(completion)
 
-    tokens, starts, lengths, cut = array("i"), [0], [], 0
-    for (row, _), ids in zip(used, _ids(tokenizer, completions)):
-        prompt = prompt_ids[row]
-        whole = prompt + (ids if end in ids[-2:] else [*ids, end])  # a template may end in the end token and a newline
-        cut += len(prompt) < max_length < len(whole)
-        tokens.extend(whole[:max_length])
-        starts.append(len(tokens))
-        lengths.append(min(len(prompt), max_length))
-    kept = [(row, responses) for row, responses in units if len(prompt_ids[row]) < max_length]
+    seen = Counter[str]()
+    tokens, starts, lengths, targets = array("i"), [0], [], bytearray()
+    made = _encoded(preferences.rows, wanted, tokenizer, limit, max_length, truncation_side, seen)
+    for row, encoded in zip(wanted, made):
+        seen["rows with an empty prompt"] += is_empty(preferences.rows[row].prompt)
+        for ids, start, of in encoded:
+            seen["responses cut to max_length"] += start < max_length < len(ids)
+            tokens.extend(ids[:max_length])
+            targets.extend((bytes(start) + b"\x01" * (len(ids) - start) if of is None else bytes(of))[:max_length])
+            starts.append(len(tokens))
+            lengths.append(min(start, max_length))
+    kept = [(row, responses) for row, responses in units if lengths[place[row, responses[0]]] < max_length]
+
+    def ids_of(row: int, c: int) -> Any:
+        r = place[row, c]
+        return tokens[starts[r] : starts[r + 1]]
+
+    alike = sum(len(cs) > 1 and all(ids_of(row, c) == ids_of(row, cs[0]) for c in cs[1:]) for row, cs in kept)
+    single, width = preferences.form == "labelled", max((len(responses) for _, responses in kept), default=1)
+    good = sum(preferences.rows[row].rewards[0] > 0 for row, _ in kept)
     counts = {
         "rows": len(preferences.rows),
+        f"rows read as {preferences.layout}": len(preferences.rows),
+        **{f"columns left unread ({', '.join(some)})": len(some) for some in [preferences.unread] if some},
         "units": len(kept),
         "responses": len({(row, c) for row, responses in kept for c in responses}),
         "rows left out, all rewards equal": tied,
         "units left out, prompt fills max_length": len(units) - len(kept),
-        "responses cut to max_length": cut,
+        "responses cut to max_length": 0,
+        "prompts cut": 0,
+        "units of equal responses": alike,
+        "units of the only label": len(kept) if single and good in (0, len(kept)) else 0,
+        **preferences.notes,
+        **seen,
     }
     if not kept:
         raise ValueError(f"{preferences.source}: expected something to train on, got nothing; {counts}")
-    single, width = preferences.form == "labelled", max(len(responses) for _, responses in kept)
     rewards = None
     if pairing == GROUPS:
-        of = [[preferences.rows[row].rewards[c] for c in responses] for row, responses in kept]
-        rewards = torch.tensor([r + [0.0] * (width - len(r)) for r in of], dtype=torch.float64)
+        of_kept = [[preferences.rows[row].rewards[c] for c in responses] for row, responses in kept]
+        rewards = torch.tensor([r + [0.0] * (width - len(r)) for r in of_kept], dtype=torch.float64)
     first = [True] + [False] * (width - 1)
+    gaps = torch.frombuffer(targets, dtype=torch.uint8).bool()
+    prompts = torch.tensor(lengths)
     return PreferenceDataset(
         torch.tensor(tokens, dtype=torch.int32),
         torch.tensor(starts),
-        torch.tensor(lengths),
+        prompts,
         torch.tensor([[place[row, c] for c in cs] + [-1] * (width - len(cs)) for row, cs in kept]),
         torch.tensor([[preferences.rows[row].rewards[0] > 0] if single else first for row, _ in kept]),
         counts,
         rewards=rewards,
+        targets=None if int(gaps.sum()) == len(gaps) - int(prompts.sum()) else gaps,
     )
+
+
+# How counts begin of what happened to data that its author may not expect, and what they are parts of
+AFFECTED = {
+    "rows left out": "rows",
+    "rows with ": "rows",
+    "prompts cut": "rows",
+    "prompts left out": "rows",
+    "units left out": "units",
+    "units of ": "units",
+    "responses cut": "responses",
+    "responses left out": "responses",
+}
+
+
+def check_counts(source: str, counts: Mapping[str, int], but: Sequence[str] = ()) -> None:
+    """Refuse data of which most was cut, left out, or is otherwise not what it seems.
+
+    Args:
+        source: the data's path.
+        counts: of a `PreferenceDataset`.
+        but: names of counts that are no reason.
+
+    Raises:
+        ValueError: one thing affects more than half of the rows, units or responses.
+    """
+    for name, count in counts.items():
+        of = next((of for begin, of in AFFECTED.items() if name.startswith(begin)), None)
+        if of is None or name in but:
+            continue
+        total = counts[of] + (count if name.startswith(("units left", "responses left")) else 0)
+        if 2 * count > total:
+            raise ValueError(
+                f"{source}: expected at most half of the {of} affected, got {name}: {count} of {total} "
+                "(--allow goes on all the same)"
+            )
 
 
 def pad_of(tokenizer: Any) -> int:
@@ -316,7 +410,7 @@ def pad_of(tokenizer: Any) -> int:
 
 
 def prompt_limit(tokenizer: Any, max_length: int, max_prompt_length: int | None) -> int:
-    """Tokens a prompt may have: `max_prompt_length`, or half of `max_length`.
+    """Tokens a prompt may have where it has to be cut: `max_prompt_length`, or half of `max_length`.
 
     Raises:
         ValueError: lengths that leave no room, or a tokenizer without end token.
@@ -331,59 +425,317 @@ def prompt_limit(tokenizer: Any, max_length: int, max_prompt_length: int | None)
     return limit
 
 
-def prompt_tokens(texts: list[str], tokenizer: Any, limit: int) -> list[list[int]]:
-    """Token ids of prompts: their last `limit`, behind the beginning token where there is one; never none."""
-    head = _beginning(tokenizer)
-    room = limit - len(head)
-    return [
-        (head + ids[-room:] if room > 0 else ids[-limit:]) or head or [tokenizer.eos_token_id]
-        for ids in _ids(tokenizer, texts)
-    ]
+def prompt_tokens(
+    rows: Sequence[Row], tokenizer: Any, keep: int, side: str = "left"
+) -> tuple[list[list[int] | None], int]:
+    """Token ids of prompts, as in front of a response in `tokenise`, cut to at most `keep` tokens.
+
+    Returns:
+        The ids of each, None of one that can't be cut to that; and how many were cut.
+    """
+    made: list[list[int] | None] = []
+    cut = 0
+    for row, ids in zip(rows, _prompts(rows, tokenizer)):
+        if len(ids) > keep:
+            row, ids = _cut(row, ids, tokenizer, keep, side)
+            cut += len(ids) <= keep
+        made.append(ids if len(ids) <= keep else None)
+    return made, cut
 
 
-def prompt_text(row: Row, tokenizer: Any) -> str:
-    """A row's prompt as a string, a chat by the tokenizer's template.
+def turn_end(row: Row, tokenizer: Any) -> int | None:
+    """The special token that the template writes first behind what an assistant says to this prompt; None: there is
+    none, or the row is of strings.
 
     Raises:
-        ValueError: a chat, and a tokenizer without template.
+        ValueError: a template that fails.
     """
     if isinstance(row.prompt, str):
-        return row.prompt
-    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    texts = [_rendered(row, tokenizer, [*row.prompt, {"role": "assistant", "content": said}]) for said in ("A", "B")]
+    tail = texts[0][len(texts[0]) - common(*(text[::-1] for text in texts)) :]
+    ids = _ids(tokenizer, [tail], [row.where])[0]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return ids[0] if ids and ids[0] in special else None
+
+
+def _encoded(
+    rows: Sequence[Row], wanted: Mapping[int, list[int]], tokenizer: Any, limit: int, max_length: int, side: str,
+    counts: Counter[str],
+) -> Iterator[list[Encoded]]:  # fmt: skip
+    """The responses of each of these rows, with their prompts cut where that has to be."""
+    order = list(wanted)
+    for first in range(0, len(order), PART):
+        part = [(rows[r], wanted[r]) for r in order[first : first + PART]]
+        for (row, which), encoded in zip(part, _together(part, tokenizer, counts)):
+            longest = max(len(ids) - start for ids, start, _ in encoded)
+            start = max(start for _, start, _ in encoded)
+            if start + longest > max_length and start > (keep := max(limit, max_length - longest)):
+                if isinstance(row.prompt, str):
+                    ids = _cut(row, encoded[0].ids[:start], tokenizer, keep, side)[1]
+                    cut = [Encoded(ids + whole[start:], len(ids)) for whole, _, _ in encoded]
+                else:
+                    shorter, ids = _cut(row, encoded[0].ids[:start], tokenizer, keep, side)
+                    cut = _together([(shorter, which)], tokenizer, Counter())[0] if len(ids) <= keep else encoded
+                counts["prompts cut"] += max(s for _, s, _ in cut) < start
+                encoded = cut
+            yield encoded
+
+
+def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Counter[str]) -> list[list[Encoded]]:
+    """Rows with the responses that are wanted of them, uncut."""
+    prompts = _prompts([row for row, _ in part], tokenizer)
+    responses = [(row, row.completions[c]) for row, which in part for c in which]
+    if isinstance(part[0][0].prompt, str):
+        end = tokenizer.eos_token_id
+        follow = iter(_following(tokenizer, [str(text) for _, text in responses], [row.where for row, _ in responses]))
+        made = [[next(follow) for _ in which] for _, which in part]
+        return [
+            [Encoded(ids + (own if own[-1:] == [end] else [*own, end]), len(ids)) for own in completions]
+            for ids, completions in zip(prompts, made)
+        ]
+    chats = [(row, [*row.prompt, *text]) for row, text in responses if isinstance(text, list)]  # type: ignore[list-item]
+    lost = {(row.where, key) for row, chat in chats for key in _left_out(row, tokenizer, chat)}
+    counts.update(f"rows with {key} of messages left out by the template" for _, key in sorted(lost))
+    found = iter(_chat_ids(chats, tokenizer))
+    out = []
+    for (row, which), ids in zip(part, prompts):
+        out.append([_placed(row, tokenizer, ids, row.completions[c], *next(found)) for c in which])
+    return out
+
+
+PART = 1000  # rows that are tokenised at a time
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def is_empty(prompt: Text) -> bool:
+    """Whether a prompt says nothing."""
+    if isinstance(prompt, str):
+        return not prompt
+    return not any(value for turn in prompt for key, value in turn.items() if key != "role")
+
+
+def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
+    """Token ids of whole prompts, chats with the generation prompt; never none."""
+    places = [row.where for row in rows]
+    if rows and not isinstance(rows[0].prompt, str):
+        return [ids for ids, _ in _chat_ids([(row, row.prompt) for row in rows], tokenizer, prompt=True)]  # type: ignore[misc]
+    every = _ids(tokenizer, [str(row.prompt) for row in rows], places, add_special_tokens=True)
+    return [ids or [tokenizer.eos_token_id] for ids in every]
+
+
+def _chat_ids(
+    chats: Sequence[tuple[Row, list[dict[str, Any]]]], tokenizer: Any, prompt: bool = False
+) -> list[tuple[list[int], list[int] | None]]:
+    """Token ids of chats by the template; of whole ones also which of them it says that the assistant wrote."""
+    made: list[tuple[list[int], list[int] | None]] = []
+    marked = not prompt and bool(chats) and _marks(tokenizer, chats[0][0])
+    if _is_own(tokenizer) and not marked:
+        texts = [_rendered(row, tokenizer, chat, prompt) for row, chat in chats]
+        return [(ids, None) for ids in _ids(tokenizer, texts, [row.where for row, _ in chats])]
+    for row, chat in chats:
+        if marked:
+            out = _rendered(row, tokenizer, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            made.append((list(out["input_ids"]), list(out["assistant_masks"])))
+        else:
+            made.append((list(_rendered(row, tokenizer, chat, prompt, tokenize=True, return_dict=False)), None))
+    return made
+
+
+def _is_own(tokenizer: Any) -> bool:
+    """Whether a chat's ids are those of its text: some classes tokenise chats in another way."""
+    return getattr(type(tokenizer), "apply_chat_template", None) is PreTrainedTokenizerBase.apply_chat_template
+
+
+def _marks(tokenizer: Any, row: Row) -> bool:
+    """Whether the template says what the assistant wrote."""
+    text = getattr(tokenizer, "chat_template", None) and tokenizer.get_chat_template(
+        tools=(row.template or {}).get("tools")
+    )
+    return isinstance(text, str) and GENERATION.search(text) is not None
+
+
+def _rendered(
+    row: Row, tokenizer: Any, chat: list[dict[str, Any]], prompt: bool = False, tokenize: bool = False, **more: Any
+) -> Any:
+    """A chat by the tokenizer's template, of a prompt with the generation prompt.
+
+    Raises:
+        ValueError: a tokenizer without template, or one that fails.
+    """
+    if getattr(tokenizer, "chat_template", None) is None and _is_own(tokenizer):
         raise ValueError(f"{row.where}: expected strings, since the tokenizer has no chat template; got a chat")
-    return tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(
+            chat, tokenize=tokenize, add_generation_prompt=prompt, **more, **(row.template or {})
+        )
+    except Exception as error:  # whatever a template does
+        raise ValueError(f"{row.where}: expected a chat that the template takes, got {described(error)}") from error
 
 
-def _texts(
-    preferences: Preferences, rows: Sequence[int], used: Sequence[tuple[int, int]], tokenizer: Any
-) -> tuple[list[str], list[str]]:
-    """Prompts and completions as strings, chats by the tokenizer's template."""
-    prompts = {r: prompt_text(preferences.rows[r], tokenizer) for r in rows}
-    completions = []
-    for r, c in used:
-        row = preferences.rows[r]
-        completion = row.completions[c]
-        if isinstance(completion, str) or isinstance(row.prompt, str):
-            completions.append(str(completion))
-            continue
-        whole = tokenizer.apply_chat_template([*row.prompt, *completion], tokenize=False)
-        if not whole.startswith(prompts[r]):
+def _placed(
+    row: Row, tokenizer: Any, prompt: list[int], completion: Text, ids: list[int], marks: list[int] | None
+) -> Encoded:
+    """Where the response is in the ids of prompt and response."""
+    runs = [] if marks is None else [i for i, mark in enumerate(marks) if mark and not (i and marks[i - 1])]
+    turns = sum(turn.get("role") == "assistant" for turn in (*row.prompt, *completion) if isinstance(turn, dict))
+    own = sum(turn.get("role") == "assistant" for turn in completion if isinstance(turn, dict))
+    if ids[: len(prompt)] == prompt:
+        start = len(prompt)
+    elif marks is not None and len(runs) == turns and own:
+        start = runs[-own]
+    else:
+        start = _behind_text(row, tokenizer, completion, ids)
+    start = max(start, 1)  # nothing predicts the first token
+    if marks is None and start < len(ids):
+        return Encoded(ids, start)
+    targets = [bool(mark) and i >= start for i, mark in enumerate(marks or [])]
+    if not any(targets):
+        raise ValueError(f"{row.where}: expected a chat template that writes the response, got nothing of it")
+    return Encoded(ids, targets.index(True), targets)
+
+
+def _behind_text(row: Row, tokenizer: Any, completion: Text, ids: list[int]) -> int:
+    """The first token with a letter behind the text of the prompt."""
+    chat: list[dict[str, Any]] = [*row.prompt, *completion]  # type: ignore[list-item]
+    prompt: list[dict[str, Any]] = row.prompt  # type: ignore[assignment]
+    whole, asked, bare = (
+        _rendered(row, tokenizer, turns, asks) for turns, asks in ((chat, False), (prompt, True), (prompt, False))
+    )
+    shared = common(whole, asked)
+    if shared < len(bare) or not whole.startswith(bare):
+        before, after = (shown(text[max(shared - 20, 0) :][:40]) for text in (asked, whole))
+        raise ValueError(
+            f"{row.where}: expected a chat template that leaves the prompt as it is when the response follows; "
+            f"got {before} before and {after} after"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{row.where}: expected a fast tokenizer, to find the response in its chat; got a slow one")
+    offsets = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return next((i for i, (_, end) in enumerate(offsets) if end > shared), len(ids))
+
+
+def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]:
+    """What messages hold beside role and content that the template shows nothing of.
+
+    Raises:
+        ValueError: of tools, of a call, or of parts as they are, nothing is shown.
+    """
+    beside = {key for turn in chat for key, value in turn.items() if value and key not in ("role", "content")}
+    parts = [turn["content"] for turn in chat if isinstance(turn.get("content"), list)]
+    if not beside and not parts and not row.template:
+        return []
+    whole = _rendered(row, tokenizer, chat)
+    for part in parts:
+        if str(part) in whole:
+            got = f"one that writes {shown(part)}"
+            raise ValueError(f"{row.where}: expected a chat template that takes lists of parts, got {got}")
+
+    def same(of: Row, without: set[str]) -> bool:
+        turns = [{key: value for key, value in turn.items() if key not in without} for turn in chat]
+        try:
+            return bool(_rendered(of, tokenizer, turns) == whole)
+        except ValueError:
+            return False
+
+    bare = None if row.template is None else {key: x for key, x in row.template.items() if key != "tools"}
+    for key, lost in (
+        ("tool_calls", "tool_calls" in beside and same(row, {"tool_calls"})),
+        ("tools", bare is not None and bare != row.template and same(row._replace(template=bare), set())),
+    ):
+        if lost:
+            raise ValueError(f"{row.where}: {key}: expected a chat template that shows them, got one that does not")
+    return [key for key in sorted(beside) if same(row, {key})]
+
+
+def _cut(row: Row, ids: list[int], tokenizer: Any, keep: int, side: str) -> tuple[Row, list[int]]:
+    """A prompt without as much of its text, from that side, as makes it `keep` tokens long, or as there is."""
+    if isinstance(row.prompt, str):
+        inner = _ids(tokenizer, [row.prompt], [row.where])[0]
+        before = next((i for i in range(len(ids) - len(inner) + 1) if ids[i : i + len(inner)] == inner), None)
+        if before is None:
             raise ValueError(
-                f"{row.where}: expected a chat template that leaves the prompt as it is when the response follows; "
-                f"got {shown(prompts[r][-40:])} before and {shown(whole[: len(prompts[r])][-40:])} after"
+                f"{row.where}: prompt: expected at most {keep} tokens, since this one can't be cut; got {len(ids)}"
             )
-        completions.append(whole[len(prompts[r]) :])
-    return list(prompts.values()), completions
+        head, tail = ids[:before], ids[before + len(inner) :]
+        room = max(keep - len(head) - len(tail), 0)
+        left = inner[len(inner) - room :] if side == "left" else inner[:room]
+        return row, head + left + tail
+    texts = [turn.get("content") for turn in row.prompt if isinstance(turn, dict)]
+    keeps = [turn["role"] in ("system", "developer") for turn in row.prompt if isinstance(turn, dict)]
+    lengths = [len(text) if isinstance(text, str) and not whole else 0 for text, whole in zip(texts, keeps)]
+
+    def without(letters: int) -> tuple[Row, list[int]]:
+        turns: list[dict[str, Any]] = [dict(turn) for turn in row.prompt]  # type: ignore[arg-type]
+        order = range(len(turns)) if side == "left" else reversed(range(len(turns)))
+        for i in order:
+            gone = min(letters, lengths[i])
+            if gone:
+                text = turns[i]["content"]
+                turns[i]["content"] = text[gone:] if side == "left" else text[: len(text) - gone]
+                letters -= gone
+        shorter = row._replace(prompt=turns)
+        return shorter, _prompts([shorter], tokenizer)[0]
+
+    low, high = 0, sum(lengths)
+    best = without(high)
+    while len(best[1]) <= keep and high - low > 1:
+        middle = (low + high) // 2
+        tried = without(middle)
+        if len(tried[1]) <= keep:
+            best, high = tried, middle
+        else:
+            low = middle
+    return best
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+def _ids(tokenizer: Any, texts: list[str], places: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text.
+
+    Raises:
+        ValueError: a text that the tokenizer fails at, with its place.
+    """
+    try:
+        return tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if texts else []
+    except Exception as error:
+        if len(texts) > 1:
+            return [_ids(tokenizer, [text], [where], add_special_tokens)[0] for text, where in zip(texts, places)]
+        got = described(error)
+        raise ValueError(f"{places[0]}: expected a text that the tokenizer takes, got {got}") from error
 
 
-def _beginning(tokenizer: Any) -> list[int]:
-    """[bos] where the tokenizer puts it in front of a text, else []."""
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+ANCHORS = (
+    "\n",
+    ".",
+    "a",
+    "1",
+    "|",
+    "é",
+)  # what a completion may stand behind, to see what it is in the midst of a text
+
+
+def _following(tokenizer: Any, texts: list[str], places: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts in the midst of another one: without the space that some tokenizers put in front of texts.
+
+    Raises:
+        ValueError: a text that grows together with whatever it stands behind.
+    """
+    made = _ids(tokenizer, texts, places)
+    alone = {text: _ids(tokenizer, [text], ["tokenizer"])[0] for text in (*ANCHORS, "e", "A", "x")}
+
+    def behind(anchor: str, text: str, where: str) -> list[int] | None:
+        head = alone[anchor]
+        both = _ids(tokenizer, [anchor + text], [where])[0]
+        return both[len(head) :] if both[: len(head)] == head else None
+
+    if all(behind(".", text, "tokenizer") in (None, alone[text]) for text in ("a", "e", "A", "x", "1")):
+        return made
+    for i, text in enumerate(texts):
+        found = next((ids for anchor in ANCHORS if (ids := behind(anchor, text, places[i])) is not None), None)
+        if found is None:
+            raise ValueError(f"{places[i]}: expected a response that can follow a prompt, got {shown(text)}")
+        made[i] = found
+    return made
 
 
 class Collator:
@@ -415,13 +767,17 @@ class Collator:
             columns["input_ids"].append(response.tokens)
             labels = response.tokens.clone()
             labels[: response.prompt] = IGNORE
+            if response.targets is not None:
+                labels[~response.targets] = IGNORE
             columns["labels"].append(labels)
             if response.ref is not None:
                 for name, values in zip(("ref_logp", "ref_log_odds"), response.ref):
                     whole = torch.zeros(len(labels))
                     whole[response.prompt - 1 : -1] = values
                     columns.setdefault(name, []).append(whole)
-        fill = {"input_ids": self.pad, "labels": IGNORE}
+        # masked, so any token will do: one that the model has, which needn't have the tokenizer's own
+        pad = min(self.pad, max(int(response.tokens.max()) for response in responses))
+        fill = {"input_ids": pad, "labels": IGNORE}
         others = [(response.mismatch,) for response in responses if response.mismatch is not None]
         if others:
             extra["mismatched"] = self(others)  # type: ignore[assignment]
