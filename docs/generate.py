@@ -41,9 +41,7 @@ AVX2_16MIB = "cpu-2-threads-avx2/2048-512-32000-16MiB/results.json"
 PEERS = "cpu-2-threads/peers/cpu.json"
 PRODUCTS = "cpu-2-threads/products/results.json"
 SKIPPING = "cpu-2-threads/skipping/results.json"
-SKIPPING_BF16 = "cpu-2-threads/skipping-bf16/results.json"
 KEPT = "cpu-2-threads/kept-2048-512-32000/results.json"
-KEPT_LARGE = "cpu-2-threads/kept-1024-2048-128256/results.json"
 GROWTH = "cpu-2-threads/growth/results.json"
 CALLS = "cpu-2-threads/calls/results.json"
 TRAINED = "cpu-2-threads/trained/results.json"
@@ -58,11 +56,9 @@ AIMS = {
     (LARGE, "bnf", "single"): 1.04,
     (SMALL, "dpo", "two_pass"): 1.06,
     (SMALL, "log-prob", "forward"): 1.08,
-}
-AIMS |= {
-    (name, loss, path): aim
-    for name in (KEPT, KEPT_LARGE)
-    for loss, path, aim in (("bnf", "single", 1.03), ("dpo", "single", 1.02), ("dpo", "two_pass", 1.02))
+    (KEPT, "bnf", "single"): 1.03,
+    (KEPT, "dpo", "single"): 1.02,
+    (KEPT, "dpo", "two_pass"): 1.02,
 }
 
 Row = dict[str, Any]
@@ -159,7 +155,7 @@ def aims() -> str:
     for (name, loss, path), aim in AIMS.items():
         (row,) = (r for r in load(name)["rows"] if (r["loss"], r["path"], r["impl"]) == (loss, path, "fused"))
         ratio = row["over_floor"]
-        kept = ", kept workspace" * (name in (KEPT, KEPT_LARGE))
+        kept = ", kept workspace" * (name == KEPT)
         lines.append(
             (f"{job(row)}; {shape(row)}{kept}", f"{aim:.2f}", f"{ratio:.2f}", "met" if ratio <= aim else "missed")
         )
@@ -258,9 +254,9 @@ def _call(name: str) -> str:
     return JOBS[loss] + PATHS[path]
 
 
-def skipping(source: str, units: bool = True) -> str:
+def skipping() -> str:
     """What skipping saves on a real model: times, and what other tolerances leave out."""
-    content = load(source)
+    content = load(SKIPPING)
     lines = []
     for row in content["table"]:
         error = "" if row["dX off"] is None else f"{row['dX off']:.0e} / {row['dW off']:.0e}"
@@ -268,15 +264,13 @@ def skipping(source: str, units: bool = True) -> str:
         over = [f"{row[f'over {other}']:.2f}" for other in ("3U", "naive")]
         lines.append((f"{row['loss']}: {row['way']}", f"{row['ms']:,} ms", *over, share, error))
     times = table(("", "time", "over the products", "over naive", "left out", "dX / dW off"), lines)
-    if not units:
-        return "\n\n".join([times, conditions(source)])
     rows: dict[str, list[str]] = {}
     for row in content["units"]:
         name = row["loss"] if row["of"] == "all" else f"{row['loss']}, {row['of']}"
         rows.setdefault(name, []).append(f"{row['units']:.2f}")
     tolerances = [row["tolerance"] for row in content["units"][: len(next(iter(rows.values())))]]
     headers = ["products, by tolerance", *(x if x == "auto" else f"2^{math.log2(x):.0f}" for x in tolerances)]
-    return "\n\n".join([times, table(headers, [(name, *cells) for name, cells in rows.items()]), conditions(source)])
+    return "\n\n".join([times, table(headers, [(name, *cells) for name, cells in rows.items()]), conditions(SKIPPING)])
 
 
 def small() -> str:
@@ -507,10 +501,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "aims": aims,
     "peers": peers,
     "products": products,
-    "skipping": lambda: skipping(SKIPPING),
-    "skipping-bf16": lambda: skipping(SKIPPING_BF16, units=False),
+    "skipping": skipping,
     "kept": lambda: measured(KEPT),
-    "kept-large": lambda: measured(KEPT_LARGE),
     "growth": growth,
     "calls": small,
     "trained": trained,

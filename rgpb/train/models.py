@@ -31,7 +31,7 @@ def family_of(config: TrainConfig) -> str | None:
             check_gguf(Path(folder), name)
         elif folder is not None and not (Path(folder) / "config.json").is_file():
             built_in = f", or one of {sorted(BUILT_IN)}" if name == "model" else ""
-            raise ValueError(f"{name}: expected a folder with a config.json, a GGUF file{built_in}, got {folder!r}")
+            raise ValueError(f"{name}: expected a folder with a config.json or a GGUF file{built_in}, got {folder!r}")
     return None if Path(config.model).is_dir() or is_gguf(config.model) else config.model
 
 
