@@ -215,6 +215,19 @@ def test_nothing_to_leave_out():
     assert metrics["skipped/share"] == 0
 
 
+@pytest.mark.parametrize("path", ["single", "two_pass"])
+@pytest.mark.parametrize("ignore_index", [0, V - 1, V, 10**9, -(2**63)])
+def test_any_ignore_index_in_another_order(ignore_index, path):
+    """One inside the vocabulary, whose place in the order is another target's; one beyond."""
+    hidden, head, target, _ = peaked()
+    target[target == ignore_index] = 1
+    how = {"grad_tolerance": 0.3, "sort_vocab": True, "path": path}
+    expected = mle_loss(hidden, head, target, **how)
+    loss = mle_loss(hidden, head, torch.where(target == -100, ignore_index, target), ignore_index=ignore_index, **how)
+    for a, b in zip(*(torch.autograd.grad(x, [hidden, head.weight]) for x in (loss, expected))):
+        torch.testing.assert_close(a, b)
+
+
 def test_rows_without_a_gradient_cost_nothing():
     """DPO at reduction="none": pairs whose upstream gradient is 0 are left out whole."""
     hidden, head, target, _ = peaked()

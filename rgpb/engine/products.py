@@ -85,7 +85,7 @@ class Problem(NamedTuple):
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
         ignore = self.call.ignore_index
-        target = torch.where(self.target == ignore, ignore, place[self.target.clamp(min=0)])
+        target = torch.where(self.target == ignore, ignore, place[self.target.clamp(0, len(order) - 1)])
         bias = None if self.bias is None else self.bias[order]
         return self._replace(order=order, target=target, bias=bias)
 
