@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rgpb import FusedLoss, Workspace, linear_logprob
+from rgpb.engine import workspace
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, V, H = 4, 16, 600, 32
@@ -189,8 +190,32 @@ def test_the_memory_of_a_gradient_that_nobody_holds_is_taken_again():
     assert step() != shared.data_ptr()
     torch.testing.assert_close(shared, right, rtol=0, atol=0)
     weight.grad = None
+    first, storage = step(), weight.grad.untyped_storage()  # held as such, without a tensor
+    weight.grad = None
+    assert step() != first
+    del storage
+    weight.grad = None
     kept.free()
     assert kept.held == 0
     plain = Workspace(1 << 20)
     step(plain)
     assert not plain._given
+
+
+def test_the_memory_of_a_gradient_comes_on_top_of_the_size():
+    """It takes no room from the buffers, also where these grow."""
+    weight = torch.randn(5000, 64, requires_grad=True)
+    kept = Workspace(weight.nbytes // 2, gradients=True)
+    for length in (2, 4, 4):
+        mle_loss(torch.randn(1, length, 64), weight, torch.randint(5000, (1, length)), workspace=kept).backward()
+        weight.grad = None
+    assert kept.held >= weight.nbytes + 4 * 5000 * 4
+
+
+def test_orders_do_not_pile_up(given):
+    """As with a tolerance that changes from step to step."""
+    kept = Workspace(1 << 20)
+    for place in range(12):
+        step(given, kept, grad_tolerance=0.1 + place / 100)
+    assert len(kept._orders) == workspace.ORDERS
+    assert next(reversed(kept._orders))[-1] == 0.1 + 11 / 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from rgpb.kernels.cpp_rows import fresh
 WORSE = 1.25
 # Where an order leaves out less than this share, none is used for so many calls.
 WORTH, PAUSE = 0.1, 64
+# So many orders are kept, of several heads or tolerances; the oldest goes first.
+ORDERS = 8
 
 
 class Workspace:
@@ -57,8 +60,12 @@ class Workspace:
     @property
     def held(self) -> int:
         """Bytes kept at the moment, gradients aside that somebody still holds."""
-        given = sum(storage.nbytes() for storage in self._given.values() if _is_free(storage))
-        return given + sum(block.numel() for block in self._blocks.values())
+        return self._scratch + sum(self._given[name].nbytes() for name in self._given if _is_free(self._given, name))
+
+    @property
+    def _scratch(self) -> int:
+        """Bytes of the blocks, which `size` bounds."""
+        return sum(block.numel() for block in self._blocks.values())
 
     def free(self) -> None:
         """Give back all memory, and forget the order; waits for a call of another thread.
@@ -113,10 +120,10 @@ class Workspace:
         if place not in self._blocks or self._blocks[place].numel() < size:
             self._blocks.pop(place, None)
             for other in [other for other in self._blocks if other not in self._taken]:
-                if self.held + size <= self.size:
+                if self._scratch + size <= self.size:
                     break
                 del self._blocks[other]
-            if self.held + size > self.size:  # a block of this call's is larger than it asked for
+            if self._scratch + size > self.size:  # a block of this call's is larger than it asked for
                 return fresh(torch.empty(shape, dtype=dtype, device=device))
             self._blocks[place] = fresh(torch.empty(size, dtype=torch.uint8, device=device))
         return self._blocks[place][:size].view(dtype).view(shape)
@@ -125,21 +132,23 @@ class Workspace:
         """Memory for a gradient of that name, not cleared: that of the last one, if nobody holds it any more."""
         if not self.gradients or self._owner != threading.get_ident() or like.device.type != "cpu":
             return fresh(torch.empty_like(like))
-        known = self._given.get(name)
-        if known is None or known.nbytes() != like.nbytes or not _is_free(known):
+        if name not in self._given or self._given[name].nbytes() != like.nbytes or not _is_free(self._given, name):
             self._given.pop(name, None)
             made = fresh(torch.empty_like(like))
             if like.nbytes == made.untyped_storage().nbytes():
                 self._given[name] = made.untyped_storage()
             return made
         shape = torch.empty_like(like, device="meta")
-        return like.new_empty(0).set_(known, 0, shape.shape, shape.stride())
+        return like.new_empty(0).set_(self._given[name], 0, shape.shape, shape.stride())
 
     def order(self, key: object, estimate: Callable[[], Tensor]) -> Tensor | None:
         """The order of a head's vocabulary, estimated where none is kept; None where it isn't worth its while."""
         found = self._orders.get(key)
         if found is None:
-            found = self._orders[key] = _Order(estimate())
+            found = _Order(estimate())
+            while len(self._orders) >= ORDERS:
+                self._orders.pop(next(iter(self._orders)), None)
+            self._orders[key] = found
         if found.pause > 0:
             found.pause -= 1
             if found.pause == 0:
@@ -173,9 +182,18 @@ _alive: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 _entered = threading.local()  # `stack`: those of a thread
 
 
-def _is_free(storage: torch.UntypedStorage) -> bool:
-    """Whether nobody else holds it: no tensor, view or array of this process, nor another process."""
-    return torch._C._storage_Use_Count(storage._cdata) == 1 and not storage.is_shared()
+def _holders(given: dict[str, torch.UntypedStorage], name: str) -> tuple[int, int]:
+    """How many hold a storage: tensors, views and arrays; and the storage object itself, which all have in common."""
+    storage = given[name]
+    return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+
+
+_ALONE = _holders({"": torch.empty(1).untyped_storage()}, "")
+
+
+def _is_free(given: dict[str, torch.UntypedStorage], name: str) -> bool:
+    """Whether nobody but `given` holds that storage, in this process or in another one."""
+    return _holders(given, name) == _ALONE and not given[name].is_shared()
 
 
 def check_size(size: object, argument: str = "workspace") -> None:
