@@ -19,7 +19,7 @@ from typing import ClassVar
 import pytest
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -561,6 +561,9 @@ class TestReference:
         broken = next((tmp_path / "cache").iterdir())
         broken.write_bytes(b"half")
         with pytest.raises(ValueError, match=f"ref_cache: expected a whole file, got {broken}"):
+            train(config(data, tmp_path / "again", ref_cache=str(tmp_path / "cache")))
+        save_file({"logp": torch.zeros(1), "log_odds": torch.zeros(1)}, broken)  # it would be taken for each token
+        with pytest.raises(ValueError, match=rf"ref_cache: expected \d+ numbers logp in {broken}, got \[1\]"):
             train(config(data, tmp_path / "again", ref_cache=str(tmp_path / "cache")))
 
     def test_a_setting_of_the_model_is_part_of_its_fingerprint(self):

@@ -204,8 +204,13 @@ class References:
                 assert each.ref is not None
                 starts = each.ref.starts
                 place_of = torch.cat([torch.arange(int(starts[r]), int(starts[r + 1])) for r in block])
-                each.ref.logp[place_of] = found[prefix + "logp"]
-                each.ref.log_odds[place_of] = found[prefix + "log_odds"]
+                for name in ("logp", "log_odds"):
+                    values = found.get(prefix + name)
+                    if values is None or values.shape != place_of.shape or values.dtype != torch.float32:
+                        got = "none" if values is None else f"{list(values.shape)} of {values.dtype}"
+                        wanted = f"{len(place_of)} numbers {prefix}{name}"
+                        raise ValueError(f"ref_cache: expected {wanted} in {self._file(number)}, got {got}; remove it")
+                    getattr(each.ref, name)[place_of] = values
 
     def _scored(self, data: PreferenceDataset, block: list[int], bar: tqdm[Any]) -> dict[str, Tensor]:
         config, made = self.config, dict[str, Tensor]()
