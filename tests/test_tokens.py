@@ -374,6 +374,55 @@ class TestMarked:
         targets = [r.tokens[r.prompt :] if r.targets is None else r.tokens[r.targets] for r in unit]
         assert [tokenizer.decode(each) for each in targets] == [" yes <|im_end|>it is<|im_end|>", "5<|im_end|>"]
 
+    @pytest.mark.parametrize("kind", ["trimmed", "wordpiece", "metaspace-always", "bytes"])
+    @pytest.mark.parametrize("inside", ["{{ m['content'] }}<|im_end|>", "{{ m['content'] }}"])
+    def test_marks_that_begin_or_end_with_a_space(self, tmp_path, kind, inside):
+        """Which is a letter of no token where it is dropped, or left out of the offsets."""
+        tokenizer = of("bytes" if kind == "trimmed" else kind)
+        if kind == "trimmed":
+            own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            own.post_processor = processors.ByteLevel(trim_offsets=True)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>")
+        end = "<|im_end|>" if inside.endswith("<|im_end|>") else ""
+        marked = "{% generation %}" + inside + "{% endgeneration %}" + ("" if end else "<|im_end|>")
+        tokenizer.chat_template = TEMPLATES["marked"].replace(
+            "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}", marked
+        )
+        prompt = [said("user", "2"), said("assistant", " no "), said("user", "so ?")]
+        answer = [said("assistant", " yes"), said("user", "is it ?"), said("assistant", " 4 ")]
+        path = write(tmp_path / "d.jsonl", {"prompt": prompt, "chosen": answer, "rejected": [said("assistant", "5")]})
+        chosen = tokenise(read_preferences(path), tokenizer)[0][0]
+        text = tokenizer.decode(chosen.tokens[chosen.targets]).replace(" ", "")
+        assert text == f"yes{end}4{end}"
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_each_row_has_the_template_of_its_tools(self, tmp_path, first):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=of("bytes").backend_tokenizer, eos_token="</s>")
+        tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + TEMPLATES["marked"]}
+        plain = {"prompt": CHATS["turn"], "chosen": ANSWERS["turns"][0], "rejected": ANSWERS["turns"][1]}
+        rows = [plain, {**plain, "tools": [{"name": "look"}]}]
+        data = tokenise(read_preferences(write(tmp_path / "d.jsonl", *(rows[first:] + rows[:first]))), tokenizer)
+        said_so = [data[(place - first) % 2][0] for place in range(2)]
+        texts = [tokenizer.decode(r.tokens[r.prompt :] if r.targets is None else r.tokens[r.targets]) for r in said_so]
+        turns = " yes <|im_end|>\n<|im_start|>user\nis it?<|im_end|>\n<|im_start|>assistant\nit is<|im_end|>"
+        assert texts[0] == turns + "\n"
+        assert texts[1] == " yes <|im_end|>it is<|im_end|>"
+
+    def test_a_prompt_that_changes_when_the_response_follows_is_refused(self, tmp_path):
+        """Also where the marks say where the response begins."""
+        template = "{{ messages | length }}" + TEMPLATES["marked"]
+        row = {"prompt": CHATS["turn"], "chosen": ANSWERS["words"][0], "rejected": ANSWERS["words"][1]}
+        with pytest.raises(ValueError, match=r"d\.jsonl:1: expected a chat template that leaves the prompt as it is"):
+            tokenise(read_preferences(write(tmp_path / "d.jsonl", row)), of("bytes", template))
+
+    def test_a_unit_of_which_one_response_has_nothing_left(self, tmp_path):
+        late = [said("tool", LONG * 2), said("assistant", "late")]
+        row = {"prompt": [said("user", "2")], "chosen": [said("assistant", "4")], "rejected": [said("assistant", "5")]}
+        path = write(tmp_path / "d.jsonl", row, {**row, "rejected": late}, {**row, "chosen": late})
+        data = tokenise(read_preferences(path), of("bytes", "marked"), max_length=60)
+        assert len(data) == 1
+        assert data.counts["units left out, prompt fills max_length"] == 2
+
     def test_mismatched_completions_keep_their_marks(self, tmp_path):
         data, tokenizer = self.data(tmp_path), of("bytes", "marked")
         other = data.mismatched(4096)
@@ -411,6 +460,7 @@ class TestCounts:
             ({"rejected": " 4"}, "units of equal responses"),
             ({"prompt": "2 + " * 9}, "prompts cut"),
             ({"chosen": " 4 " * 20}, "responses cut to max_length"),
+            ({"chosen": "2 + 4", "rejected": "2 + 5"}, "rows with responses that begin with the prompt"),
             ({"score_chosen": 1, "score_rejected": 1}, "rows with a score_chosen that is the score_rejected"),
             ({"score_chosen": 1, "score_rejected": 2}, "rows with a score_chosen below the score_rejected"),
         ],
@@ -425,6 +475,24 @@ class TestCounts:
             rows = [{**each, "rejected": each["chosen"] + "x"} for each in rows]
         with pytest.raises(ValueError, match=f"d: expected at most half of the .* affected, got {name}"):
             check_counts("d", self.counts(tmp_path, *rows, max_length=30))
+
+    def test_what_is_left_out_is_a_part_of_all(self, tmp_path):
+        """Rows without a response are no rows of the data any more; nor are tied responses of groups."""
+        whole = {"chosen": "2 +\n\nAssistant: 4", "rejected": "2 +\n\nAssistant: 5"}
+        empty = {**whole, "rejected": "2 +\n\nAssistant:"}
+        check_counts("d", self.counts(tmp_path, *[whole] * 3, *[empty] * 2))
+        with pytest.raises(ValueError, match="rows left out, an empty response: 3 of 5"):
+            check_counts("d", self.counts(tmp_path, *[whole] * 2, *[empty] * 3))
+        for rewards, fine in (([1, 1, 1, 0], True), ([1, 1, 1, 1, 0], False)):
+            row = {"prompt": "2 +", "completions": [f" {k}" for k in range(len(rewards))], "rewards": rewards}
+            found = read_preferences(write(tmp_path / "d.jsonl", row))
+            data = tokenise(found, train_tokenizer(["a"], 258), pairing="groups").without_tied_best()
+            assert data.counts["responses"] == int((data.units >= 0).sum())
+            if fine:
+                check_counts("d", data.counts)
+                continue
+            with pytest.raises(ValueError, match="responses left out, as good as the best: 3 of 5"):
+                check_counts("d", data.counts)
 
     def test_a_prompt_is_cut_no_more_than_has_to_be(self, tmp_path):
         row = {"prompt": "0123456789" * 3, "chosen": "ab", "rejected": "abcd"}

@@ -375,6 +375,9 @@ def read_layout(where: str, record: Any) -> tuple[Layout, Row, list[str]]:
     prompt, completions = _apart(where, layout, found.prompt, texts)
     template = template_of(where, record["input"] if layout.read is _openai else record, prompt)
     notes = []
+    given = found.prompt if isinstance(found.prompt, str) else ""
+    if given and all(isinstance(text, str) and text.startswith(given) for text in completions):
+        notes.append("rows with responses that begin with the prompt")
     for pair in BESIDE:
         scores = [record.get(key) for key in pair]
         if "chosen" in layout.keys and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores):

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from rgpb.hf import IGNORE
 from rgpb.layout import TokenScores
@@ -236,7 +237,10 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         assert self.rewards is not None
         tied = (self.rewards == self.rewards[:, :1]) & (self.units >= 0)
         tied[:, 0] = False
-        counts = {**self.counts, "responses left out, as good as the best": int(tied.sum())}
+        left = int(tied.sum())
+        counts = {
+            **self.counts, "responses": self.counts["responses"] - left, "responses left out, as good as the best": left
+        }  # fmt: skip
         return self._with(units=self.units.masked_fill(tied, -1), counts=counts)
 
     def _with(self, **changes: Any) -> PreferenceDataset:
@@ -323,7 +327,7 @@ def tokenise(
             targets.extend((bytes(start) + b"\x01" * (len(ids) - start) if of is None else bytes(of))[:max_length])
             starts.append(len(tokens))
             lengths.append(min(start, max_length))
-    kept = [(row, responses) for row, responses in units if lengths[place[row, responses[0]]] < max_length]
+    kept = [(row, cs) for row, cs in units if all(lengths[place[row, c]] < max_length for c in cs)]
 
     def ids_of(row: int, c: int) -> Any:
         r = place[row, c]
@@ -380,6 +384,9 @@ AFFECTED = {
     "responses left out": "responses",
 }
 
+# How those begin whose count the whole lacks
+GONE = ("units left out", "responses left out", "rows left out, an empty response")
+
 
 def check_counts(source: str, counts: Mapping[str, int], but: Sequence[str] = ()) -> None:
     """Refuse data of which most was cut, left out, or is otherwise not what it seems.
@@ -396,7 +403,7 @@ def check_counts(source: str, counts: Mapping[str, int], but: Sequence[str] = ()
         of = next((of for begin, of in AFFECTED.items() if name.startswith(begin)), None)
         if of is None or name in but:
             continue
-        total = counts[of] + (count if name.startswith(("units left", "responses left")) else 0)
+        total = counts[of] + (count if name.startswith(GONE) else 0)
         if 2 * count > total:
             raise ValueError(
                 f"{source}: expected at most half of the {of} affected, got {name}: {count} of {total} "
@@ -529,17 +536,47 @@ def _chat_ids(
 ) -> list[tuple[list[int], list[int] | None]]:
     """Token ids of chats by the template; of whole ones also which of them it says that the assistant wrote."""
     made: list[tuple[list[int], list[int] | None]] = []
-    marked = not prompt and bool(chats) and _marks(tokenizer, chats[0][0])
-    if _is_own(tokenizer) and not marked:
+    marked = [not prompt and _marks(tokenizer, row) for row, _ in chats]
+    if _is_own(tokenizer) and not any(marked):
         texts = [_rendered(row, tokenizer, chat, prompt) for row, chat in chats]
         return [(ids, None) for ids in _ids(tokenizer, texts, [row.where for row, _ in chats])]
-    for row, chat in chats:
-        if marked:
+    for (row, chat), marks in zip(chats, marked):
+        if marks and _is_own(tokenizer):
+            made.append(_marked_ids(row, tokenizer, chat))
+        elif marks:
             out = _rendered(row, tokenizer, chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             made.append((list(out["input_ids"]), list(out["assistant_masks"])))
         else:
             made.append((list(_rendered(row, tokenizer, chat, prompt, tokenize=True, return_dict=False)), None))
     return made
+
+
+def _marked_ids(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Token ids of a chat, and which of them have a letter of what the template marks as the assistant's.
+
+    transformers' own mask ends at a part that begins with a letter of no token, and goes on to the end of the chat
+    behind one that ends with such: spaces, for tokenizers that drop them, or leave them out of the offsets.
+    """
+    template = {**tokenizer.special_tokens_map, **(row.template or {})}
+    text = _rendered(row, tokenizer, chat)
+    source = tokenizer.get_chat_template(tools=template.get("tools"))
+    # (texts, of each the first and last letter of what is marked)
+    rendered: Any = render_jinja_template([chat], chat_template=source, return_assistant_tokens_mask=True, **template)
+    spans = rendered[1][0]
+    found = _with_offsets(row, tokenizer, text)
+    marks, before = [], 0
+    for start, end in found["offset_mapping"]:
+        first = start if start < end else before  # a token of spaces alone
+        marks.append(int(any(first < stop and begin < end for begin, stop in spans)))
+        before = end
+    return found["input_ids"], marks
+
+
+def _with_offsets(row: Row, tokenizer: Any, text: str) -> Any:
+    """Token ids of a chat's text, with the letters of each."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{row.where}: expected a fast tokenizer, to find the response in its chat; got a slow one")
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
 
 
 def _is_own(tokenizer: Any) -> bool:
@@ -582,10 +619,10 @@ def _placed(
     own = sum(turn.get("role") == "assistant" for turn in completion if isinstance(turn, dict))
     if ids[: len(prompt)] == prompt:
         start = len(prompt)
-    elif marks is not None and len(runs) == turns and own:
-        start = runs[-own]
     else:
         start = _behind_text(row, tokenizer, completion, ids)
+        if marks is not None and len(runs) == turns and own:
+            start = runs[-own]
     start = max(start, 1)  # nothing predicts the first token
     if marks is None and start < len(ids):
         return Encoded(ids, start)
@@ -609,9 +646,7 @@ def _behind_text(row: Row, tokenizer: Any, completion: Text, ids: list[int]) -> 
             f"{row.where}: expected a chat template that leaves the prompt as it is when the response follows; "
             f"got {before} before and {after} after"
         )
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{row.where}: expected a fast tokenizer, to find the response in its chat; got a slow one")
-    offsets = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    offsets = _with_offsets(row, tokenizer, whole)["offset_mapping"]
     return next((i for i, (_, end) in enumerate(offsets) if end > shared), len(ids))
 
 
