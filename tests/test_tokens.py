@@ -330,6 +330,14 @@ class TestBeside:
         with pytest.raises(ValueError, match="half of the rows affected, got rows with id of messages .*1 of 1"):
             check_counts("d", data.counts)
 
+    @pytest.mark.parametrize("role", ["system", "tool"])
+    def test_turns_that_a_template_leaves_out_are_counted(self, tmp_path, role):
+        row = {"prompt": [said("user", "a"), said("assistant", "b"), said(role, "c"), said("user", "d")]}
+        name = f"rows with turns of {role} left out by the template"
+        data = self.data(tmp_path, CHATML.replace("in messages", f"in messages if m.role != '{role}'"), row)
+        assert data.counts[name] == 1
+        assert name not in self.data(tmp_path, CHATML, row).counts
+
     def test_a_template_of_its_own_name_for_options(self, tmp_path):
         template = "{{ mood }}" + CHATML
         data = self.data(tmp_path, template, {"chat_template_kwargs": {"mood": "glad"}, "prompt": [said("user", "x")]})

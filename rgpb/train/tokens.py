@@ -502,8 +502,8 @@ def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Cou
             for ids, completions in zip(prompts, made)
         ]
     chats = [(row, [*row.prompt, *text]) for row, text in responses if isinstance(text, list)]  # type: ignore[list-item]
-    lost = {(row.where, key) for row, chat in chats for key in _left_out(row, tokenizer, chat)}
-    counts.update(f"rows with {key} of messages left out by the template" for _, key in sorted(lost))
+    lost = {(row.where, what) for row, chat in chats for what in _left_out(row, tokenizer, chat)}
+    counts.update(f"rows with {what} left out by the template" for _, what in sorted(lost))
     found = iter(_chat_ids(chats, tokenizer))
     out = []
     for (row, which), ids in zip(part, prompts):
@@ -651,14 +651,15 @@ def _behind_text(row: Row, tokenizer: Any, completion: Text, ids: list[int]) -> 
 
 
 def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]:
-    """What messages hold beside role and content that the template shows nothing of.
+    """What the template shows nothing of: things beside role and content, turns of neither user nor assistant.
 
     Raises:
         ValueError: of tools, of a call, or of parts as they are, nothing is shown.
     """
     beside = {key for turn in chat for key, value in turn.items() if value and key not in ("role", "content")}
     parts = [turn["content"] for turn in chat if isinstance(turn.get("content"), list)]
-    if not beside and not parts and not row.template:
+    others = {turn["role"] for turn in chat if turn.get("content")} - {"user", "assistant", "model"}
+    if not beside and not parts and not row.template and not others:
         return []
     whole = _rendered(row, tokenizer, chat)
     for part in parts:
@@ -666,8 +667,8 @@ def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]
             got = f"one that writes {shown(part)}"
             raise ValueError(f"{row.where}: expected a chat template that takes lists of parts, got {got}")
 
-    def same(of: Row, without: set[str]) -> bool:
-        turns = [{key: value for key, value in turn.items() if key not in without} for turn in chat]
+    def same(of: Row, without: set[str], role: str = "") -> bool:
+        turns = [{k: value for k, value in turn.items() if k not in without} for turn in chat if turn["role"] != role]
         try:
             return bool(_rendered(of, tokenizer, turns) == whole)
         except ValueError:
@@ -680,7 +681,8 @@ def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]
     ):
         if lost:
             raise ValueError(f"{row.where}: {key}: expected a chat template that shows them, got one that does not")
-    return [key for key in sorted(beside) if same(row, {key})]
+    unseen = [f"{key} of messages" for key in sorted(beside) if same(row, {key})]
+    return unseen + [f"turns of {role}" for role in sorted(others) if same(row, set(), role)]
 
 
 def _cut(row: Row, ids: list[int], tokenizer: Any, keep: int, side: str) -> tuple[Row, list[int]]:
