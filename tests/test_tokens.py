@@ -318,6 +318,7 @@ class TestBeside:
             ({"chosen": [said("assistant", "")]}, CHATML, "chosen: expected some text"),
             ({"chosen": [{"role": "assistant", "content": None}]}, CHATML, "chosen: expected a string or a list of"),
             ({}, "{{ raise_exception('never') }}", "expected a chat that the template takes, got TemplateError: never"),
+            ({"chosen": [{**CALL, "content": None}]}, "{{ '-' + messages[-1].content }}", "TypeError.* has no content"),
             ({}, "{{ messages[7].content.x }}", "expected a chat that the template takes, got UndefinedError"),
             ({}, CHATML.replace("{% for", "{{ messages | length }}{% for"), "template that leaves the prompt as it is"),
         ],
