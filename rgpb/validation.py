@@ -74,7 +74,7 @@ class How(NamedTuple):
 
 def check_how(
     device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
-    sort_vocab: bool | None, workspace: int | Workspace | None, tolerance_per: str = "row",
+    sort_vocab: bool | None, workspace: int | Workspace | None, tolerance_per: str = "response",
 ) -> How:  # fmt: skip
     """`How` on a device, with the old `engine` translated.
 
@@ -88,6 +88,8 @@ def check_how(
         impl = _without_engine(device, impl, engine)
     if tolerance_per not in ("response", "row"):
         raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
+    if tolerance_per == "row" and grad_tolerance is None:
+        raise ValueError("tolerance_per: expected 'response' without grad_tolerance, got 'row'")
     size, kept = settled(workspace)
     if sort_vocab is None:  # an order that is estimated once is worth it
         sort_vocab = bool(kept) and grad_tolerance is not None

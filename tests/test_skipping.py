@@ -255,6 +255,8 @@ def test_bad_requests():
         linear_logprob(hidden, head, target, sort_vocab=True)
     with pytest.raises(ValueError, match="tolerance_per: expected 'response' or 'row', got 'batch'"):
         mle_loss(hidden, head, target, grad_tolerance=0.1, tolerance_per="batch")
+    with pytest.raises(ValueError, match="tolerance_per: expected 'response' without grad_tolerance, got 'row'"):
+        mle_loss(hidden, head, target, tolerance_per="row")
     for given in ("yes", 1):
         with pytest.raises(ValueError, match="sort_vocab: expected True, False or None"):
             linear_logprob(hidden, head, target, grad_tolerance=0.1, sort_vocab=given)

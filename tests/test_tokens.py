@@ -13,9 +13,11 @@ import pytest
 import torch
 from covering import covering
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rgpb.train import TrainConfig
 from rgpb.train.rows import read_preferences, read_prompts
+from rgpb.train.teacher import References, score_references
 from rgpb.train.tokens import Collator, check_counts, prompt_tokens, tokenise, train_tokenizer, turn_end
 
 CHATML = (
@@ -316,6 +318,7 @@ class TestBeside:
             ({"chosen": [said("assistant", "")]}, CHATML, "chosen: expected some text"),
             ({"chosen": [{"role": "assistant", "content": None}]}, CHATML, "chosen: expected a string or a list of"),
             ({}, "{{ raise_exception('never') }}", "expected a chat that the template takes, got TemplateError: never"),
+            ({"chosen": [{**CALL, "content": None}]}, "{{ '-' + messages[-1].content }}", "TypeError.* has no content"),
             ({}, "{{ messages[7].content.x }}", "expected a chat that the template takes, got UndefinedError"),
             ({}, CHATML.replace("{% for", "{{ messages | length }}{% for"), "template that leaves the prompt as it is"),
         ],
@@ -372,6 +375,21 @@ class TestMarked:
             assert texts == wanted[0] * 2 + wanted[1] * 2
         one, other = data.fingerprint(), data._with(targets=torch.ones_like(data.targets)).fingerprint()
         assert one != other
+
+    def test_cached_references_are_those_of_the_marks(self, tmp_path):
+        """The same tokens, of which another template marks others, don't find the scores of the first."""
+        data = self.data(tmp_path)
+        every = torch.arange(len(data.tokens)) - data.starts[:-1].repeat_interleave(data.lengths())
+        both = (data, data._with(targets=every >= data.prompts.repeat_interleave(data.lengths())))
+        config = TrainConfig(data="d", output="o", ref_cache=str(tmp_path / "cache"), cpu=True, progress=False)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=int(data.tokens.max()) + 1, **sizes))
+        for marked in both:
+            references = References(config, "weights", 0)
+            references.model = model
+            scored = references.plan(marked, [range(len(marked))])
+            references.ready()
+            torch.testing.assert_close(scored.ref.logp, score_references(model, marked, pad=0, batch_size=32).logp)
 
     def test_a_generation_prompt_that_no_chat_has(self, tmp_path):
         """The marks say where the response begins, behind what the assistant said before."""

@@ -461,6 +461,11 @@ class TestFirstAndLast:
             assert cli.main(["train", "--data", data, "--output", str(place), "--cpu", "--quiet"]) == code
             assert re.fullmatch(rf"rgpb: error: .*{said}.*\n", capsys.readouterr().err)
 
+    def test_data_is_tokenised_before_the_weights_are_read(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr("rgpb.train.run.make_model", lambda *arguments: pytest.fail("read"))
+        with pytest.raises(ValueError, match="expected at most half of the responses affected, got responses cut"):
+            train(config(data, tmp_path / "run", max_length=4, max_prompt_length=2))
+
     def test_an_estimate_comes_before_the_first_step(self, data, tmp_path, capfd, monkeypatch):
         """From the evaluation's speed; again from steps that were measured; where a run goes on from its own pace."""
         begun, compute = [], PreferenceTrainer.compute_loss

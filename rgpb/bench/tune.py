@@ -2,7 +2,7 @@
 
 On a GPU these are the configurations of the Triton kernels: each candidate of `rgpb.kernels.configs` is first compared
 with torch's float32 answer on the same inputs, and only what agrees is timed. On a CPU they are the sizes of the
-products (`rgpb.engine.plan.Limits`), for the number of threads at hand; half a minute. What is chosen goes into
+products (`rgpb.engine.plan.Limits`), for the number of threads at hand; about a minute. What is chosen goes into
 `rgpb.kernels.tuned.file()`, which later processes read first: their results differ from earlier ones by rounding.
 """
 

@@ -119,8 +119,6 @@ def _on_data(
 ) -> dict[str, Any]:
     """Tokens, fine-tuning, reference scores, training."""
     config, spec, options, ranks = stage.config, stage.spec, stage.options, stage.ranks
-    model: Any = make_model(config, family, tokenizer)
-    hf.check_head(model)
 
     def tokenised(data: Preferences) -> PreferenceDataset:
         made = tokenise(
@@ -141,11 +139,13 @@ def _on_data(
 
     train_set = tokenised(preferences)
     eval_set = train_set if held_out is None else tokenised(held_out)
+    model: Any = make_model(config, family, tokenizer)
+    hf.check_head(model)
     check_tokens(model, config.model, (train_set, eval_set))
     eval_set = eval_set.first(ranks.by_first(lambda: eval_rows(config, stage.folder, model, eval_set)))
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
-            print(f"{name} data: {counted(data.counts)}")
+            print(f"{name} data: {counted(data.counts)}", flush=True)
     base = Path(config.model)
     if config.sft_epochs:
         tuning = Stage(stage.folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning", ranks)
@@ -224,7 +224,7 @@ def _on_rollouts(
             check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, max(data.longest, asked.longest))
     if config.progress:
         for kind, rollouts in (("training", data), *((("evaluation", asked),) if asked is not data else ())):
-            print(f"{kind} prompts: {counted(rollouts.counts)}")
+            print(f"{kind} prompts: {counted(rollouts.counts)}", flush=True)
     some = range(min(config.eval_rows or EVAL_SAMPLE, len(asked.asked)))
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
 

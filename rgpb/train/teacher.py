@@ -235,7 +235,10 @@ class References:
             if each is not None:
                 for r in block:
                     digest.update(f"{each.prompts[r]} {each.starts[r + 1] - each.starts[r]} ".encode())
-                    digest.update(each.tokens[each.starts[r] : each.starts[r + 1]].numpy().data)
+                    whole = slice(int(each.starts[r]), int(each.starts[r + 1]))
+                    digest.update(each.tokens[whole].numpy().data)
+                    if each.targets is not None:  # others have no score
+                        digest.update(each.targets[whole].numpy().data)
         return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
 
 

@@ -64,7 +64,8 @@ def texts_of(preferences: Preferences) -> Iterator[str]:
         for text in (row.prompt, *row.completions):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{row.where}: expected strings, since a tokenizer learnt here has no chat template; got a chat"
+                    f"{row.where}: expected strings, since the tokenizer of a new model has no chat template; got a chat "
+                    "(--model takes a folder whose tokenizer has one)"
                 )
             yield text
 
@@ -607,7 +608,11 @@ def _rendered(
             chat, tokenize=tokenize, add_generation_prompt=prompt, **more, **(row.template or {})
         )
     except Exception as error:  # whatever a template does
-        raise ValueError(f"{row.where}: expected a chat that the template takes, got {described(error)}") from error
+        silent = any(turn.get("content") is None for turn in chat)
+        remedy = ' (a message has no content: some templates want "" there)' if silent else ""
+        raise ValueError(
+            f"{row.where}: expected a chat that the template takes, got {described(error)}{remedy}"
+        ) from error
 
 
 def _placed(

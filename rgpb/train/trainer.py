@@ -405,7 +405,8 @@ class PreferenceTrainer(Trainer):
             passes = 4 if self.references is not None and self.references.model is not None else 3
             step = passes * each * units * seconds / (tokens * self.ranks.world)
         whole = steps * (step or 0.0) + evaluations * seconds
-        return whole, f"{steps} steps, {_duration(step or 0.0)} each, and {evaluations} evaluations: {_duration(whole)}"
+        each_step, several = _duration(step or 0.0), "s" if evaluations > 1 else ""
+        return whole, f"{steps} steps, {each_step} each, and {evaluations} evaluation{several}: {_duration(whole)}"
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs beside Trainer's own files."""
