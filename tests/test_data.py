@@ -496,7 +496,7 @@ class TestTokens:
     def test_chats_need_a_template_that_keeps_the_prompt(self, tmp_path, tokenizer):
         with pytest.raises(ValueError, match=r"d\.jsonl:1: expected strings, since the tokenizer has no chat template"):
             self.data(tmp_path, tokenizer, CHAT)
-        with pytest.raises(ValueError, match=r"d\.jsonl:1: expected strings, since the tokenizer of a new model has no .*--model"):
+        with pytest.raises(ValueError, match=r"d\.jsonl:1: expected strings, since .* new model has no .*--model"):
             list(texts_of(read_preferences(tmp_path / "d.jsonl")))
         tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
         with pytest.raises(ValueError, match=r"d\.jsonl:1: expected a chat template that leaves the prompt as it is"):

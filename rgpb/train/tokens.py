@@ -64,8 +64,8 @@ def texts_of(preferences: Preferences) -> Iterator[str]:
         for text in (row.prompt, *row.completions):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{row.where}: expected strings, since the tokenizer of a new model has no chat template; got a chat "
-                    "(--model takes a folder whose tokenizer has one)"
+                    f"{row.where}: expected strings, since the tokenizer of a new model has no chat template; got a "
+                    "chat (--model takes a folder whose tokenizer has one)"
                 )
             yield text
 
