@@ -12,9 +12,16 @@ from typing import Any, NamedTuple, TypeVar
 Kind = TypeVar("Kind", bound=NamedTuple)
 
 
-def file() -> Path:
-    """`rgpb/tuned.json` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgpb" / "tuned.json"
+def folder() -> Path | None:
+    """`rgpb` in the user's cache folder (XDG_CACHE_HOME, else ~/.cache); None for a user without a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if home.startswith("~") else Path(home, "rgpb")  # expanduser leaves what it can't find
+
+
+def file() -> Path | None:
+    """`tuned.json` in that folder."""
+    place = folder()
+    return None if place is None else place / "tuned.json"
 
 
 def read(kind: type[Kind], key: str) -> Kind | None:
@@ -31,8 +38,14 @@ def read(kind: type[Kind], key: str) -> Kind | None:
 
 
 def keep(key: str, values: tuple[Any, ...]) -> None:
-    """Prefer these values from now on."""
+    """Prefer these values from now on.
+
+    Raises:
+        ValueError: a user without a home.
+    """
     path = file()
+    if path is None:
+        raise ValueError("XDG_CACHE_HOME: expected a folder to keep choices in, since this user has no home; got none")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     known = {**_known(), key: list(values)}
@@ -43,7 +56,8 @@ def keep(key: str, values: tuple[Any, ...]) -> None:
 
 @cache
 def _known() -> dict[str, list[Any]]:
-    return json.loads(file().read_text(encoding="utf-8")) if file().exists() else {}
+    path = file()
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
 
 
 @cache

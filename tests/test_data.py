@@ -250,6 +250,24 @@ class TestLayouts:
             assert [row[1:] for row in found.rows] == [row[1:] for row in wanted.rows], name
             assert "picture" in found.unread
 
+    def test_what_is_null_in_a_turn_is_not_there(self, tmp_path):
+        """Beside content: as in tables, where every turn has the keys of all."""
+        nulls = {"tool_calls": None, "name": None}
+        call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+        row = {"prompt": [{**Q, **nulls}], "chosen": [{**call, "name": None}], "rejected": [{**B, **nulls}]}
+        found = read_preferences(write(tmp_path / "d.jsonl", row)).rows[0]
+        assert (found.prompt, found.completions) == ([Q], ([call], [B]))
+
+    def test_a_prompt_that_stands_in_the_responses_too(self, tmp_path):
+        twice = {"prompt": "Q: 2\nA:", "chosen": "Q: 2\nA: 4", "rejected": "Q: 2\nA: 5"}
+        once = {"prompt": "", "chosen": "4", "rejected": "5"}
+        found = read_preferences(write(tmp_path / "d.jsonl", twice, PAIR, {**PAIR, "chosen": "2 + 2 is"}, once))
+        assert found.notes == {"rows with responses that begin with the prompt": 1}
+
+    def test_a_mark_in_front_of_an_array(self, tmp_path):
+        (tmp_path / "d.json").write_text(json.dumps([PAIR, PAIR]), encoding="utf-8-sig")
+        assert len(read_preferences(tmp_path / "d.json").rows) == 2
+
     def test_tables_say_nothing_of_keys_that_a_turn_has_not(self, tmp_path):
         call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
         row = {"prompt": [Q], "chosen": [call], "rejected": [B]}
@@ -353,6 +371,11 @@ class TestLayouts:
                 [{**LABELLED, "label": label} for label in (1, 0, -1)],
                 3,
                 "label: expected two values, got -1 beside 1 in",
+            ),
+            (
+                [{**LABELLED, "label": label} for label in ("+1", "0", "-1")],
+                3,
+                "label: expected two values, got '-1' beside 1 in",
             ),
             (
                 [{**KNOWN["arena"][0], "winner": "b"}],

@@ -341,6 +341,14 @@ class TestBeside:
         assert data.counts[name] == 1
         assert name not in self.data(tmp_path, CHATML, row).counts
 
+    def test_a_content_of_null(self, tmp_path):
+        call = {**self.CALL, "content": None}
+        with pytest.raises(ValueError, match=r"d\.jsonl:1: content: expected a chat template that takes null, got one"):
+            self.data(tmp_path, self.CALLS, {"chosen": [call]})
+        template = self.CALLS.replace("m['content']", "m['content'] or ''")
+        data, tokenizer = self.data(tmp_path, template, {"chosen": [call]}), of("bytes", template)
+        assert data[0][0].tokens.tolist() == ids_of(tokenizer, [*CHATS["turn"], call])
+
     def test_a_template_of_its_own_name_for_options(self, tmp_path):
         template = "{{ mood }}" + CHATML
         data = self.data(tmp_path, template, {"chat_template_kwargs": {"mood": "glad"}, "prompt": [said("user", "x")]})
@@ -526,6 +534,13 @@ class TestCounts:
         for side, prompt in (("left", "567890123456789"), ("right", "012345678901234")):
             unit = tokenise(found, tokenizer, max_length=20, truncation_side=side)[0]
             assert [tokenizer.decode(r.tokens) for r in unit] == [f"{prompt}{a}<|endoftext|>" for a in ("ab", "abcd")]
+
+    @pytest.mark.parametrize(("template", "count"), [("chatml", 0), ("inst", 0), ("sections", 2)])
+    def test_responses_that_nothing_ends(self, tmp_path, template, count):
+        row = {"prompt": CHATS["turn"], "chosen": ANSWERS["words"][0], "rejected": ANSWERS["words"][1]}
+        counts = tokenise(read_preferences(write(tmp_path / "d.jsonl", row)), of("bytes", template)).counts
+        assert counts["responses that nothing ends, as the chat template writes them"] == count
+        check_counts("d", counts)
 
     def test_labels_of_one_class(self, tmp_path):
         good, bad = ({"prompt": "2 +", "completion": " 4", "label": label} for label in ("good", "bad"))

@@ -20,6 +20,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,6 +33,8 @@ from transformers import (
 from rgpb import cli, hf
 from rgpb import demo as demo_module
 from rgpb.demo import arithmetic_pairs
+from rgpb.engine.plan import Limits
+from rgpb.kernels import tuned
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
 from rgpb.train import TrainConfig, command, models, report, teacher, train
 from rgpb.train import config as settings_module
@@ -571,11 +574,37 @@ class TestReference:
         with pytest.raises(ValueError, match=rf"ref_cache: expected \d+ numbers logp in {broken}, got \[1\]"):
             train(config(data, tmp_path / "again", ref_cache=str(tmp_path / "cache")))
 
+    def test_a_user_without_a_home(self, data, tmp_path, monkeypatch):
+        """As in a container whose user is in no list: losses run, and a run says what it needs."""
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+        tuned._known.cache_clear()
+        assert (tuned.file(), tuned.read(Limits, "cpu")) == (None, None)
+        with pytest.raises(ValueError, match="XDG_CACHE_HOME: expected a folder to keep choices in"):
+            tuned.keep("cpu", (1,))
+        with pytest.raises(
+            ValueError, match="ref_cache: expected a folder for reference scores, since this user has no"
+        ):
+            teacher.cache_folder(config(data, tmp_path / "run"))
+        assert teacher.cache_folder(config(data, tmp_path / "run", ref_cache="here")) == Path("here")
+
+    def test_marks_are_part_of_a_block(self, data, tmp_path):
+        """Where nothing is trained on, scores are 0: another template's marks have other scores of the same tokens."""
+        tokens = tokenise(read_preferences(data), train_tokenizer(["a"], 258))
+        marks = torch.ones(len(tokens.tokens), dtype=torch.bool)
+        names = set()
+        for targets in (None, marks, marks.index_fill(0, tokens.starts[1:] - 1, False)):
+            references = teacher.References(config(data, tmp_path / "run"), "weights", 0)
+            references.plan(tokens._with(targets=targets), [[0, 1], [2]], first=1)
+            names |= {references._file(n) for n in range(2)}
+        assert len(names) == 6
+
     def test_a_setting_of_the_model_is_part_of_its_fingerprint(self):
         model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, **SMALL))
-        before = teacher.weights_fingerprint(model)
+        before = teacher.weights_fingerprint(model, "w")
         model.config.rms_norm_eps *= 2
-        assert teacher.weights_fingerprint(model) != before
+        assert before not in (teacher.weights_fingerprint(model, "w"), teacher.weights_fingerprint(model, "v"))
 
     def test_of_another_model(self, data, tmp_path):
         train(config(data, tmp_path / "one", loss="mle", steps=8))
@@ -583,7 +612,9 @@ class TestReference:
         model, ref = (
             AutoModelForCausalLM.from_pretrained(tmp_path / "one" / name) for name in ("model", "checkpoint-8")
         )
-        assert teacher.weights_fingerprint(model) == teacher.weights_fingerprint(ref)
+        digest = teacher.weights_digest(model)
+        assert digest == teacher.weights_digest(ref)
+        assert teacher.weights_fingerprint(model, digest) == teacher.weights_fingerprint(ref, digest)
         assert result["before"]["rewards/chosen"] < -0.1  # the untrained policy is below the trained reference
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one" / "model")
         pairs = tokenise(read_preferences(data), tokenizer)
@@ -741,6 +772,44 @@ class TestInterrupted:
         with pytest.raises(ValueError, match="output: expected a new or empty folder .* with other files"):
             train(config(data, tmp_path / "mine", overwrite=True))
         assert (tmp_path / "mine" / "thesis.txt").exists()
+
+    @pytest.mark.parametrize(
+        ("changed", "settings"),
+        [
+            ("tokenizer's tokens", {"loss": "simpo"}),
+            ("reference's weights", {"loss": "dpo"}),
+            full("weights under the adapters", {"loss": "simpo", "lora_r": 2, "lora_target": "q_proj"}),
+        ],
+    )
+    def test_another_model_in_the_same_folder(self, data, tmp_path, monkeypatch, changed, settings):
+        """A run that goes on sees the tokens and the reference that it began with, or none."""
+        train(config(data, tmp_path / "base", loss="mle", steps=1))
+        place = tmp_path / "base" / "model"
+        settings = config(data, tmp_path / "run", model=str(place), save_steps=1, **settings)
+
+        def broken(self, *arguments, **keywords):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PreferenceTrainer, "_get_grad_norm", broken)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings)
+        if changed == "tokenizer's tokens":
+            shutil.copytree(place, tmp_path / "kept")
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            end = [(tokenizer.eos_token, tokenizer.eos_token_id)]
+            tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{end[0][0]} $A", special_tokens=end)
+            tokenizer.save_pretrained(place)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place)
+            model.get_input_embeddings().weight.data += 1e-3
+            model.save_pretrained(place)
+        with pytest.raises(ValueError, match=f"model: expected the {changed} with which the run in .* began, got"):
+            train(settings)
+        if changed == "tokenizer's tokens":
+            shutil.rmtree(place)
+            (tmp_path / "kept").rename(place)
+            assert train(settings)["resumed"] == 0
 
     def test_a_run_that_never_began_binds_nobody(self, data, tmp_path):
         with pytest.raises(ValueError, match="vocab_size: expected at least 258"):

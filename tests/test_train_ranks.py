@@ -404,6 +404,8 @@ class TestRefusals:
                 {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
                 "ACCELERATE_MIXED_PRECISION: expected 'no', as --bf16 says, got 'bf16'",
             ),
+            ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED: expected none, .* got 'true'"),
+            ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "ACCELERATE_MIXED_PRECISION: expected 'no', .* got 'fp16'"),
         ],
     )
     def test_processes(self, data, tmp_path, monkeypatch, changes, environment, message):

@@ -115,6 +115,24 @@ def _check_same(folder: Path, settings: dict[str, Any], reward: Reward | None) -
         )
 
 
+def check_origin(folder: Path, **digests: str) -> None:
+    """Keep digests of what a run takes from its model's folder; where it goes on, refuse others.
+
+    Raises:
+        ValueError: tokens or weights that aren't those with which the run began.
+    """
+    note = json.loads((folder / "run.json").read_text())
+    known = {**digests, **note.get("digests", {})}
+    differing = [name for name, digest in digests.items() if known[name] != digest]
+    if differing:
+        raise ValueError(
+            f"model: expected the {' and the '.join(differing)} with which the run in {folder} began, got others: its "
+            "folder has changed (put back what was there, take another --output, or --overwrite to start anew)"
+        )
+    if note.get("digests") != known:
+        write_json(folder / "run.json", {**note, "digests": known})
+
+
 def _terms(loss: str) -> list[str]:
     """Names of the objectives in a loss."""
     return [loss] if loss in OBJECTIVES else [*parse_sum(loss)]

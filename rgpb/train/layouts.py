@@ -147,14 +147,24 @@ def _after_messages(where: str, record: dict[str, Any]) -> Found:
     return Found(None if record["messages"] in texts.values() else record["messages"], texts, (1.0, 0.0))
 
 
-def _with_system(question: str) -> Callable[[str, dict[str, Any]], Found]:
+def _string(where: str, record: dict[str, Any], key: str) -> str:
+    if not isinstance(value := record[key], str):
+        raise ValueError(f"{where}: {key}: expected a string, got {shown(value)}")
+    return value
+
+
+def _instructed(where: str, record: dict[str, Any]) -> Found:
+    """Of Alpaca: an instruction and, in the next line, what it is about, which may be empty."""
+    parts = [_string(where, record, key) for key in ("instruction", "input")]
+    return Found("\n".join(filter(None, parts)), {key: record[key] for key in ("chosen", "rejected")}, (1.0, 0.0))
+
+
+def _with_system(*questions: str) -> Callable[[str, dict[str, Any]], Found]:
     """Strings that become a chat; without a system's turn where that is empty."""
 
     def read(where: str, record: dict[str, Any]) -> Found:
-        for key in ("system", question, "chosen", "rejected"):
-            if not isinstance(record[key], str):
-                raise ValueError(f"{where}: {key}: expected a string, got {shown(record[key])}")
-        turns = [("system", record["system"]), ("user", record[question])]
+        system, *asked, _, _ = (_string(where, record, key) for key in ("system", *questions, "chosen", "rejected"))
+        turns = [("system", system), ("user", "\n".join(filter(None, asked)))]
         chat = [{"role": role, "content": text} for role, text in turns if text or role == "user"]
         return Found(chat, {key: record[key] for key in ("chosen", "rejected")}, (1.0, 0.0))
 
@@ -277,9 +287,10 @@ _WINNER = _versus(
 )
 LAYOUTS = (
     *(
-        Layout("pairs", ("system", key, "chosen", "rejected"), _with_system(key), replies=True, absent=NO_PROMPT)
-        for key in ("question", "input", "instruction")
+        Layout("pairs", ("system", *keys, "chosen", "rejected"), _with_system(*keys), replies=True, absent=NO_PROMPT)
+        for keys in (("instruction", "input"), ("question",), ("input",), ("instruction",))
     ),
+    Layout("pairs", ("instruction", "input", "chosen", "rejected"), _instructed, absent=NO_PROMPT),
     *(
         Layout("pairs", (key, "chosen", "rejected"), _pair(key, "chosen", "rejected"), absent=NO_PROMPT)
         for key in ("question", "input", "instruction", "query")
@@ -376,7 +387,7 @@ def read_layout(where: str, record: Any) -> tuple[Layout, Row, list[str]]:
     template = template_of(where, record["input"] if layout.read is _openai else record, prompt)
     notes = []
     given = found.prompt if isinstance(found.prompt, str) else ""
-    if given and all(isinstance(text, str) and text.startswith(given) for text in completions):
+    if given.strip() and all(isinstance(text, str) and text.startswith(given) for text in completions):
         notes.append("rows with responses that begin with the prompt")
     for pair in BESIDE:
         scores = [record.get(key) for key in pair]
@@ -442,7 +453,7 @@ def _text(where: str, key: str, value: Any) -> Text:
         _check_strings(where, key, value)
         return value
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        value = [_renamed(turn) for turn in value]
+        value = [_named(turn) for turn in value]
         if all(isinstance(turn.get("role"), str) and turn["role"] and _is_content(turn) for turn in value):
             _check_strings(where, key, value)
             parts = [part for turn in value if isinstance(turn.get("content"), list) for part in turn["content"]]
@@ -457,8 +468,9 @@ def _text(where: str, key: str, value: Any) -> Text:
     raise ValueError(f'{where}: {key}: expected a string or a list of {{"role", "content"}}, got {shown(value)}')
 
 
-def _renamed(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn of ShareGPT's {"from", "value"} by the usual names; others as they are."""
+def _named(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without what is null beside content; of ShareGPT's {"from", "value"} by the usual names."""
+    turn = {key: value for key, value in turn.items() if value is not None or key in ("content", "value")}
     if "role" in turn or not isinstance(turn.get("from"), str) or "value" not in turn:
         return turn
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}

@@ -75,6 +75,12 @@ def check_devices(config: TrainConfig) -> None:
             than the settings.
     """
     world, gpus = processes(), 0 if config.cpu else torch.cuda.device_count()
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
+            raise ValueError(f"{name}: expected none, since --parallel says how; got {os.environ[name]!r}")
+    asked, own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "bf16" if config.bf16 else "no"
+    if asked not in ("no", own):
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION: expected {own!r}, as --bf16 says, got {asked!r}")
     if world == 1:
         if config.parallel is not None:
             raise ValueError(f"parallel: expected none in one process (torchrun starts more), got {config.parallel!r}")
@@ -94,9 +100,3 @@ def check_devices(config: TrainConfig) -> None:
         raise ValueError(f"batch_size: expected at least a unit for each of {world} processes, got {config.batch_size}")
     if not hasattr(transformers.Trainer, "_prepare_for_training"):
         raise ValueError(f"transformers: expected 5 or later for several processes, got {transformers.__version__}")
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() in ("true", "1", "yes"):
-            raise ValueError(f"{name}: expected none, since --parallel says how; got {os.environ[name]!r}")
-    asked, own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "bf16" if config.bf16 else "no"
-    if asked not in ("no", own):
-        raise ValueError(f"ACCELERATE_MIXED_PRECISION: expected {own!r}, as --bf16 says, got {asked!r}")

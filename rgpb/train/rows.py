@@ -58,7 +58,8 @@ def read_preferences(path: str | Path) -> Preferences:
                 for f, c in ((layout, chat), (found, is_chat))
             )
             raise ValueError(f"{where}: expected {expected}, as in {first}, got {got}")
-        if found.form == "labelled" and isinstance(value := record.get("label"), int | float):
+        value = record.get("label")
+        if found.form == "labelled" and (isinstance(value, int | float) or value in ("0", "1", "+1", "-1")):
             labels.setdefault(float(value), where)
             if {-1.0, 0.0, 1.0} <= labels.keys():
                 raise ValueError(
@@ -169,7 +170,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                if first and line.lstrip().startswith(b"["):
+                if first and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                     yield from _array(path, number, line + lines.read())
                     return
                 yield f"{path}:{number}", _parsed(f"{path}:{number}", line)

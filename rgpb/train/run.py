@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -20,7 +21,7 @@ from rgpb.train.adapters import save_merged, with_adapters
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
 from rgpb.train.evaluate import eval_rows, wants_preferred
 from rgpb.train.files import save_whole_folder, write_failure
-from rgpb.train.folder import open_run
+from rgpb.train.folder import check_origin, open_run
 from rgpb.train.machine import check_devices, device_of, moved, parallel_of
 from rgpb.train.models import (
     check_sizes,
@@ -40,7 +41,7 @@ from rgpb.train.report import counted
 from rgpb.train.report import write as write_report
 from rgpb.train.rewards import Reward, reward_of
 from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
-from rgpb.train.teacher import References, weights_fingerprint
+from rgpb.train.teacher import References, weights_digest, weights_fingerprint
 from rgpb.train.tokens import PreferenceDataset, check_counts, pad_of, tokenise
 from rgpb.train.trainer import Stage, steps_of
 
@@ -146,6 +147,8 @@ def _on_data(
     if config.progress:
         for name, data in (("training", train_set), ("evaluation", eval_set)):
             print(f"{name} data: {counted(data.counts)}", flush=True)
+    tokens = f"{train_set.fingerprint()} {eval_set.fingerprint()}"
+    ranks.by_first(lambda: check_origin(stage.folder, **{"tokenizer's tokens": tokens}))
     base = Path(config.model)
     if config.sft_epochs:
         tuning = Stage(stage.folder / "sft", config, OBJECTIVES["mle"], {}, "fine-tuning", ranks)
@@ -158,13 +161,19 @@ def _on_data(
     if wants_preferred(spec):
         train_set = train_set.preferred()
     references = None
+    if config.lora_r is not None:
+        whole = weights_digest(model)
+        ranks.by_first(lambda: check_origin(stage.folder, **{"weights under the adapters": whole}))
     if spec.ref is None:
         model = _placed(stage, with_adapters(config, model))
     else:
         ref: Any = reference_model(config)
         if ref is not None:
             check_tokens(ref, str(config.ref_model), (train_set, eval_set))
-        references = References(config, weights_fingerprint(model if ref is None else ref), pad_of(tokenizer), ranks)
+        teacher = model if ref is None else ref
+        weights = weights_digest(teacher)
+        ranks.by_first(lambda: check_origin(stage.folder, **{"reference's weights": weights}))
+        references = References(config, weights_fingerprint(teacher, weights), pad_of(tokenizer), ranks)
         steps = steps_of(config, len(train_set), config.epochs, config.steps)
         order = Order(len(train_set), config.batch_size, config.seed)
         eval_set = references.plan(eval_set, Order(len(eval_set), config.batch_size, None))
@@ -222,6 +231,11 @@ def _on_rollouts(
     for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
         if its is not None:
             check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, max(data.longest, asked.longest))
+    tokens = json.dumps([data.prompt_ids, asked.prompt_ids]).encode()
+    digests = {"tokenizer's tokens": hashlib.sha256(tokens).hexdigest()}
+    if ref is not None:
+        digests["reference's weights"] = weights_digest(ref)
+    ranks.by_first(lambda: check_origin(stage.folder, **digests))
     if config.progress:
         for kind, rollouts in (("training", data), *((("evaluation", asked),) if asked is not data else ())):
             print(f"{kind} prompts: {counted(rollouts.counts)}", flush=True)

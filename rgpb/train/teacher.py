@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import rgpb
 from rgpb import hf
 from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.kernels import tuned
 from rgpb.train.adapters import without_adapters
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import naming
@@ -85,23 +86,35 @@ def score_references(
     return RefScores(flats["logp"], flats["log_odds"], starts)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hex digest of a model's settings, and of names, types, shapes and values of its state."""
-    config: Any = getattr(model, "config", None)
-    settings = {} if config is None else config.to_dict()
-    apart = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
-    kept = {k: v for k, v in settings.items() if not k.startswith("_") and k not in apart}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+def weights_digest(model: nn.Module) -> str:
+    """Hex digest of names, types, shapes and values of a model's state."""
+    digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
+def weights_fingerprint(model: nn.Module, weights: str) -> str:
+    """Hex digest of a model's settings and its `weights_digest`."""
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    apart = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+    kept = {k: v for k, v in settings.items() if not k.startswith("_") and k not in apart}
+    return hashlib.sha256(json.dumps([kept, weights], sort_keys=True, default=str).encode()).hexdigest()
+
+
 def cache_folder(config: TrainConfig) -> Path:
-    """Where blocks of scores lie: `config.ref_cache`, or `rgpb/references` in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home, "rgpb", "references") if config.ref_cache is None else Path(config.ref_cache)
+    """Where blocks of scores lie: `config.ref_cache`, or `rgpb/references` in the user's cache folder.
+
+    Raises:
+        ValueError: neither, for a user without a home.
+    """
+    if config.ref_cache is not None:
+        return Path(config.ref_cache)
+    if (place := tuned.folder()) is None:
+        raise ValueError("ref_cache: expected a folder for reference scores, since this user has no home; got none")
+    return place / "references"
 
 
 class References:

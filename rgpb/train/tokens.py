@@ -320,10 +320,12 @@ def tokenise(
     seen = Counter[str]()
     tokens, starts, lengths, targets = array("i"), [0], [], bytearray()
     made = _encoded(preferences.rows, wanted, tokenizer, limit, max_length, truncation_side, seen)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     for row, encoded in zip(wanted, made):
         seen["rows with an empty prompt"] += is_empty(preferences.rows[row].prompt)
         for ids, start, of in encoded:
             seen["responses cut to max_length"] += start < max_length < len(ids)
+            seen["responses that nothing ends, as the chat template writes them"] += special.isdisjoint(ids[start:])
             tokens.extend(ids[:max_length])
             targets.extend((bytes(start) + b"\x01" * (len(ids) - start) if of is None else bytes(of))[:max_length])
             starts.append(len(tokens))
@@ -672,12 +674,22 @@ def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]
             got = f"one that writes {shown(part)}"
             raise ValueError(f"{row.where}: expected a chat template that takes lists of parts, got {got}")
 
-    def same(of: Row, without: set[str], role: str = "") -> bool:
-        turns = [{k: value for k, value in turn.items() if k not in without} for turn in chat if turn["role"] != role]
+    def alike(of: Row, turns: list[dict[str, Any]]) -> bool:
         try:
             return bool(_rendered(of, tokenizer, turns) == whole)
         except ValueError:
             return False
+
+    def same(of: Row, without: set[str], role: str = "") -> bool:
+        turns = [{k: value for k, value in turn.items() if k not in without} for turn in chat if turn["role"] != role]
+        return alike(of, turns)
+
+    spelt = [{**turn, "content": "None"} if turn.get("content", "") is None else turn for turn in chat]
+    if spelt != chat and alike(row, spelt):
+        raise ValueError(
+            f"{row.where}: content: expected a chat template that takes null, got one that writes None; give an empty "
+            "string instead"
+        )
 
     bare = None if row.template is None else {key: x for key, x in row.template.items() if key != "tools"}
     for key, lost in (
