@@ -80,7 +80,7 @@ def fused_loss(
     grad_tolerance: float | str | None = None,
     tolerance_per: str = "response",
     sort_vocab: bool | None = None,
-    workspace: int | Workspace | None = None,
+    workspace: int | str | Workspace | None = None,
     **options: Any,
 ) -> Any:
     """Any objective over the token scores, with gradients for hidden, weight and bias.
@@ -131,8 +131,10 @@ def fused_loss(
         tolerance_per: "response", or "row": of the row's own coefficient always, which is stricter.
         sort_vocab: with `grad_tolerance`, take the vocabulary in an estimated order by which more is left out. Default
             None: where a `Workspace` keeps the order between calls.
-        workspace: bytes held at most beyond inputs and gradients, default 512 MiB; or a `Workspace`, whose memory is
-            kept between calls.
+        workspace: bytes held at most beyond inputs and gradients, whatever the number of tokens; or a `Workspace`,
+            whose memory is kept between calls; or "auto" (default): 512 MiB, on a GPU the largest of 1, 2 and 4 GiB
+            that is at most half of what is free. Chunks, and with them rounding, depend on it: give a number where
+            runs on a GPU have to agree bitwise. Ranks that share a head or a response take 512 MiB.
         **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 
     Returns:
@@ -144,7 +146,10 @@ def fused_loss(
             `cu_seqlens` that don't fit, a group that isn't this rank's, an unknown objective, option or reduction.
     """
     given, head = head, check_inputs(hidden, head, target, temperature)
-    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, tolerance_per)
+    how = check_how(
+        hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, tolerance_per,
+        shared=head.shard is not None or sequence_group is not None,
+    )  # fmt: skip
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)

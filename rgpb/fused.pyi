@@ -25,7 +25,7 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
 ) -> Tensor: ...
 @overload
 def fused_loss(
@@ -36,7 +36,7 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def fused_loss(
@@ -47,7 +47,7 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 def coefficients(
@@ -75,7 +75,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def mle_loss(
@@ -84,7 +84,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mle_loss(
@@ -93,7 +93,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -103,7 +103,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def bnf_loss(
@@ -112,7 +112,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bnf_loss(
@@ -121,7 +121,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -131,7 +131,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def bco_loss(
@@ -140,7 +140,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bco_loss(
@@ -149,7 +149,7 @@ def bco_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -160,7 +160,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def kto_loss(
@@ -170,7 +170,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def kto_loss(
@@ -180,7 +180,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -190,7 +190,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nll_pll_loss(
@@ -199,7 +199,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nll_pll_loss(
@@ -208,7 +208,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -217,7 +217,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def unlikelihood_loss(
@@ -225,7 +225,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def unlikelihood_loss(
@@ -233,7 +233,7 @@ def unlikelihood_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -243,7 +243,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def exmate_loss(
@@ -252,7 +252,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exmate_loss(
@@ -261,7 +261,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -271,7 +271,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def dpo_loss(
@@ -280,7 +280,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def dpo_loss(
@@ -289,7 +289,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -299,7 +299,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def ipo_loss(
@@ -308,7 +308,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def ipo_loss(
@@ -317,7 +317,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -327,7 +327,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def simpo_loss(
@@ -336,7 +336,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def simpo_loss(
@@ -345,7 +345,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -355,7 +355,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -364,7 +364,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -373,7 +373,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -383,7 +383,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def slic_loss(
@@ -392,7 +392,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def slic_loss(
@@ -401,7 +401,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -411,7 +411,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def cpo_loss(
@@ -420,7 +420,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def cpo_loss(
@@ -429,7 +429,7 @@ def cpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -438,7 +438,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def orpo_loss(
@@ -446,7 +446,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def orpo_loss(
@@ -454,7 +454,7 @@ def orpo_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -464,7 +464,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rdpo_loss(
@@ -473,7 +473,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rdpo_loss(
@@ -482,7 +482,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -492,7 +492,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rpo_loss(
@@ -501,7 +501,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rpo_loss(
@@ -510,7 +510,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -520,7 +520,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def exo_loss(
@@ -529,7 +529,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exo_loss(
@@ -538,7 +538,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -548,7 +548,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def sppo_loss(
@@ -557,7 +557,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sppo_loss(
@@ -566,7 +566,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -576,7 +576,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nca_pair_loss(
@@ -585,7 +585,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_pair_loss(
@@ -594,7 +594,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -604,7 +604,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def apo_zero_loss(
@@ -613,7 +613,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_zero_loss(
@@ -622,7 +622,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -632,7 +632,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def apo_down_loss(
@@ -641,7 +641,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_down_loss(
@@ -650,7 +650,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -660,7 +660,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def infonca_loss(
@@ -669,7 +669,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def infonca_loss(
@@ -678,7 +678,7 @@ def infonca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -688,7 +688,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def nca_loss(
@@ -697,7 +697,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_loss(
@@ -706,7 +706,7 @@ def nca_loss(
     data_group: ProcessGroup | None = None, sequence_group: ProcessGroup | None = None, ignore_index: int = -100,
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
-    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -717,7 +717,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def swepo_loss(
@@ -727,7 +727,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def swepo_loss(
@@ -737,7 +737,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -747,7 +747,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def rnce_loss(
@@ -756,7 +756,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rnce_loss(
@@ -765,7 +765,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -776,7 +776,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def mc_po_loss(
@@ -786,7 +786,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mc_po_loss(
@@ -796,7 +796,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -807,7 +807,7 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor: ...
 @overload
 def multi_dpo_loss(
@@ -817,7 +817,7 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def multi_dpo_loss(
@@ -827,5 +827,5 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...

@@ -30,7 +30,7 @@ def linear_logprob(
     path: str = "auto",
     grad_tolerance: float | str | None = None,
     sort_vocab: bool | None = None,
-    workspace: int | Workspace | None = None,
+    workspace: int | str | Workspace | None = None,
 ) -> TokenScores:
     """Score each target token under softmax(head(hidden) / temperature), without the logits.
 
@@ -61,8 +61,9 @@ def linear_logprob(
             together lie together, so that more is left out. Default None: where a `Workspace` keeps the order between
             calls.
         workspace: bytes held at most beyond inputs, gradients and a few numbers per token (with `grad_tolerance` also a
-            byte per 256 entries of the vocabulary, on a GPU per 1024, with `sort_vocab` a few per entry), default 512
-            MiB; or a `Workspace`, whose memory is kept between calls.
+            byte per 256 entries of the vocabulary, on a GPU per 1024, with `sort_vocab` a few per entry); or a
+            `Workspace`, whose memory is kept between calls; or "auto" (default): 512 MiB, and on a GPU the largest of
+            1, 2 and 4 GiB that is at most half of what is free. See `fused_loss`.
 
     Returns:
         TokenScores of float32 (float64) tensors in the shape of `target`.
@@ -77,7 +78,8 @@ def linear_logprob(
     Source: the log-odds form is this library's; the pull-back is Lemma 4.1 of Tuan & Wang 2024 (arXiv 2408.16751).
     """
     head = check_inputs(hidden, head, target, temperature)
-    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace)
+    shared = head.shard is not None
+    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, shared=shared)
     ignore_index = check_ignore_index(ignore_index)
     call = make_call(hidden, head, how, ignore_index, entropy=entropy)
     found = scored(hidden, head, target, call, entropy)

@@ -74,9 +74,10 @@ class How(NamedTuple):
 
 def check_how(
     device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
-    sort_vocab: bool | None, workspace: int | Workspace | None, tolerance_per: str = "response",
+    sort_vocab: bool | None, workspace: int | str | Workspace | None, tolerance_per: str = "response",
+    *, shared: bool = False,
 ) -> How:  # fmt: skip
-    """`How` on a device, with the old `engine` translated.
+    """`How` on a device, with the old `engine` translated. `shared` as for `settled`.
 
     Raises:
         ValueError: a value that doesn't exist, or an engine that contradicts `impl`.
@@ -90,7 +91,7 @@ def check_how(
         raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
     if tolerance_per == "row" and grad_tolerance is None:
         raise ValueError("tolerance_per: expected 'response' without grad_tolerance, got 'row'")
-    size, kept = settled(workspace)
+    size, kept = settled(workspace, device, shared)
     if sort_vocab is None:  # an order that is estimated once is worth it
         sort_vocab = bool(kept) and grad_tolerance is not None
     return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row")

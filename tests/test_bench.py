@@ -434,13 +434,17 @@ def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
 
 def test_plan_prints_path_reason_and_memory(capsys):
     arguments = ("--tokens", 8192, "--hidden", 4096, "--vocab", 128256)
-    assert command("plan", *arguments, "--loss", "bnf") == 0
+    assert command("plan", *arguments, "--loss", "bnf", "--workspace", "512MiB") == 0
     small = capsys.readouterr().out
     assert "two_pass: the float32 sum of dW doesn't fit the workspace" in small
     assert "512.0 MiB allowed" in small
+    assert 'remedy  workspace="auto", here 4,096 MiB: single, ' in small
     assert "12,024.0 MiB" in small  # 3 · 8192 · 128256 · 4 bytes
-    assert command("plan", *arguments, "--loss", "bnf", "--workspace", "4GiB") == 0
-    assert "single: " in capsys.readouterr().out
+    assert command("plan", *arguments, "--loss", "bnf") == 0
+    auto = capsys.readouterr().out
+    assert "single: " in auto
+    assert "4,096.0 MiB allowed" in auto
+    assert "remedy" not in auto
     assert command("plan", *arguments, "--frozen-head") == 0
     assert f"2 × 2·N·V·H = {4 * 8192 * 4096 * 128256 / 1e12:.1f} TFLOP" in capsys.readouterr().out
     with pytest.raises(ValueError, match="workspace: expected at least"):

@@ -112,7 +112,7 @@ CASES = {
     ),
     "workspace text": (
         lambda: {"workspace": "64MiB"},
-        "workspace: expected a positive whole number of bytes, got 64MiB",
+        "workspace: expected a positive whole number of bytes, a Workspace or 'auto', got '64MiB'",
     ),
     "softcap infinite": (
         lambda: {"head": LMHead(torch.randn(V, H), softcap=float("inf"))},

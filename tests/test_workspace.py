@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rgpb import FusedLoss, Workspace, linear_logprob
+from rgpb import FusedLoss, Workspace, linear_logprob, validation
 from rgpb.engine import workspace
+from rgpb.engine.plan import chunks
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, V, H = 4, 16, 600, 32
@@ -158,8 +159,47 @@ def test_bad_sizes(size, given):
     with pytest.raises(ValueError, match=f"size: expected a positive whole number of bytes, got {size}"):
         Workspace(size)
     if size is not None:
-        with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes, got {size}"):
+        with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes,.* got '?{size}"):
             step(given, size)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("free", "taken"),
+    [(0, GIB // 2), (GIB, GIB // 2), (2 * GIB, GIB), (7 * GIB, 2 * GIB), (8 * GIB, 4 * GIB), (99 * GIB, 4 * GIB)],
+)
+def test_what_is_free_on_a_gpu(free, taken, monkeypatch):
+    """Half of it at most, in powers of two, so that chunks seldom change; less than 512 MiB never."""
+    monkeypatch.setattr(workspace, "free_bytes", lambda device: free)
+    gpu = torch.device("cuda")
+    assert workspace.settled(None, gpu) == workspace.settled("auto", gpu) == (taken, 0)
+    assert workspace.settled("auto", gpu, shared=True) == (GIB // 2, 0)  # ranks with other chunks would wait forever
+    assert workspace.settled(123, gpu) == (123, 0)
+    with Workspace(64) as kept:
+        assert workspace.settled(None, gpu) == (64, kept.key)
+
+
+def test_what_is_free_counts_what_pytorch_keeps(monkeypatch):
+    for name, value in {
+        "is_available": True,
+        "memory_reserved": 5,
+        "memory_allocated": 3,
+        "mem_get_info": (7, 9),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    assert workspace.free_bytes(torch.device("cuda")) == 9
+    assert workspace.free_bytes(torch.device("cpu")) == 0
+
+
+def test_a_call_asks_what_is_free_unless_ranks_share_it(given, monkeypatch):
+    monkeypatch.setattr(workspace, "free_bytes", lambda device: 1 << 40)
+    rows = []
+    monkeypatch.setattr(validation, "chunks", lambda shape, size, path: rows.append(size) or chunks(shape, size, path))
+    step(given, "auto")
+    linear_logprob(*given)
+    assert rows == [4 * GIB, 4 * GIB]
 
 
 def test_the_memory_of_a_gradient_that_nobody_holds_is_taken_again():

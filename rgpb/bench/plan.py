@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ import torch
 from rgpb.arguments import argument, parse_bytes, positive
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
 from rgpb.engine.plan import (
+    DEFAULT_WORKSPACE,
     RATES,
     SHARDED,
     Plan,
     Rates,
     Sizes,
+    auto_workspace,
     of_impl,
     plan,
     predicted_seconds,
@@ -140,7 +143,11 @@ def add_parser(subparsers: Any) -> None:
         ("fsdp", "that have other tokens, and each a part of the (rows of the) head between steps"),
     ):
         parser.add_argument(f"--{name}", type=argument(positive), default=1, help=f"ranks {text}; default %(default)s")
-    parser.add_argument("--workspace", type=argument(parse_bytes), default="512MiB", help="default %(default)s")
+    parser.add_argument(
+        "--workspace",
+        type=argument(parse_bytes),
+        help='default: what workspace="auto" takes, 512MiB or what a GPU has free',
+    )
     parser.set_defaults(run=run)
 
 
@@ -255,16 +262,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"tp: expected at most the {lm_head.vocab} rows of the head, got {a.tp}")
     rows = -(-lm_head.vocab // a.tp)
     head = sizes(rows, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None)
-    chosen = plan(
-        a.tokens, head, impls, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
+    weight = rows * lm_head.width * dtype.itemsize
+    held = 2 * a.tokens * lm_head.width * dtype.itemsize + (1 if a.frozen_head else 2) * weight
+    held += shard_held(a.tokens, lm_head.width, 4) * (a.tp > 1)
+    auto = auto_workspace(GPUS[gpu].memory * 2**30 - held) if cuda and a.tp == 1 else DEFAULT_WORKSPACE
+    workspace = auto if a.workspace is None else a.workspace
+    planned = partial(
+        plan, a.tokens, head, impls, weight_grad=not a.frozen_head, couples=spec.couples, half=dtype == torch.float16,
         entropy_grad=spec.entropy_grad, skipping=a.skipping, split=SHARDED if a.tp > 1 else "",
-        unit_tokens=units_of(a, spec), workspace=a.workspace,
+        unit_tokens=units_of(a, spec),
     )  # fmt: skip
+    chosen, whole_head = planned(workspace=workspace), head
     head = of_impl(head, chosen.impl)
     softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
     moved = naive_moved(dtype.itemsize, spec.entropy or spec.entropy_grad, softcap)
     naive = naive_bytes(a.tokens, rows, dtype.itemsize, softcap=softcap)
-    weight = rows * lm_head.width * dtype.itemsize
     named = "" if a.model is None else f"{a.model}: "
     capped = f", logits soft-capped at {lm_head.softcap:g}" if lm_head.softcap is not None else ""
     print(f"call    {spec.name}, {a.dtype}, on a {a.device_type} device")
@@ -276,7 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"impl    {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
     job = (chosen, head, a.tokens, units, moved)
-    times = on_gpu(*job) if cuda else on_cpu(*job, dtype, a.workspace)
+    times = on_gpu(*job) if cuda else on_cpu(*job, dtype, workspace)
     if times is None:
         print("time    not predicted: there are rates for 16-bit products on a GPU only")
     else:
@@ -293,7 +305,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"        as if nothing could be left out; less {saved} of {chosen.units} products, times the share that is"
         )
     print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
-    print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(a.workspace)} allowed")
+    print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(workspace)} allowed")
     print(
         f"naive   {_mebibytes(naive)}: 3·N·V float32 numbers{', and the N·V of tanh' * softcap}; "
         f"{naive / chosen.extra_bytes:,.1f} times the memory above"
@@ -303,8 +315,14 @@ def run(arguments: argparse.Namespace) -> int:
             f"        {_time(times.naive)} predicted, {times.naive / times.ours:.2f} times the time above: "
             f"{units} × 2·N·V·H at the library's rate, {moved}·N·V bytes at that of copies"
         )
-    held = 2 * a.tokens * lm_head.width * dtype.itemsize + (1 if a.frozen_head else 2) * weight
-    held += shard_held(a.tokens, lm_head.width, 4) * (a.tp > 1)
+    if cuda and times is not None and workspace < auto:
+        larger = planned(workspace=auto)
+        faster = on_gpu(larger, of_impl(whole_head, larger.impl), a.tokens, units, moved)
+        if faster is not None and faster.ours < times.ours:
+            print(
+                f'remedy  workspace="auto", here {auto >> 20:,} MiB: {larger.path}, {_time(faster.ours)} predicted, '
+                f"{times.ours / faster.ours:.2f} times as fast; or a frozen head"
+            )
     print(f"fits    {_fits(held + chosen.extra_bytes, held + naive, gpu if cuda else None)}")
     print(
         "        hidden states, head, their gradients, the above; not counted: the rest of the model, optimiser states"

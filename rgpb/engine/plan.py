@@ -34,6 +34,9 @@ from rgpb.kernels import cpp_rows, torch_rows, tuned
 from rgpb.kernels.types import PAD
 
 DEFAULT_WORKSPACE = 512 * 2**20
+# What `workspace="auto"` takes at most of a GPU's memory, where half of what is free is more: enough for a single pass
+# over some thousand rows of a vocabulary of 128 thousand.
+MOST_WORKSPACE = 4 * 2**30
 
 # Columns of logits that a CPU forms by one float32 product, for each thread: wider ones have been seen to take a tenth
 # longer (docs/performance.md). At least MIN_COLUMNS, of which each tile's columns are a part.
@@ -79,6 +82,14 @@ class remembered(Generic[Given, Found]):
 
     def __call__(self, *args: Given.args, **keywords: Given.kwargs) -> Found:
         return (self.anew if torch.compiler.is_compiling() else self.kept)(*args, **keywords)
+
+
+def auto_workspace(free: int) -> int:
+    """Bytes that `workspace="auto"` takes of so many that a GPU has free: 512 MiB, or 1, 2 or 4 GiB in half of it."""
+    size = MOST_WORKSPACE
+    while size > DEFAULT_WORKSPACE and 2 * size > free:
+        size //= 2
+    return size
 
 
 class Rates(NamedTuple):

@@ -14,9 +14,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.plan import DEFAULT_WORKSPACE, auto_workspace
 from rgpb.kernels.cpp_rows import fresh
 
+CPU = torch.device("cpu")
 # An order is estimated anew when a call has to keep so much more than the first that went by it.
 WORSE = 1.25
 # Where an order leaves out less than this share, none is used for so many calls.
@@ -202,11 +203,32 @@ def check_size(size: object, argument: str = "workspace") -> None:
         raise ValueError(f"{argument}: expected a positive whole number of bytes, got {size}")
 
 
-def settled(workspace: int | Workspace | None) -> tuple[int, int]:
-    """(bytes, key of what is kept, or 0) of an argument: None for what is entered, or the default."""
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that nobody holds, those included that PyTorch keeps for later; 0 without a GPU."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def settled(
+    workspace: int | str | Workspace | None, device: torch.device = CPU, shared: bool = False
+) -> tuple[int, int]:
+    """(bytes, key of what is kept, or 0) of an argument: None for what is entered, or "auto".
+
+    Args:
+        device: of the call.
+        shared: whether ranks have to take the same chunks, so that "auto" can't go by what is free on one of them.
+    """
     if workspace is None:
         stack = getattr(_entered, "stack", ())
-        workspace = stack[-1] if stack else DEFAULT_WORKSPACE
+        workspace = stack[-1] if stack else "auto"
+    if isinstance(workspace, str):
+        if workspace != "auto":
+            raise ValueError(
+                f"workspace: expected a positive whole number of bytes, a Workspace or 'auto', got {workspace!r}"
+            )
+        workspace = DEFAULT_WORKSPACE if shared else auto_workspace(free_bytes(device))
     if isinstance(workspace, Workspace):
         return workspace.size, workspace.key
     check_size(workspace)

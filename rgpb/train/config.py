@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rgpb.arguments import argument, parse_bytes
-from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
 from rgpb.train.rows import PAIRINGS
 
@@ -141,9 +140,9 @@ class TrainConfig:
     dropout: bool = _option(False, "train with the model's dropout; default: none, as in the reference")
     gradient_checkpointing: bool = _option(False, "recompute the backbone's activations instead of keeping them")
     cpu: bool = _option(False, "don't use a GPU")
-    workspace: int = _option(
-        DEFAULT_WORKSPACE,
-        "bytes the loss may hold beyond its inputs and gradients: 512MiB",
+    workspace: int | None = _option(
+        None,
+        "bytes the loss may hold beyond its inputs and gradients; default: 512MiB, on a GPU up to 4GiB of what is free",
         COUNT,
         type=argument(parse_bytes),
     )

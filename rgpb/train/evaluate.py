@@ -49,7 +49,7 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def mismatched_ratios(
-    model: nn.Module, batch: dict[str, Any], spec: Objective, options: dict[str, Any], workspace: int
+    model: nn.Module, batch: dict[str, Any], spec: Objective, options: dict[str, Any], workspace: int | None
 ) -> dict[str, Tensor]:
     """Δ [B] of a batch's mismatched completions, for the options that take it and weren't given."""
     names = [name for name in spec.mismatched if option(options, name) is None]
@@ -84,7 +84,7 @@ def group_arguments(spec: Objective, batch: dict[str, Tensor]) -> dict[str, Any]
 
 
 def score_batch(
-    model: nn.Module, batch: dict[str, Tensor], spec: Objective, options: dict[str, Any], workspace: int
+    model: nn.Module, batch: dict[str, Tensor], spec: Objective, options: dict[str, Any], workspace: int | None
 ) -> dict[str, Tensor]:
     """Everything evaluation needs of a batch of `Collator`, from one sweep over the vocabulary.
 

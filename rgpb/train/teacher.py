@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 import rgpb
 from rgpb import hf
-from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.kernels import tuned
 from rgpb.train.adapters import without_adapters
 from rgpb.train.config import TrainConfig
@@ -39,7 +38,7 @@ def score_references(
     *,
     pad: int,
     batch_size: int,
-    workspace: int = DEFAULT_WORKSPACE,
+    workspace: int | None = None,
     bf16: bool = False,
     progress: tqdm[Any] | None = None,
     ranks: Ranks = ALONE,
