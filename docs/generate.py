@@ -45,6 +45,7 @@ KEPT = "cpu-2-threads/kept-2048-512-32000/results.json"
 GROWTH = "cpu-2-threads/growth/results.json"
 CALLS = "cpu-2-threads/calls/results.json"
 TRAINED = "cpu-2-threads/trained/results.json"
+REAL = "cpu-2-threads/real/results.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -315,6 +316,18 @@ def trained() -> str:
     return "\n\n".join([table(headers, lines), source])
 
 
+def real() -> str:
+    """What `make real` showed of held-out pairs."""
+    content = load(REAL)
+    first, *_ = content["table"]
+    made = content["provenance"]
+    source = (
+        f"Measured {made['date'][:10]} on {made['threads']} threads of an {made['cpu']}, PyTorch {made['torch']}, "
+        f"{made['held_out']} pairs held out: [data](../benchmarks/results/{REAL})."
+    )
+    return "\n\n".join([table([*first], [list(row.values()) for row in content["table"]]), source])
+
+
 # -- claims -----------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +506,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "growth": growth,
     "calls": small,
     "trained": trained,
+    "real": real,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
     "tally": tally,
