@@ -156,9 +156,9 @@ def main(given: list[str] | None = None) -> int:
         save_whole_folder(base, model.save_pretrained, tokenizer.save_pretrained)
         del model
     settings = {
-        "data": a.out / "train.jsonl", "eval-data": a.out / "held.jsonl", "model": base, "output": run, "loss": "bnf",
-        "epochs": 1, "batch-size": a.batch, "lr": a.lr, "max-length": 512, "log-steps": 2, "save-steps": 5,
-        "keep-checkpoints": 1,
+        "data": a.out / "train.jsonl", "eval-data": a.out / "held.jsonl", "eval-rows": a.held, "model": base,
+        "output": run, "loss": "bnf", "epochs": 1, "batch-size": a.batch, "lr": a.lr, "max-length": 512,
+        "log-steps": 2, "save-steps": 5, "keep-checkpoints": 1,
     }  # fmt: skip
     command = ["train", *(text for name, value in settings.items() for text in (f"--{name}", str(value))), "--cpu"]
     print(f"$ rgpb {' '.join(command)}", flush=True)

@@ -65,7 +65,7 @@ class TrainConfig:
     'dpo'
     """
 
-    data: str = field(metadata={"help": "preference data: JSON lines (also gzipped), Parquet, or a saved dataset"})
+    data: str = field(metadata={"help": "preference data: JSON (also gzipped), Parquet, Arrow, or a folder of these"})
     output: str = field(metadata={"help": "folder of the run"})
     eval_data: str | None = _option(None, "held-out data; default: a part of --data")
     eval_rows: int | None = _option(
