@@ -1,0 +1,189 @@
+"""TRL's trainers on this library's engine, beside TRL's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rgpb.train.tokens import train_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+trl = pytest.importorskip("trl")
+own = pytest.importorskip("rgpb.trl")
+utils = pytest.importorskip("trl.trainer.utils")
+head = pytest.importorskip("rgpb.trl.head")
+
+ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+
+def expected(hidden, weight, bias, target, temperature, softcap, scale):
+    """Float64, from whole logits."""
+    z = scale * (hidden.double() @ weight.double().T + (0 if bias is None else bias.double()))
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    logp = z.log_softmax(1)
+    p = logp.exp()
+    found = logp.gather(1, target[:, None]).squeeze(1), -(p * logp).sum(1), (p * p).sum(1).log(), z.mean(1)
+    return (*found, z.argmax(1) == target)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_all_outputs_and_their_gradients(softcap, scale, with_bias, monkeypatch):
+    monkeypatch.setattr(head, "SLICE_BYTES", 4 * 40 * 64)  # several slices
+    hidden, weight = torch.randn(40, 16), torch.randn(203, 16)
+    bias = torch.randn(203) if with_bias else None
+    given = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    target = torch.where(torch.arange(40) % 2 == 0, (hidden @ weight.T).argmax(1), torch.randint(203, (40,)))
+    call = hidden, weight, bias, target, 0.7
+    ours = head.LogProbs.apply(*call, 64, softcap, scale, ALL)
+    theirs = expected(*call, softcap, scale)
+    for name, a, b in zip(ALL, ours, theirs):
+        torch.testing.assert_close(a, b.to(a.dtype), atol=2e-5, rtol=1e-5, msg=name)
+    assert 0 < int(ours[4].sum()) < 40
+    upstream = torch.randn(2, 40)
+    ours, theirs = (
+        torch.autograd.grad((upstream[0] * x[0]).sum() + (upstream[1] * x[1]).sum(), given) for x in (ours, theirs)
+    )
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_of_equals_the_first_is_the_top():
+    weight = torch.ones(6, 4)
+    found = head.LogProbs.apply(torch.ones(3, 4), weight, None, torch.tensor([0, 1, 5]), 1.0, 64, None, 1.0, ALL)
+    assert found[4].tolist() == [True, False, False]
+
+
+def test_no_position_with_a_label():
+    found = head.LogProbs.apply(torch.ones(0, 4), torch.ones(6, 4), None, torch.ones(0, dtype=torch.long), 1.0, 64)
+    assert found[0].shape == (0,)
+    assert found[1:] == (None,) * 4
+
+
+def test_it_is_undone():
+    before = utils._ChunkedLogProbFunction, utils._use_triton
+    outer = own.accelerate()
+    inside = utils._ChunkedLogProbFunction
+    assert inside is not before[0]
+    with pytest.raises(KeyError), own.accelerate():
+        raise KeyError
+    assert utils._ChunkedLogProbFunction is inside
+    outer.undo()
+    outer.undo()
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+
+
+@pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0", None])
+def test_other_versions_are_refused(found):
+    with pytest.raises(ImportError, match=rf"trl: expected >=1.16,<1.17, got {found or 'none'}: pip install"):
+        own.check_version(found)
+    own.check_version("1.16.3")
+
+
+def test_parts_of_zero3_are_refused():
+    weight = torch.nn.Parameter(torch.ones(6, 4))
+    weight.ds_id = 1
+    with pytest.raises(ValueError, match=r"model: expected a head that is whole .* ZeRO-3"):
+        head.LogProbs.apply(torch.ones(3, 4), weight, None, torch.tensor([0, 1, 5]), 1.0, 64)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = train_tokenizer(["a"], 258)
+    config = LlamaConfig(vocab_size=258, max_position_embeddings=64, tie_word_embeddings=False, **SIZES)
+    torch.manual_seed(0)
+    rows = [{"prompt": f"{a} + 1 =", "chosen": f" {a + 1}", "rejected": f" {a - 1} or so"} for a in range(20)]
+    return tokenizer, LlamaForCausalLM(config), Dataset.from_list(rows)
+
+
+def trainer_of(parts, folder, kind=None, **settings):
+    """A trainer of a copy of the model, some way from its reference."""
+    tokenizer, model, data = parts
+    kind = kind or trl.DPOTrainer
+    config = {trl.DPOTrainer: trl.DPOConfig, trl.SFTTrainer: trl.SFTConfig, trl.KTOTrainer: trl.KTOConfig}[kind]
+    args = config(
+        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
+        save_strategy="no",
+        gradient_checkpointing=False, learning_rate=1e-3, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    extra = {} if kind is trl.SFTTrainer else {"ref_model": copy.deepcopy(model)}
+    trained = copy.deepcopy(model)
+    with torch.no_grad():  # away from the reference
+        for parameter in trained.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return kind(trained, args=args, train_dataset=data, processing_class=tokenizer, **extra)
+
+
+def test_the_fifteen_losses_of_dpo(parts, tmp_path):
+    trainer = trainer_of(parts, tmp_path, label_smoothing=0.1, use_weighting=False)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    for loss_type in LOSSES:
+        trainer.loss_types = [loss_type]
+        results = []
+        for fast in (False, True):
+            trainer.model.zero_grad()
+            trainer._metrics["train"].clear()
+            trainer._total_train_tokens = 0
+            trainer.model.train()
+            patched = own.accelerate() if fast else None
+            try:
+                loss = trainer.compute_loss(trainer.model, batch)
+            finally:
+                if patched is not None:
+                    patched.undo()
+            loss.backward()
+            metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+            results.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters()], metrics))
+        (a, grads, metrics), (b, others, found) = results
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=loss_type)
+        for x, y in zip(grads, others):
+            assert float((x - y).abs().max()) <= 1e-6 + 1e-4 * float(x.abs().max()), loss_type
+        assert found.keys() == metrics.keys()
+        for name, value in metrics.items():
+            assert math.isclose(found[name], value, rel_tol=1e-4, abs_tol=1e-5), (loss_type, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("DPOTrainer", {}),
+        pytest.param("DPOTrainer", {"use_weighting": True}, marks=pytest.mark.full),
+        pytest.param("SFTTrainer", {}, marks=pytest.mark.full),
+        pytest.param("KTOTrainer", {}, marks=pytest.mark.full),
+    ],
+)
+def test_twenty_steps(parts, tmp_path, kind, settings):
+    """Losses and weights, step by step, beside TRL's own."""
+    tokenizer, model, data = parts
+    if kind == "SFTTrainer":
+        parts = tokenizer, model, data.remove_columns("rejected").rename_column("chosen", "completion")
+    results = []
+    for fast in (False, True):
+        trainer = trainer_of(parts, tmp_path / str(fast), getattr(trl, kind), max_steps=20, **settings)
+        patched = own.accelerate() if fast else None
+        try:
+            trainer.train()
+        finally:
+            if patched is not None:
+                patched.undo()
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        results.append((losses, [p.detach() for p in trainer.model.parameters()]))
+    assert len(results[0][0]) == 20
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-6, rtol=1e-5)
+    for a, b in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
