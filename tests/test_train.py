@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -30,13 +31,14 @@ from transformers import (
     TrainerCallback,
 )
 
+import rgpb
 from rgpb import cli, hf
 from rgpb import demo as demo_module
 from rgpb.demo import arithmetic_pairs
 from rgpb.engine.plan import Limits
 from rgpb.kernels import tuned
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
-from rgpb.train import TrainConfig, command, models, report, teacher, train
+from rgpb.train import TrainConfig, flags, models, progress, report, signals, teacher, train
 from rgpb.train import config as settings_module
 from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
@@ -730,7 +732,11 @@ class TestInterrupted:
             if line["kind"] == "SIGKILL":
                 assert line["code"] == -signal.SIGKILL, what
             elif line["kind"] == "SIGINT":
-                assert (line["code"], line["said"]) == (130, "\nrgpb: interrupted\n"), what
+                ended = "interrupted|SIGINT: (stopped after step .*, which is saved; )?to go on: rgpb train .*"
+                assert line["code"] == 130, what
+                assert re.fullmatch(f"(\nSIGINT: this step .*\n)?\nrgpb: ({ended})\n", line["said"]), what
+            elif line["kind"] == "SIGTERM":  # before the command has begun it kills
+                assert line["code"] in (143, -signal.SIGTERM), what
             elif line["code"]:  # 0 where nothing was left to write
                 assert re.fullmatch(r"rgpb: error: .*\n", line["said"]), what
             assert (line["again"], line["same"]) == (0, ["weights", "metrics", "report", "left"]), line
@@ -821,6 +827,186 @@ class TestInterrupted:
         flags = ["--loss=dpo", "--steps=4", "--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--log-steps=2"]
         flags += ["--eval-rows=200"]
         return ["train", "--data", data, "--output", str(folder), *flags, "--cpu", "--quiet"]
+
+
+class TestSignals:
+    FLAGS: ClassVar = ["--loss=dpo", "--steps=6", "--save-steps=4", "--batch-size=3", "--grad-accum=2", "--lr=3e-3"]
+
+    def start(self, data, folder, monkeypatch, *numbers):
+        """The command, in whose third step these signals come; its exit code."""
+        compute, left = PreferenceTrainer.compute_loss, list(numbers)
+
+        def interrupted(self, *arguments, **keywords):
+            while left and self.state.global_step == 2:
+                signal.raise_signal(left.pop(0))
+            return compute(self, *arguments, **keywords)
+
+        line = ["train", "--data", data, "--output", str(folder), *self.FLAGS, "--vocab-size=258", "--cpu"]
+        with monkeypatch.context() as patched:
+            patched.setattr(PreferenceTrainer, "compute_loss", interrupted)
+            return cli.main(line)
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), full(signal.SIGINT, 130)])
+    def test_the_step_is_finished_and_saved(self, data, tmp_path, monkeypatch, capfd, number, code):
+        """The line that goes on goes on there, to the weights of a run that nothing happened to."""
+        before = {n: signal.getsignal(n) for n in signals.HELD}
+        assert self.start(data, tmp_path / "run", monkeypatch, number) == code
+        assert {n: signal.getsignal(n) for n in signals.HELD} == before
+        assert [p.parent.name for p in (tmp_path / "run").glob("*/progress.json")] == ["checkpoint-3"]
+        *_, last = capfd.readouterr().err.splitlines()
+        name = signal.Signals(number).name
+        assert re.fullmatch(
+            rf"rgpb: {name}: stopped after step 3 of 6, which is saved; to go on: rgpb train --data {data} .*", last
+        )
+        assert cli.main(last.partition(" to go on: rgpb ")[2].split()) == 0
+        assert "training with dpo: going on from step 3 of 6\n" in capfd.readouterr().out
+        assert self.start(data, tmp_path / "whole", monkeypatch) == 0
+        assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+        assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+    def test_a_second_one_ends_at_once(self, data, tmp_path, monkeypatch, capfd):
+        assert self.start(data, tmp_path / "run", monkeypatch, signal.SIGINT, signal.SIGTERM) == 143
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+        said = capfd.readouterr().err
+        assert "\nSIGINT: this step is finished and saved first; a second one ends at once\n" in said
+        assert "\nrgpb: SIGTERM: to go on: rgpb train --data" in said
+
+    def test_what_ignores_signals_goes_on_ignoring_them(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with signals.Hold() as hold:
+                signal.raise_signal(signal.SIGINT)
+            assert (hold.number, signal.getsignal(signal.SIGINT)) == (0, signal.SIG_IGN)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_handler_that_does_nothing_does_not_finish_the_run(self):
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with pytest.raises(KeyboardInterrupt, match="stopped there"):
+                signals.act(signal.SIGTERM, "stopped there")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class TestProgress:
+    def test_lines_where_there_is_no_terminal(self, capsys, monkeypatch):
+        """One every few seconds, and one at the end."""
+        clock = [100.0]
+        monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+        with progress.bar(12, "training", "step", initial=2) as shown:
+            for step in range(10):
+                clock[0] += 2.0
+                shown.set_postfix({"loss": f"0.{step}"})
+                shown.update(1)
+        assert capsys.readouterr().err.splitlines() == [
+            "training: step 5 of 12, 14 s left, loss 0.2",
+            "training: step 8 of 12, 8 s left, loss 0.5",
+            "training: step 11 of 12, 2 s left, loss 0.8",
+            "training: step 12 of 12, loss 0.9",
+        ]
+        with progress.bar(3, "reference", "response", leave=False) as shown:
+            shown.update(3)
+        with progress.bar(3, "sampling", "prompt", quiet=True) as shown:
+            clock[0] += 60
+            shown.update(3)
+        assert capsys.readouterr().err == ""
+
+    def test_a_bar_on_a_terminal(self, monkeypatch, capsys):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        with progress.bar(3, "training", "step") as shown:
+            shown.update(3)
+        assert "\r" in capsys.readouterr().err
+
+
+def given(*line):
+    """The settings of a command line."""
+    parser = argparse.ArgumentParser()
+    flags.add_flags(parser, dict.fromkeys(flags.FIELDS))
+    return flags.settings_of(parser.parse_args(line))
+
+
+class TestSettings:
+    YAML = """
+data: a.jsonl
+output: runs/a
+lr: 1e-3            # a text, by YAML's rules
+batch-size: 4
+eval_rows: 1.0e+2
+loss_option: {beta: 0.2, label_smoothing: 1e-1, dpo.beta: 3}
+quiet: true
+cpu: true
+workspace: 4GiB
+ref_model: null
+"""
+
+    def test_the_command_line_wins(self, tmp_path):
+        (tmp_path / "run.yaml").write_text(self.YAML)
+        file = ["--config", str(tmp_path / "run.yaml")]
+        expected = TrainConfig(
+            data="a.jsonl", output="runs/a", lr=1e-3, batch_size=4, eval_rows=100, progress=False, cpu=True,
+            loss_option={"beta": 0.2, "label_smoothing": 0.1, "dpo.beta": 3}, workspace=2**32,
+        )  # fmt: skip
+        assert given(*file) == expected
+        assert type(given(*file).eval_rows) is int
+        options = {"beta": 0.5, "label_smoothing": 0.1, "dpo.beta": 3}
+        assert given(*file, "--lr=2", "--output", "b", "--no-cpu", "--no-quiet", "--loss-option", "beta=0.5") == (
+            dataclasses.replace(expected, lr=2.0, output="b", cpu=False, progress=True, loss_option=options)
+        )
+        assert given("--data=a", "--output=b") == TrainConfig(data="a", output="b")
+
+    def test_of_an_earlier_run(self, data, tmp_path):
+        """Also what a run that goes on may have otherwise; with another output it is another run."""
+        folder = tmp_path / "run"
+        settings = config(data, folder, loss_option={"beta": 0.5}, save_steps=7, timeout=9.0, allow=True)
+        open_run(folder, settings, read_preferences(data), None, None)
+        assert given("--config", str(folder / "run.json")) == settings
+        other = given("--config", str(folder / "run.json"), "--output", "b", "--lr", "1")
+        assert other == dataclasses.replace(settings, output="b", lr=1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            (
+                "a.yaml",
+                "data: a\nbatch_sise: 3",
+                "a.yaml: expected flags of .*, got 'batch_sise'; did you mean",
+            ),
+            ("a.yaml", "data: a\nlr: 1\nlr: 2", "config: expected YAML or JSON in .*, got 'lr' twice"),
+            (
+                "a.json",
+                '{"lr": 1, "lr": 2}',
+                "config: expected YAML or JSON .*, got expected each key once, got 'lr'",
+            ),
+            ("a.yaml", "save-steps: 1\nsave_steps: 2", "expected save_steps once, got 'save_steps' beside it"),
+            ("a.yaml", "quiet: true\nprogress: true", "expected progress once, got 'progress' beside it"),
+            ("a.yaml", "lr: fast", "a.yaml: lr: expected a number, got 'fast'"),
+            ("a.yaml", "steps: 1.5", "a.yaml: steps: expected a whole number, got 1.5"),
+            ("a.yaml", "steps: .inf", "a.yaml: steps: expected a whole number, got inf"),
+            ("a.yaml", "steps: true", "a.yaml: steps: expected a whole number, got True"),
+            ("a.yaml", "cpu: 1", "a.yaml: cpu: expected true or false, got 1"),
+            ("a.yaml", "loss: 3", "a.yaml: loss: expected a text, got 3"),
+            ("a.yaml", "loss_option: [beta]", r"loss_option: expected names with values, got \['beta'\]"),
+            ("a.yaml", "lr: null", "a.yaml: lr: expected a number, got None"),
+            ("a.yaml", "- lr", r"config: expected names of settings .*, got \['lr'\]"),
+            ("a.yaml", "lr: [", "config: expected YAML or JSON in .*, got "),
+            ("b.yaml", "", "config: expected a file, got '.*a.yaml', which isn't there"),
+            ("a.yaml", "data: a", "output: expected --output, or output in the file of --config; got neither"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used(self, tmp_path, name, text, message):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message) as raised:
+            given("--config", str(tmp_path / name.replace("b", "a")))
+        assert "\n" not in str(raised.value)
+
+    def test_each_flag_is_in_one_group(self):
+        assert sorted(name for names in flags.GROUPS.values() for name in names) == sorted(flags.FIELDS)
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["--version"])
+        assert capsys.readouterr().out == f"rgpb {rgpb.__version__}\n"
 
 
 class TestRunningMean:
@@ -981,7 +1167,7 @@ class TestRefusals:
         assert json.loads((folder / "run.json").read_text())["settings"]["loss"] == "bnf"
 
     def test_options_of_the_command(self):
-        given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
+        given = flags.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
         checked = settings_module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
         assert checked == {"tau": 1.0, "length_normalize": False}

@@ -26,13 +26,13 @@ from rgpb.train.rows import Preferences
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
 FREE = (
     *("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout"),
-    *("ref_cache", "precompute_ref", "allow"),
+    *("ref_cache", "precompute_ref", "allow", "report_to"),
 )
 
 # What a run writes, and `overwrite` removes.
 OWN = (
     *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
-    *("merged", "checkpoint-*"),
+    *("merged", "tensorboard", "checkpoint-*"),
 )
 
 
@@ -64,6 +64,7 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     sources = {"data": str(config.data), "eval_data": config.eval_data}
+    sources |= {name: value for name in ("reward", "sampler") if (value := getattr(config, name)) is not None}
     content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions, **_machine(config)}
     if reward is not None:
         content["reward source"] = _source(reward)
@@ -71,8 +72,12 @@ def open_run(
 
 
 def _machine(config: TrainConfig) -> dict[str, Any]:
-    """What may be another when a run goes on: how many processes share the work, and how; the precision that gives."""
-    return {"processes": processes(), "parallel": parallel_of(config), "precision": precision_of(config)}
+    """What may be another when a run goes on: how many processes share the work, and how; the precision that gives;
+    settings that no result depends on."""
+    apart = ("output", "data", "eval_data", "overwrite")
+    free = {name: getattr(config, name) for name in FREE if name not in apart}
+    machine = {"processes": processes(), "parallel": parallel_of(config), "precision": precision_of(config)}
+    return {**machine, "other settings": free}
 
 
 def _settings(
@@ -99,8 +104,12 @@ def _settings(
 
 def _check_same(folder: Path, settings: dict[str, Any], reward: Reward | None) -> None:
     noted = json.loads((folder / "run.json").read_text())
-    # settings that there weren't yet when the run began have their defaults
-    earlier = {**{entry.name: entry.default for entry in fields(TrainConfig)}, **noted["settings"]}
+    # settings that there weren't yet when the run began have their defaults; nothing was held out
+    then = {**{entry.name: entry.default for entry in fields(TrainConfig)}, "eval_split": 0.0}
+    earlier = {
+        **(then if noted["settings"]["eval_data"] is None else {**then, "eval_split": None}),
+        **noted["settings"],
+    }
     if reward is not None and noted.get("reward source") != _source(reward):
         print(f"reward: {settings['reward']} has changed since this run began; what it judged so far stays")
     differing = [

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from rgpb import hf
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_text
+from rgpb.train.progress import bar, say
 from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.rewards import Reward
 from rgpb.train.rows import Preferences
@@ -162,7 +162,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             tied = sum(len(set(v)) == 1 for v in values)
             self.log("reward/tied", tied / len(values), len(values))
             if tied == len(values):
-                tqdm.write(f"{name}: all completions of every prompt were judged alike, so there is nothing to learn")
+                say(f"{name}: all completions of every prompt were judged alike, so there is nothing to learn")
         made = self._dataset(rows, which)
         if self.ref is None:
             return made
@@ -236,9 +236,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         pad = min(self.pad, max(map(max, prompts)))  # masked: any token that the model has
         ends, made = self.ends(model), []
         cuda = [device] if device.type == "cuda" else []
-        bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not config.progress, leave=False)
+        done = bar(len(prompts), "sampling", "prompt", leave=False, quiet=not config.progress)
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16)
-        with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
+        with done, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
             torch.manual_seed(seed)
             for first in range(0, len(prompts), config.batch_size):
                 part = prompts[first : first + config.batch_size]
@@ -253,7 +253,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 for new in out[:, width:].tolist():
                     stop = next((i for i, token in enumerate(new, 1) if token in ends), len(new))
                     made.append(new[:stop])
-                bar.update(len(part))
+                done.update(len(part))
         return made
 
     def _dataset(self, rows: list[dict[str, Any]], which: Sequence[int]) -> PreferenceDataset:

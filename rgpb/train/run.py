@@ -27,6 +27,7 @@ from rgpb.train.models import (
     check_sizes,
     check_tokens,
     family_of,
+    fetched,
     load_model,
     make_model,
     make_tokenizer,
@@ -64,8 +65,9 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
     config = replace(config, progress=config.progress and own_rank() == 0)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: this module's own
     reward = reward_of(config, reward)
-    preferences = _read(config.data, spec, config.online)
-    held_out = None if config.eval_data is None else _read(config.eval_data, spec, config.online)
+    preferences = read_for(config.data, spec, config.online)
+    held_out = None if config.eval_data is None else read_for(config.eval_data, spec, config.online)
+    config = fetched(config)
     family = family_of(config)
     check_devices(config)
     folder = Path(config.output)
@@ -115,31 +117,43 @@ def _made(value: Any) -> bool:
     return value is not None
 
 
+def tokenised(
+    config: TrainConfig, spec: Objective, options: dict[str, Any], tokenizer: Any, data: Preferences
+) -> PreferenceDataset:
+    """The units that the objective takes.
+
+    Raises:
+        ValueError: as `tokenise` and `check_counts`.
+    """
+    made = tokenise(
+        data,
+        tokenizer,
+        pairing=GROUPS if spec.unit == "group" else config.pairing,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation_side=config.truncation_side,
+    )
+    if spec.unit == "group" and not spec.rewards:
+        made = made.without_tied_best()
+    if not config.allow:
+        check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
+    if any(option(options, name) is None for name in spec.mismatched):
+        made.mismatches = made.mismatched(config.max_length)
+    return made
+
+
 def _on_data(
     stage: Stage, family: str | None, tokenizer: Any, preferences: Preferences, held_out: Preferences | None
 ) -> dict[str, Any]:
     """Tokens, fine-tuning, reference scores, training."""
     config, spec, options, ranks = stage.config, stage.spec, stage.options, stage.ranks
 
-    def tokenised(data: Preferences) -> PreferenceDataset:
-        made = tokenise(
-            data,
-            tokenizer,
-            pairing=GROUPS if spec.unit == "group" else config.pairing,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            truncation_side=config.truncation_side,
-        )
-        if spec.unit == "group" and not spec.rewards:
-            made = made.without_tied_best()
-        if not config.allow:
-            check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
-        if any(option(options, name) is None for name in spec.mismatched):
-            made.mismatches = made.mismatched(config.max_length)
-        return made
-
-    train_set = tokenised(preferences)
-    eval_set = train_set if held_out is None else tokenised(held_out)
+    made = partial(tokenised, config, spec, options, tokenizer)
+    train_set = made(preferences)
+    if held_out is None:
+        train_set, eval_set = train_set.split(config.eval_split, config.seed)
+    else:
+        eval_set = made(held_out)
     model: Any = make_model(config, family, tokenizer)
     hf.check_head(model)
     check_tokens(model, config.model, (train_set, eval_set))
@@ -248,8 +262,12 @@ def _on_rollouts(
     return stage.fit(model, tokenizer, data, evaluated, epochs=config.epochs, steps=steps, measure=measure)
 
 
-def _read(path: str, spec: Objective, prompts: bool) -> Preferences:
-    """A file's preferences, or its prompts alone; refused where the objective can't use them."""
+def read_for(path: str, spec: Objective, prompts: bool) -> Preferences:
+    """A file's preferences, or its prompts alone.
+
+    Raises:
+        ValueError: a file that can't be read, or of which the objective can't use the form.
+    """
     if prompts:
         return read_prompts(path)
     preferences = read_preferences(path)
