@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -42,7 +43,7 @@ from rgpb.train import TrainConfig, flags, models, progress, report, signals, te
 from rgpb.train import config as settings_module
 from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
-from rgpb.train.tokens import Collator, reference_of, tokenise, train_tokenizer
+from rgpb.train.tokens import Collator, held_out, reference_of, tokenise, train_tokenizer
 from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -1007,6 +1008,175 @@ ref_model: null
         with pytest.raises(SystemExit, match="0"):
             cli.main(["--version"])
         assert capsys.readouterr().out == f"rgpb {rgpb.__version__}\n"
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("loss", ["dpo", full("kto"), full("simpo"), full("mc_po")])
+    def test_is_what_the_run_measured(self, data, tmp_path, capsys, loss):
+        """The same numbers as the last evaluation of the run that made the model, of the same data."""
+        other, base = write(tmp_path / "other.jsonl", arithmetic_pairs(7, seed=2)), tmp_path / "base" / "model"
+        train(config(data, tmp_path / "base", loss="mle", steps=1))
+        options = {"beta": 0.3}
+        settings = {"model": str(base), "eval_data": other, "loss_option": options, "lr": 1e-2}
+        train(config(data, tmp_path / "run", loss=loss, **settings))
+        line = [
+            "evaluate",
+            "--model",
+            str(tmp_path / "run" / "model"),
+            "--data",
+            other,
+            "--output",
+            str(tmp_path / "e"),
+        ]
+        line += [f"--loss={loss}", "--loss-option=beta=0.3", "--batch-size=3", "--cpu"]
+        line += [] if loss == "simpo" else ["--ref-model", str(base)]
+        assert cli.main(line) == 0
+        found, shown = json.loads((tmp_path / "e" / "evaluation.json").read_text()), capsys.readouterr().out
+        beside = ("split", "step", "epoch", "device")
+        after = {name: value for name, value in records(tmp_path / "run")[-1].items() if name not in beside}
+        assert found["metrics"] == pytest.approx(after, rel=1e-6)
+        assert ("rewards/accuracies" in after) == (loss != "simpo")
+        assert (found["loss"], found["options"], found["counts"]["units"]) == (loss, options, 7)
+        text = (tmp_path / "e" / "evaluation.md").read_text()
+        for name in after.keys() & report.METRICS.keys():
+            assert f"| {report.METRICS[name]} | {after[name]:.4g} |" in text
+        assert f"{after['perplexity']:.4g}" in shown
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (["--model=nano-llama"], "model: expected one that was trained, got 'nano-llama', which would be new"),
+            (["--model=x", "--loss=dpo"], "ref_model: expected a model, since dpo compares with a reference; got none"),
+            ([], "model: expected --model, or model in the file of --config; got neither"),
+            (["--model=run"], r"model: expected a folder .* \(a run's is in run/model\), got 'run'"),
+        ],
+    )
+    def test_what_cannot_be_evaluated(self, data, tmp_path, capsys, monkeypatch, line, message):
+        monkeypatch.chdir(tmp_path)
+        Path("run/model").mkdir(parents=True)
+        Path("run/model/config.json").touch()
+        assert cli.main(["evaluate", "--data", data, *line]) == 2
+        assert re.search(f"rgpb: error: {message}", capsys.readouterr().err)
+
+
+class TestHeldOut:
+    def test_all_of_a_prompt_or_nothing_of_it(self):
+        rows = [f"{i % 50}" for i in range(150)]
+        out = held_out(rows, None, 3)
+        taken = {row for row, there in zip(rows, out) if there}
+        assert len(taken) == 2
+        assert out == [row in taken for row in rows]
+        assert out == held_out(rows, None, 3) != held_out(rows, None, 4)
+        assert sum(held_out(rows, 0.5, 3)) == 75
+        assert not any(held_out(rows, 0.0, 3))
+        assert not any(held_out(rows[:39], None, 3))  # less than two
+        assert sum(held_out([str(i) for i in range(9000)], None, 0)) == 200
+        with pytest.raises(ValueError, match="eval_split: expected a part with .* on either side, got 0.001 of 50"):
+            held_out(rows, 0.001, 3)
+
+    @pytest.mark.parametrize("loss", ["dpo", "swepo", "bnf"])
+    def test_nothing_that_is_evaluated_is_trained_on(self, data, groups, tmp_path, monkeypatch, loss):
+        """Pairs, groups, and labelled responses, of which each prompt has several."""
+        rows = [*arithmetic_pairs(24, seed=1), *arithmetic_pairs(24, seed=1)]
+        path = groups if loss == "swepo" else write(tmp_path / "d.jsonl", unpaired(rows) if loss == "bnf" else rows)
+        sets = []
+
+        def fit(self, model, tokenizer, train_set, eval_set, **named):
+            sets.extend([train_set, eval_set])
+            raise InterruptedError
+
+        monkeypatch.setattr(Stage, "fit", fit)
+        with pytest.raises(InterruptedError):
+            train(config(path, tmp_path / "run", loss=loss, eval_split=0.25))
+        prompts = [{tuple(unit[0].tokens[: unit[0].prompt].tolist()) for unit in units} for units in sets]
+        assert list(map(len, prompts)) == ([12, 4] if loss == "swepo" else [18, 6])
+        assert not prompts[0] & prompts[1]
+        assert list(map(len, sets)) == {"dpo": [36, 12], "swepo": [12, 4], "bnf": [72, 24]}[loss]
+        assert sets[0].counts["units held out"] == len(sets[1])
+
+    def test_a_run_from_before(self, data, tmp_path):
+        """It held nothing out; with data of its own to evaluate on, that changes nothing."""
+        for eval_data in (None, data):
+            folder, preferences = tmp_path / str(eval_data is None), read_preferences(data)
+            held = None if eval_data is None else preferences
+            settings = config(data, folder, eval_data=eval_data)
+            open_run(folder, settings, preferences, held, None)
+            (folder / "metrics.jsonl").touch()
+            note = json.loads((folder / "run.json").read_text())
+            del note["settings"]["eval_split"]
+            (folder / "run.json").write_text(json.dumps(note))
+            if eval_data is None:
+                with pytest.raises(ValueError, match="eval_split is 0.0 there and None now"):
+                    open_run(folder, settings, preferences, held, None)
+                settings = dataclasses.replace(settings, eval_split=0.0)
+            open_run(folder, settings, preferences, held, None)
+
+
+class TestHub:
+    def test_a_name_is_fetched(self, tmp_path, monkeypatch):
+        calls = []
+
+        def fetch(name, allow_patterns, ignore_patterns):
+            calls.append((name, "*.safetensors" in allow_patterns))
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        monkeypatch.chdir(tmp_path)
+        settings = config("d", "o", model="owner/some-1.5B", ref_model="./owner/x")
+        assert models.fetched(settings) == dataclasses.replace(settings, model=str(tmp_path))
+        assert calls == [("owner/some-1.5B", True), ("owner/some-1.5B", False)]
+        (tmp_path / "model.safetensors").touch()
+        assert models.fetched(dataclasses.replace(settings, ref_model="a/b")).ref_model == str(tmp_path)
+        assert calls[2:] == [("owner/some-1.5B", True), ("a/b", True)]
+        (tmp_path / "owner").mkdir()
+        assert [models.is_hub_name(name) for name in ("a/b", "owner/x", "gpt2", "/a/b", "a/b/c", "a/b.gguf", "a/")] == [
+            True, False, False, False, False, False, False
+        ]  # fmt: skip
+
+    def test_no_hub(self, data, tmp_path, monkeypatch, capsys):
+        def fetch(name, **_):
+            raise FileNotFoundError("Nothing answers.\nMore of it.")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        assert cli.main(["train", "--data", data, "--output", str(tmp_path / "run"), "--model=own/er"]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(
+            r"rgpb: error: model: expected .* on a hub that can be reached; got 'own/er' \(Nothing answers\.\)\. "
+            r"Where there is a network: hf download own/er --local-dir er; then give that folder\n", said
+        )  # fmt: skip
+
+
+class TestReportTo:
+    def test_the_package_is_asked_for_first(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(settings_module.importlib.util, "find_spec", lambda name: None)
+        for name in ("wandb", "tensorboard"):
+            with pytest.raises(ValueError, match=rf"report_to: expected {name} to be installed \(pip install {name}\)"):
+                train(config(data, tmp_path / "run", report_to=name))
+
+    def test_every_line_is_sent(self, data, tmp_path, monkeypatch):
+        """To TensorBoard in the run's folder, from the evaluation before the first step on."""
+        sent = []
+
+        class Writer:
+            def __init__(self, log_dir):
+                self.folder = log_dir
+
+            def add_scalar(self, name, value, step):
+                sent.append((self.folder, name, step))
+
+            def add_text(self, *_):
+                pass
+
+            flush = close = add_text
+
+        monkeypatch.setattr(settings_module.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+        train(config(data, tmp_path / "run", report_to="tensorboard", sft_epochs=0.1))
+        assert {folder for folder, _, _ in sent} == {str(tmp_path / "run" / "tensorboard")}
+        assert {(name, step) for _, name, step in sent if name.endswith("/loss")} == {
+            ("eval/loss", 0), ("train/loss", 2), ("train/loss", 4), ("eval/loss", 4)
+        }  # fmt: skip
 
 
 class TestRunningMean:

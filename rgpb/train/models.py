@@ -53,7 +53,7 @@ def _fetched(name: str, model: str) -> str:
         folder = snapshot_download(model, allow_patterns=[*beside, "*.safetensors"], ignore_patterns=["*/*"])
         if not any(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(model, allow_patterns=[*beside, "*.bin"], ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:  # of the network, of the hub, and of a name that it can't have
+    except Exception as error:  # of the network, of the hub, and of a name that it can't have
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
             f"{name}: expected a folder with a config.json, a GGUF file, or the name of a model on a hub that can be "

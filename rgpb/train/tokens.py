@@ -539,7 +539,7 @@ def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Cou
     responses = [(row, row.completions[c]) for row, which in part for c in which]
     if isinstance(part[0][0].prompt, str):
         end = tokenizer.eos_token_id
-        follow = iter(_following(tokenizer, [str(text) for _, text in responses], [row.where for row, _ in responses]))
+        follow = iter(following(tokenizer, [str(text) for _, text in responses], [row.where for row, _ in responses]))
         made = [[next(follow) for _ in which] for _, which in part]
         return [
             [Encoded(ids + (own if own[-1:] == [end] else [*own, end]), len(ids)) for own in completions]
@@ -809,7 +809,7 @@ ANCHORS = (
 )  # what a completion may stand behind, to see what it is in the midst of a text
 
 
-def _following(tokenizer: Any, texts: list[str], places: Sequence[str]) -> list[list[int]]:
+def following(tokenizer: Any, texts: list[str], places: Sequence[str]) -> list[list[int]]:
     """Token ids of texts in the midst of another one: without the space that some tokenizers put in front of texts.
 
     Raises:
