@@ -245,9 +245,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 f"{self.named(which)}, in {name}; rounds sampled so far are kept"
             ) from error
         wrong = f"sampler: expected {count} completions of each of {len(asked)} prompts, strings or lists of token ids"
-        if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(asked):
-            got = f"{len(given)} lists" if isinstance(given, Sequence) else type(given).__name__
-            raise ValueError(f"{wrong}; got {got}")
+        listed = isinstance(given, Sequence) and not isinstance(given, str)
+        if not listed or len(given) != len(asked):
+            raise ValueError(f"{wrong}; got {f'{len(given)} lists' if listed else type(given).__name__}")
         made = []
         ends = self.ends(model)
         for p, completions in zip(which, given):

@@ -104,5 +104,7 @@ def sampler_of(config: TrainConfig, given: Sampler | None) -> Sampler | None:
         try:
             inspect.signature(sampler).bind([], 1, None)
         except TypeError as error:
-            raise ValueError(f"sampler: expected a function of (prompts, count, model), got another ({error})") from None
+            raise ValueError(
+                f"sampler: expected a function of (prompts, count, model), got another ({error})"
+            ) from None
     return sampler
