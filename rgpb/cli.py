@@ -11,10 +11,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from rgpb import __version__
 from rgpb.arguments import told
 
 COMMANDS = {
     "train": ("rgpb.train.command", "train a model on preference data"),
+    "evaluate": ("rgpb.train.evaluation", "loss, accuracies and log-probabilities of a model on held-out data"),
     "bench": ("rgpb.bench", "compare with naive PyTorch and the bare products: time, memory, error"),
     "plan": ("rgpb.bench.plan", "what a call will run, why, and what it costs"),
     "doctor": ("rgpb.bench.doctor", "which kernels can run here, why not the others, and whether they are right"),
@@ -30,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default: those of the process.
 
     Returns:
-        The exit code: 0, 1 for a result that isn't right, 2 for input that can't be used, 130 when interrupted.
+        The exit code: 0, 1 for a result that isn't right, 2 for input that can't be used, 130 and 143 when
+        stopped by SIGINT and SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="rgpb", description="Losses that reward good and penalise bad examples.")
+    parser.add_argument("--version", action="version", version=f"rgpb {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     try:
         for name, (module, text) in COMMANDS.items():
@@ -42,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 subparsers.add_parser(name, help=text)
         arguments = parser.parse_args(argv)
+        arguments.argv = argv
         return arguments.run(arguments)
     except ModuleNotFoundError as error:
         print(f"rgpb: error: {error}; `pip install rgpb[hf,bench]` brings what the commands need", file=sys.stderr)
@@ -52,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:
         print(f"rgpb: error: {told(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nrgpb: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"\nrgpb: {error if error.args else 'interrupted'}", file=sys.stderr)
+        return getattr(error, "code", 130)
 
 
 if __name__ == "__main__":

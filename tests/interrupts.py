@@ -39,7 +39,7 @@ STAGES = {
     **dict.fromkeys(("_save_checkpoint", "on_save", "save_model", "save_whole_folder"), "saving"),
     "write": "report",
 }
-KINDS = ("SIGKILL", "SIGINT", "full", "unwritable", "limited")
+KINDS = ("SIGKILL", "SIGINT", "full", "unwritable", "limited", "SIGTERM")
 
 
 class Moment:
@@ -181,6 +181,7 @@ def main(moments: int, seed: int, flags: list[str]) -> None:
             happens = {
                 "SIGKILL": partial(signal.raise_signal, signal.SIGKILL),
                 "SIGINT": partial(signal.raise_signal, signal.SIGINT),
+                "SIGTERM": partial(signal.raise_signal, signal.SIGTERM),
                 "full": partial(fill, output),
                 "limited": limit,
                 "unwritable": partial(lock, output, 0o555),

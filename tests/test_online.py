@@ -106,6 +106,7 @@ def rollouts(path: Path, prompts: list[Any] = PROMPTS, **changes: Any) -> Rollou
     tokenizer = train_tokenizer(["abc"], 258)
     tokenizer.chat_template = TEMPLATE
     given: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6, "ties": True}
+    given["sampler"] = None
     given |= {name: changes.pop(name) for name in given if name in changes}
     settings = {"refresh": 3, "max_length": 40, "max_new_tokens": 5, "batch_size": 4, **changes}
     asked = write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
@@ -236,6 +237,100 @@ class TestSampling:
         bent.generation_config.update(**setting)
         one, other = (data.sample(model, data.prompt_ids, seed=0, count=6) for model in (plain, bent))
         assert one == other
+
+
+class TestSampler:
+    def judged(self, path: Path, sampler: Any, prompts: list[Any] = PROMPTS) -> list[dict[str, Any]]:
+        """Rows of the first two prompts, two completions each."""
+        self.made = rollouts(path, prompts, sampler=sampler)
+        return self.made.judged(untrained(), [0, 1], "round-00000", 2)
+
+    def test_texts_are_ended_and_cut(self, tmp_path: Path) -> None:
+        """As if the model had said them; the sampler sees the texts and tokens of prompts, and the model at rest."""
+        seen = []
+
+        def sampler(prompts: Any, count: int, model: Any) -> Any:
+            seen.extend([*prompts, count, model.training, torch.is_grad_enabled()])
+            return [["ab", "longer than that"], ["", "c<|endoftext|>and more"]]
+
+        rows = self.judged(tmp_path, sampler)
+        tokenizer, end = self.made.tokenizer, self.made.tokenizer.eos_token_id
+        ids = [tokenizer(text)["input_ids"] for text in ("ab", "longer than that", "c")]
+        assert [row["tokens"] for row in rows] == [[[*ids[0], end], ids[1][:5]], [[end], [*ids[2], end]]]
+        assert [row["completions"] for row in rows] == [["ab", "longe"], ["", "c"]]
+        assert seen == [*((p, tokenizer(p)["input_ids"]) for p in PROMPTS[:2]), 2, False, False]
+
+    def test_tokens_stand_as_they_are(self, tmp_path: Path) -> None:
+        given = [[torch.tensor([70, 71]), [72]], [[73, 0, 74], [75] * 9]]
+        rows = self.judged(tmp_path, lambda prompts, count, model: given)
+        assert [row["tokens"] for row in rows] == [[[70, 71], [72]], [[73, 0], [75] * 5]]
+
+    def test_chats_end_as_the_template_ends_a_turn(self, tmp_path: Path) -> None:
+        rows = self.judged(tmp_path, lambda prompts, count, model: [["a", "b"]] * 2, [CHAT, CHAT])
+        assert self.made.end == self.made.turn_end
+        assert all(tokens[-1] == self.made.turn_end for row in rows for tokens in row["tokens"])
+
+    @pytest.mark.parametrize(
+        ("given", "got"),
+        [
+            ([["a", "b"]], "got 1 lists"),
+            ("ab", "got str"),
+            (None, "got NoneType"),
+            ([["a"], ["a", "b"]], r"got \['a'\] for .*asked.jsonl:1"),
+            ([["a", "b"], "ab"], "got 'ab' for .*asked.jsonl:2"),
+            ([["a", [258]], ["a", "b"]], r"below 258; got \[258\] for"),
+            ([["a", []], ["a", "b"]], r"below 258; got \[\] for"),
+            ([["a", [0.5]], ["a", "b"]], r"below 258; got \[0.5\] for"),
+            ([["a", 7], ["a", "b"]], "below 258; got 7 for"),
+        ],
+    )
+    def test_another_answer_is_refused(self, tmp_path: Path, given: Any, got: str) -> None:
+        with pytest.raises(ValueError, match=rf"sampler: expected 2 completions of each of 2 prompts, .*{got}"):
+            self.judged(tmp_path, lambda prompts, count, model: given)
+
+    def test_what_it_raises_names_the_rows(self, tmp_path: Path) -> None:
+        def fails(prompts: Any, count: int, model: Any) -> Any:
+            raise OSError("gone")
+
+        with pytest.raises(
+            RuntimeError, match=r"sampler: the function raised OSError on 2 .* of .*asked\.jsonl:1, .*:2"
+        ):
+            self.judged(tmp_path, fails)
+
+    def test_a_run_of_the_command(self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Trained on what the file's function says; the same file goes on, another one is another run."""
+        code = (
+            "def {}(prompts, count, model):\n    return [[p.text + 'a' * k for k in range(count)] for p in prompts]\n"
+        )
+        code += "def score(prompts, completions):\n    return [float(len(c)) for c in completions]\n"
+        for name in ("mine", "other"):
+            (tmp_path / f"{name}.py").write_text(code.format(name))
+        flags = ["--online", "--data", data, "--output", str(tmp_path / "run"), "--loss=swepo", "--vocab-size=258"]
+        flags += ["--steps=1", "--max-length=80", "--cpu", "--quiet", f"--reward={tmp_path}/mine.py:score"]
+        assert cli.main(["train", *flags, f"--sampler={tmp_path}/mine.py:mine"]) == 0
+        ((row, *_),) = rounds(tmp_path / "run")
+        assert row["completions"] == [row["prompt"] + "a" * k for k in range(4)]
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["sampler"] == "mine.py:mine"
+        assert cli.main(["train", *flags, f"--sampler={tmp_path}/other.py:other"]) == 2
+        assert "sampler is 'mine.py:mine' there and 'other.py:other' now" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("changes", "sampler", "message"),
+        [
+            (
+                {"sampler": "x.py:y", "temperature": 0.5},
+                None,
+                "temperature: expected none with sampler, which has its own",
+            ),
+            ({"sampler": "x.py:y"}, None, "sampler: expected a file, got 'x.py', which does not exist"),
+            ({"sampler": "x.py:y"}, alike, "sampler: expected none beside the one named in the settings"),
+            ({}, alike, r"sampler: expected a function of \(prompts, count, model\), got another"),
+            ({**OFFLINE, "sampler": "x.py:y"}, None, "sampler: expected none without online, got 'x.py:y'"),
+        ],
+    )
+    def test_refused(self, data: str, tmp_path: Path, changes: Any, sampler: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            train(config(data, tmp_path / "run", **changes), reward=ascii_share, sampler=sampler)
 
 
 class TestGroups:
@@ -411,6 +506,16 @@ class TestRun:
         rows = (tmp_path / "run" / "rollouts" / "evaluation.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in rows] == ["9:", "8:"]
         assert result["eval_counts"]["units"] == 2
+
+    def test_a_part_is_held_out(self, data: str, tmp_path: Path) -> None:
+        """A prompt that is evaluated on is in no round."""
+        result = train(config(data, tmp_path / "run", eval_split=0.34, steps=4), reward=ascii_share)
+        rows = (tmp_path / "run" / "rollouts" / "evaluation.jsonl").read_text().splitlines()
+        evaluated = [json.loads(line)["prompt"] for line in rows]
+        trained = {row["prompt"] for each in rounds(tmp_path / "run") for row in each}
+        assert (len(evaluated), len(trained)) == (2, 4)
+        assert not trained & {*evaluated}
+        assert result["counts"]["prompts held out"] == 2
 
     @pytest.mark.parametrize("loss", ["mc_po", full("swepo"), full("multi_dpo"), full("infonca")])
     def test_nothing_is_learnt_from_what_is_judged_all_alike(self, data: str, tmp_path: Path, loss: str) -> None:

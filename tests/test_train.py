@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -30,17 +32,18 @@ from transformers import (
     TrainerCallback,
 )
 
+import rgpb
 from rgpb import cli, hf
 from rgpb import demo as demo_module
 from rgpb.demo import arithmetic_pairs
 from rgpb.engine.plan import Limits
 from rgpb.kernels import tuned
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
-from rgpb.train import TrainConfig, command, models, report, teacher, train
+from rgpb.train import TrainConfig, flags, models, progress, report, signals, teacher, train
 from rgpb.train import config as settings_module
 from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
-from rgpb.train.tokens import Collator, reference_of, tokenise, train_tokenizer
+from rgpb.train.tokens import Collator, held_out, reference_of, tokenise, train_tokenizer
 from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -730,7 +733,11 @@ class TestInterrupted:
             if line["kind"] == "SIGKILL":
                 assert line["code"] == -signal.SIGKILL, what
             elif line["kind"] == "SIGINT":
-                assert (line["code"], line["said"]) == (130, "\nrgpb: interrupted\n"), what
+                ended = "interrupted|SIGINT: (stopped after step .*, which is saved; )?to go on: rgpb train .*"
+                assert line["code"] == 130, what
+                assert re.fullmatch(f"(\nSIGINT: this step .*\n)?\nrgpb: ({ended})\n", line["said"]), what
+            elif line["kind"] == "SIGTERM":  # before the command has begun it kills
+                assert line["code"] in (143, -signal.SIGTERM), what
             elif line["code"]:  # 0 where nothing was left to write
                 assert re.fullmatch(r"rgpb: error: .*\n", line["said"]), what
             assert (line["again"], line["same"]) == (0, ["weights", "metrics", "report", "left"]), line
@@ -821,6 +828,355 @@ class TestInterrupted:
         flags = ["--loss=dpo", "--steps=4", "--batch-size=3", "--lr=3e-3", "--vocab-size=258", "--log-steps=2"]
         flags += ["--eval-rows=200"]
         return ["train", "--data", data, "--output", str(folder), *flags, "--cpu", "--quiet"]
+
+
+class TestSignals:
+    FLAGS: ClassVar = ["--loss=dpo", "--steps=6", "--save-steps=4", "--batch-size=3", "--grad-accum=2", "--lr=3e-3"]
+
+    def start(self, data, folder, monkeypatch, *numbers):
+        """The command, in whose third step these signals come; its exit code."""
+        compute, left = PreferenceTrainer.compute_loss, list(numbers)
+
+        def interrupted(self, *arguments, **keywords):
+            while left and self.state.global_step == 2:
+                signal.raise_signal(left.pop(0))
+            return compute(self, *arguments, **keywords)
+
+        line = ["train", "--data", data, "--output", str(folder), *self.FLAGS, "--vocab-size=258", "--cpu"]
+        with monkeypatch.context() as patched:
+            patched.setattr(PreferenceTrainer, "compute_loss", interrupted)
+            return cli.main(line)
+
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), full(signal.SIGINT, 130)])
+    def test_the_step_is_finished_and_saved(self, data, tmp_path, monkeypatch, capfd, number, code):
+        """The line that goes on goes on there, to the weights of a run that nothing happened to."""
+        before = {n: signal.getsignal(n) for n in signals.HELD}
+        assert self.start(data, tmp_path / "run", monkeypatch, number) == code
+        assert {n: signal.getsignal(n) for n in signals.HELD} == before
+        assert [p.parent.name for p in (tmp_path / "run").glob("*/progress.json")] == ["checkpoint-3"]
+        *_, last = capfd.readouterr().err.splitlines()
+        name = signal.Signals(number).name
+        assert re.fullmatch(
+            rf"rgpb: {name}: stopped after step 3 of 6, which is saved; to go on: rgpb train --data {data} .*", last
+        )
+        assert cli.main(last.partition(" to go on: rgpb ")[2].split()) == 0
+        assert "training with dpo: going on from step 3 of 6\n" in capfd.readouterr().out
+        assert self.start(data, tmp_path / "whole", monkeypatch) == 0
+        assert_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+        assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+    def test_a_second_one_ends_at_once(self, data, tmp_path, monkeypatch, capfd):
+        assert self.start(data, tmp_path / "run", monkeypatch, signal.SIGINT, signal.SIGTERM) == 143
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+        said = capfd.readouterr().err
+        assert "\nSIGINT: this step is finished and saved first; a second one ends at once\n" in said
+        assert "\nrgpb: SIGTERM: to go on: rgpb train --data" in said
+
+    def test_what_ignores_signals_goes_on_ignoring_them(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            with signals.Hold() as hold:
+                signal.raise_signal(signal.SIGINT)
+            assert (hold.number, signal.getsignal(signal.SIGINT)) == (0, signal.SIG_IGN)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_a_handler_that_does_nothing_does_not_finish_the_run(self):
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with pytest.raises(KeyboardInterrupt, match="stopped there"):
+                signals.act(signal.SIGTERM, "stopped there")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class TestProgress:
+    def test_lines_where_there_is_no_terminal(self, capsys, monkeypatch):
+        """One every few seconds, and one at the end."""
+        clock = [100.0]
+        monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+        with progress.bar(12, "training", "step", initial=2) as shown:
+            for step in range(10):
+                clock[0] += 2.0
+                shown.set_postfix({"loss": f"0.{step}"})
+                shown.update(1)
+        assert capsys.readouterr().err.splitlines() == [
+            "training: step 5 of 12, 14 s left, loss 0.2",
+            "training: step 8 of 12, 8 s left, loss 0.5",
+            "training: step 11 of 12, 2 s left, loss 0.8",
+            "training: step 12 of 12, loss 0.9",
+        ]
+        with progress.bar(3, "reference", "response", leave=False) as shown:
+            shown.update(3)
+        with progress.bar(3, "sampling", "prompt", quiet=True) as shown:
+            clock[0] += 60
+            shown.update(3)
+        assert capsys.readouterr().err == ""
+
+    def test_a_bar_on_a_terminal(self, monkeypatch, capsys):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        with progress.bar(3, "training", "step") as shown:
+            shown.update(3)
+        assert "\r" in capsys.readouterr().err
+
+
+def given(*line):
+    """The settings of a command line."""
+    parser = argparse.ArgumentParser()
+    flags.add_flags(parser, dict.fromkeys(flags.FIELDS))
+    return flags.settings_of(parser.parse_args(line))
+
+
+class TestSettings:
+    YAML = """
+data: a.jsonl
+output: runs/a
+lr: 1e-3            # a text, by YAML's rules
+batch-size: 4
+eval_rows: 1.0e+2
+loss_option: {beta: 0.2, label_smoothing: 1e-1, dpo.beta: 3}
+quiet: true
+cpu: true
+workspace: 4GiB
+ref_model: null
+"""
+
+    def test_the_command_line_wins(self, tmp_path):
+        (tmp_path / "run.yaml").write_text(self.YAML)
+        file = ["--config", str(tmp_path / "run.yaml")]
+        expected = TrainConfig(
+            data="a.jsonl", output="runs/a", lr=1e-3, batch_size=4, eval_rows=100, progress=False, cpu=True,
+            loss_option={"beta": 0.2, "label_smoothing": 0.1, "dpo.beta": 3}, workspace=2**32,
+        )  # fmt: skip
+        assert given(*file) == expected
+        assert type(given(*file).eval_rows) is int
+        options = {"beta": 0.5, "label_smoothing": 0.1, "dpo.beta": 3}
+        assert given(*file, "--lr=2", "--output", "b", "--no-cpu", "--no-quiet", "--loss-option", "beta=0.5") == (
+            dataclasses.replace(expected, lr=2.0, output="b", cpu=False, progress=True, loss_option=options)
+        )
+        assert given("--data=a", "--output=b") == TrainConfig(data="a", output="b")
+
+    def test_of_an_earlier_run(self, data, tmp_path):
+        """Also what a run that goes on may have otherwise; with another output it is another run."""
+        folder = tmp_path / "run"
+        settings = config(data, folder, loss_option={"beta": 0.5}, save_steps=7, timeout=9.0, allow=True)
+        open_run(folder, settings, read_preferences(data), None, None)
+        assert given("--config", str(folder / "run.json")) == settings
+        other = given("--config", str(folder / "run.json"), "--output", "b", "--lr", "1")
+        assert other == dataclasses.replace(settings, output="b", lr=1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            (
+                "a.yaml",
+                "data: a\nbatch_sise: 3",
+                "a.yaml: expected flags of .*, got 'batch_sise'; did you mean",
+            ),
+            ("a.yaml", "data: a\nlr: 1\nlr: 2", "config: expected YAML or JSON in .*, got 'lr' twice"),
+            (
+                "a.json",
+                '{"lr": 1, "lr": 2}',
+                "config: expected YAML or JSON .*, got expected each key once, got 'lr'",
+            ),
+            ("a.yaml", "save-steps: 1\nsave_steps: 2", "expected save_steps once, got 'save_steps' beside it"),
+            ("a.yaml", "quiet: true\nprogress: true", "expected progress once, got 'progress' beside it"),
+            ("a.yaml", "lr: fast", "a.yaml: lr: expected a number, got 'fast'"),
+            ("a.yaml", "steps: 1.5", "a.yaml: steps: expected a whole number, got 1.5"),
+            ("a.yaml", "steps: .inf", "a.yaml: steps: expected a whole number, got inf"),
+            ("a.yaml", "steps: true", "a.yaml: steps: expected a whole number, got True"),
+            ("a.yaml", "cpu: 1", "a.yaml: cpu: expected true or false, got 1"),
+            ("a.yaml", "loss: 3", "a.yaml: loss: expected a text, got 3"),
+            ("a.yaml", "loss_option: [beta]", r"loss_option: expected names with values, got \['beta'\]"),
+            ("a.yaml", "lr: null", "a.yaml: lr: expected a number, got None"),
+            ("a.yaml", "- lr", r"config: expected names of settings .*, got \['lr'\]"),
+            ("a.yaml", "lr: [", "config: expected YAML or JSON in .*, got "),
+            ("b.yaml", "", "config: expected a file, got '.*a.yaml', which isn't there"),
+            ("a.yaml", "data: a", "output: expected --output, or output in the file of --config; got neither"),
+        ],
+    )
+    def test_a_file_that_cannot_be_used(self, tmp_path, name, text, message):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message) as raised:
+            given("--config", str(tmp_path / name.replace("b", "a")))
+        assert "\n" not in str(raised.value)
+
+    def test_each_flag_is_in_one_group(self):
+        assert sorted(name for names in flags.GROUPS.values() for name in names) == sorted(flags.FIELDS)
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["--version"])
+        assert capsys.readouterr().out == f"rgpb {rgpb.__version__}\n"
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize("loss", ["dpo", full("kto"), full("simpo"), full("mc_po")])
+    def test_is_what_the_run_measured(self, data, tmp_path, capsys, loss):
+        """The same numbers as the last evaluation of the run that made the model, of the same data."""
+        other, base = write(tmp_path / "other.jsonl", arithmetic_pairs(7, seed=2)), tmp_path / "base" / "model"
+        train(config(data, tmp_path / "base", loss="mle", steps=1))
+        options = {"beta": 0.3}
+        settings = {"model": str(base), "eval_data": other, "loss_option": options, "lr": 1e-2}
+        train(config(data, tmp_path / "run", loss=loss, **settings))
+        line = [
+            "evaluate",
+            "--model",
+            str(tmp_path / "run" / "model"),
+            "--data",
+            other,
+            "--output",
+            str(tmp_path / "e"),
+        ]
+        line += [f"--loss={loss}", "--loss-option=beta=0.3", "--batch-size=3", "--cpu"]
+        line += [] if loss == "simpo" else ["--ref-model", str(base)]
+        assert cli.main(line) == 0
+        found, shown = json.loads((tmp_path / "e" / "evaluation.json").read_text()), capsys.readouterr().out
+        beside = ("split", "step", "epoch", "device")
+        after = {name: value for name, value in records(tmp_path / "run")[-1].items() if name not in beside}
+        assert found["metrics"] == pytest.approx(after, rel=1e-6)
+        assert ("rewards/accuracies" in after) == (loss != "simpo")
+        assert (found["loss"], found["options"], found["counts"]["units"]) == (loss, options, 7)
+        text = (tmp_path / "e" / "evaluation.md").read_text()
+        for name in after.keys() & report.METRICS.keys():
+            assert f"| {report.METRICS[name]} | {after[name]:.4g} |" in text
+        assert f"{after['perplexity']:.4g}" in shown
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (["--model=nano-llama"], "model: expected one that was trained, got 'nano-llama', which would be new"),
+            (["--model=x", "--loss=dpo"], "ref_model: expected a model, since dpo compares with a reference; got none"),
+            ([], "model: expected --model, or model in the file of --config; got neither"),
+            (["--model=run"], r"model: expected a folder .* \(a run's is in run/model\), got 'run'"),
+        ],
+    )
+    def test_what_cannot_be_evaluated(self, data, tmp_path, capsys, monkeypatch, line, message):
+        monkeypatch.chdir(tmp_path)
+        Path("run/model").mkdir(parents=True)
+        Path("run/model/config.json").touch()
+        assert cli.main(["evaluate", "--data", data, *line]) == 2
+        assert re.search(f"rgpb: error: {message}", capsys.readouterr().err)
+
+
+class TestHeldOut:
+    def test_all_of_a_prompt_or_nothing_of_it(self):
+        rows = [f"{i % 50}" for i in range(150)]
+        out = held_out(rows, None, 3)
+        taken = {row for row, there in zip(rows, out) if there}
+        assert len(taken) == 2
+        assert out == [row in taken for row in rows]
+        assert out == held_out(rows, None, 3) != held_out(rows, None, 4)
+        assert sum(held_out(rows, 0.5, 3)) == 75
+        assert not any(held_out(rows, 0.0, 3))
+        assert not any(held_out(rows[:39], None, 3))  # less than two
+        assert sum(held_out([str(i) for i in range(9000)], None, 0)) == 200
+        with pytest.raises(ValueError, match="eval_split: expected a part with .* on either side, got 0.001 of 50"):
+            held_out(rows, 0.001, 3)
+
+    @pytest.mark.parametrize("loss", ["dpo", "swepo", "bnf"])
+    def test_nothing_that_is_evaluated_is_trained_on(self, data, groups, tmp_path, monkeypatch, loss):
+        """Pairs, groups, and labelled responses, of which each prompt has several."""
+        rows = [*arithmetic_pairs(24, seed=1), *arithmetic_pairs(24, seed=1)]
+        path = groups if loss == "swepo" else write(tmp_path / "d.jsonl", unpaired(rows) if loss == "bnf" else rows)
+        sets = []
+
+        def fit(self, model, tokenizer, train_set, eval_set, **named):
+            sets.extend([train_set, eval_set])
+            raise InterruptedError
+
+        monkeypatch.setattr(Stage, "fit", fit)
+        with pytest.raises(InterruptedError):
+            train(config(path, tmp_path / "run", loss=loss, eval_split=0.25))
+        prompts = [{tuple(unit[0].tokens[: unit[0].prompt].tolist()) for unit in units} for units in sets]
+        assert list(map(len, prompts)) == ([12, 4] if loss == "swepo" else [18, 6])
+        assert not prompts[0] & prompts[1]
+        assert list(map(len, sets)) == {"dpo": [36, 12], "swepo": [12, 4], "bnf": [72, 24]}[loss]
+        assert sets[0].counts["units held out"] == len(sets[1])
+
+    def test_a_run_from_before(self, data, tmp_path):
+        """It held nothing out; with data of its own to evaluate on, that changes nothing."""
+        for eval_data in (None, data):
+            folder, preferences = tmp_path / str(eval_data is None), read_preferences(data)
+            held = None if eval_data is None else preferences
+            settings = config(data, folder, eval_data=eval_data)
+            open_run(folder, settings, preferences, held, None)
+            (folder / "metrics.jsonl").touch()
+            note = json.loads((folder / "run.json").read_text())
+            del note["settings"]["eval_split"]
+            (folder / "run.json").write_text(json.dumps(note))
+            if eval_data is None:
+                with pytest.raises(ValueError, match="eval_split is 0.0 there and None now"):
+                    open_run(folder, settings, preferences, held, None)
+                settings = dataclasses.replace(settings, eval_split=0.0)
+            open_run(folder, settings, preferences, held, None)
+
+
+class TestHub:
+    def test_a_name_is_fetched(self, tmp_path, monkeypatch):
+        calls = []
+
+        def fetch(name, allow_patterns, ignore_patterns):
+            calls.append((name, "*.safetensors" in allow_patterns))
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        monkeypatch.chdir(tmp_path)
+        settings = config("d", "o", model="owner/some-1.5B", ref_model="./owner/x")
+        assert models.fetched(settings) == dataclasses.replace(settings, model=str(tmp_path))
+        assert calls == [("owner/some-1.5B", True), ("owner/some-1.5B", False)]
+        (tmp_path / "model.safetensors").touch()
+        assert models.fetched(dataclasses.replace(settings, ref_model="a/b")).ref_model == str(tmp_path)
+        assert calls[2:] == [("owner/some-1.5B", True), ("a/b", True)]
+        (tmp_path / "owner").mkdir()
+        assert [models.is_hub_name(name) for name in ("a/b", "owner/x", "gpt2", "/a/b", "a/b/c", "a/b.gguf", "a/")] == [
+            True, False, False, False, False, False, False
+        ]  # fmt: skip
+
+    def test_no_hub(self, data, tmp_path, monkeypatch, capsys):
+        def fetch(name, **_):
+            raise FileNotFoundError("Nothing answers.\nMore of it.")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+        assert cli.main(["train", "--data", data, "--output", str(tmp_path / "run"), "--model=own/er"]) == 2
+        said = capsys.readouterr().err
+        assert re.fullmatch(
+            r"rgpb: error: model: expected .* on a hub that can be reached; got 'own/er' \(Nothing answers\.\)\. "
+            r"Where there is a network: hf download own/er --local-dir er; then give that folder\n", said
+        )  # fmt: skip
+
+
+class TestReportTo:
+    def test_the_package_is_asked_for_first(self, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(settings_module.importlib.util, "find_spec", lambda name: None)
+        for name in ("wandb", "tensorboard"):
+            with pytest.raises(ValueError, match=rf"report_to: expected {name} to be installed \(pip install {name}\)"):
+                train(config(data, tmp_path / "run", report_to=name))
+
+    def test_every_line_is_sent(self, data, tmp_path, monkeypatch):
+        """To TensorBoard in the run's folder, from the evaluation before the first step on."""
+        sent = []
+
+        class Writer:
+            def __init__(self, log_dir):
+                self.folder = log_dir
+
+            def add_scalar(self, name, value, step):
+                sent.append((self.folder, name, step))
+
+            def add_text(self, *_):
+                pass
+
+            flush = close = add_text
+
+        monkeypatch.setattr(settings_module.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+        train(config(data, tmp_path / "run", report_to="tensorboard", sft_epochs=0.1))
+        assert {folder for folder, _, _ in sent} == {str(tmp_path / "run" / "tensorboard")}
+        assert {(name, step) for _, name, step in sent if name.endswith("/loss")} == {
+            ("eval/loss", 0), ("train/loss", 2), ("train/loss", 4), ("eval/loss", 4)
+        }  # fmt: skip
 
 
 class TestRunningMean:
@@ -981,7 +1337,7 @@ class TestRefusals:
         assert json.loads((folder / "run.json").read_text())["settings"]["loss"] == "bnf"
 
     def test_options_of_the_command(self):
-        given = command.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
+        given = flags.parse_options(["beta=0.2", "length_normalize=False", "mode=x"])
         assert given == {"beta": 0.2, "length_normalize": False, "mode": "x"}
         checked = settings_module.check_options(OBJECTIVES["ipo"], {"tau": 1, "length_normalize": False})
         assert checked == {"tau": 1.0, "length_normalize": False}

@@ -97,6 +97,19 @@ def one_and_several(ranks: Any, tmp_path: Path, cases: dict[str, TrainConfig]) -
         assert isinstance(result, dict), (case.parallel, result)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_signal_to_one_rank_stops_all_behind_the_same_step(ranks, data, tmp_path, parallel):
+    """All save that step, and go on from it to the weights of a run that nothing happened to."""
+    settings = training.config(data, tmp_path / "told", parallel=parallel)
+    found = ranks(2)(training.run, [settings], told=2)
+    assert found == 2 * [["KeyboardInterrupt: stopped after step 3 of 5, which is saved"]]
+    (result,) = ranks(2)(training.run, [settings])[0]
+    assert result["resumed"] == 3
+    ranks(2)(training.run, [training.config(data, tmp_path / "whole", parallel=parallel)])
+    assert differ(tmp_path / "whole", tmp_path / "told") == 0
+
+
 class TestSameAsOneProcess:
     @pytest.mark.parametrize("loss", [full("bnf"), "kto", full("dpo"), full("bco"), full("mle + 0.5*dpo")])
     def test_losses(self, ranks, data, tmp_path, loss):

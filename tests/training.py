@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def config(data: str, output: Any, **changes: Any) -> TrainConfig:
     return TrainConfig(data=data, output=str(output), **{**settings, **changes})
 
 
-def run(settings: list[TrainConfig], stop: int | None = None) -> list[Any]:
+def run(settings: list[TrainConfig], stop: int | None = None, told: int | None = None) -> list[Any]:
     """The results of runs, one after the other; or the errors that they end in.
 
     stop: a step before which each run is broken off, on all ranks.
+    told: a step behind which rank 1 alone gets SIGINT.
     """
     from rgpb.train.trainer import PreferenceTrainer
 
@@ -44,10 +46,12 @@ def run(settings: list[TrainConfig], stop: int | None = None) -> list[Any]:
     def breaks(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.state.global_step == stop:
             raise KeyboardInterrupt
+        if self.state.global_step == told and self.ranks.rank == 1:
+            signal.raise_signal(signal.SIGINT)
         return compute(self, *arguments, **keywords)
 
     for each in settings:
-        PreferenceTrainer.compute_loss = breaks if stop is not None else compute  # type: ignore[method-assign]
+        PreferenceTrainer.compute_loss = compute if stop is told is None else breaks  # type: ignore[method-assign]
         try:
             results.append(train(each))
         except (ValueError, RuntimeError, KeyboardInterrupt) as error:
@@ -90,7 +94,6 @@ def blocks(settings: TrainConfig) -> list[int]:
 def prepare_torchrun() -> None:
     """As `prepare`, in a rank of torchrun that RGPB_TEST_KILL="<where> <step> [<seconds>],…" may end: one for each
     start, at that step or the next that is reached. What ends it is said on stderr."""
-    import signal
     import threading
     import time
 

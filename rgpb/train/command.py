@@ -1,33 +1,36 @@
-"""`rgpb train`: one flag for each field of `TrainConfig`, and what came out."""
+"""`rgpb train`: a flag for each field of `TrainConfig`, signals, and what came out."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from rgpb.objectives import OBJECTIVES, Objective, describe_options
 from rgpb.objectives.registry import OptionText
-from rgpb.train.config import TrainConfig
+from rgpb.train.flags import FIELDS, add_flags, settings_of
 from rgpb.train.ranks import close_ranks, own_rank, processes, report_failure
 from rgpb.train.report import read_metrics, show, table
 from rgpb.train.run import train
+from rgpb.train.signals import StoppedError, terminable
 
 
 def add_parser(subparsers: Any) -> None:
     """`rgpb train`: one flag per field of `TrainConfig`."""
     parser = subparsers.add_parser(
         "train",
+        usage="rgpb train --data DATA --output OUTPUT [flags]",
         help="train a model on preference data",
+        description="Train a model on preference data. A flag without a value has an opposite: --no-cpu undoes\n"
+        "`cpu: true` in the file of --config.",
         epilog=described_losses(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for entry in fields(TrainConfig):
-        add_flag(parser, entry)
+    add_flags(parser, dict.fromkeys(FIELDS))
     parser.set_defaults(run=run)
 
 
@@ -61,65 +64,27 @@ def _default(spec: Objective, option: OptionText) -> str:
     return option.default or "none"
 
 
-def add_flag(parser: argparse.ArgumentParser, entry: Any) -> None:
-    """The flag of one field."""
-    flag, meta, kind = "--" + entry.name.replace("_", "-"), entry.metadata, str(entry.type)
-    required, choices = entry.default is MISSING and not kind.startswith("dict"), meta.get("choices")
-    keywords: dict[str, Any] = {"help": meta["help"], "dest": entry.name}
-    if meta.get("negative"):
-        parser.add_argument(
-            "--" + meta["negative"], action="store_false", **{**keywords, "help": meta["negative_help"]}
-        )
-    elif kind == "bool":
-        parser.add_argument(flag, action="store_true", **keywords)
-    elif kind.startswith("dict"):
-        parser.add_argument(flag, action="append", default=[], metavar="KEY=VALUE", **keywords)
-    else:
-        shown = [meta["allowed"].text] if meta.get("allowed") and "type" not in meta else []
-        shown += [] if required or entry.default is None else [f"default: {entry.default}"]
-        parser.add_argument(
-            flag,
-            type=meta.get("type") or {"int": int, "float": float}.get(kind.partition(" ")[0], str),
-            choices=choices,
-            required=required,
-            default=None if required else entry.default,
-            **{**keywords, "help": meta["help"] + (f" ({'; '.join(shown)})" if shown else "")},
-        )
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """["beta=0.2", "length_normalize=false"] → {"beta": 0.2, "length_normalize": False}.
-
-    Raises:
-        ValueError: no `=`, or no name before it.
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not key or not equals:
-            raise ValueError(f"loss_option: expected KEY=VALUE, got {pair!r}")
-        try:
-            options[key] = {"true": True, "false": False}.get(text.lower(), text)
-            options[key] = options[key] if isinstance(options[key], bool) else float(text)
-        except ValueError:
-            options[key] = text
-    return options
-
-
 def run(arguments: argparse.Namespace) -> int:
     """The command: train, then show what came out."""
-    values = {entry.name: getattr(arguments, entry.name) for entry in fields(TrainConfig)}
-    values["loss_option"] = parse_options(values["loss_option"])
-    config = TrainConfig(**values)
-    if processes() == 1:
-        result = train(config)
-    else:
-        try:
+    config = settings_of(arguments)
+    several = processes() > 1
+    try:
+        with terminable():
             result = train(config)
-        except Exception as error:
-            report_failure(error, getattr(error, "ranks", None), config.timeout)
-            sys.stderr.flush()
-            os._exit(2 if isinstance(error, ValueError) else 1)  # nothing waits for ranks that are gone
+    except KeyboardInterrupt as error:
+        code = getattr(error, "code", 128 + signal.SIGINT)
+        if own_rank():
+            return code
+        said, same = f"{error}; " if error.args else "", f"rgpb {shlex.join(arguments.argv)}"
+        said += "the same command goes on" if several else f"to go on: {same}"
+        raise StoppedError(code - 128, f"{signal.Signals(code - 128).name}: {said}") from None
+    except Exception as error:
+        if not several:
+            raise
+        report_failure(error, getattr(error, "ranks", None), config.timeout)
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, ValueError) else 1)  # nothing waits for ranks that are gone
+    if several:
         first = own_rank() == 0
         close_ranks()
         if not first:

@@ -13,7 +13,9 @@ from rgpb.arguments import argument, parse_bytes
 from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
 from rgpb.train.rows import PAIRINGS
 
-EVAL_SAMPLE = 200  # units evaluated on, at most, unless --eval-rows says otherwise
+EVAL_SAMPLE = 200  # units evaluated on, and prompts held out, at most, unless settings say otherwise
+EVAL_SPLIT = 0.05  # part of the prompts that is held out, unless --eval-split says otherwise
+REPORTS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of these packages
 
 BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
     "nano-llama": (
@@ -32,7 +34,7 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 # What has a meaning with `online` alone, and with `lora_r` alone.
-ONLINE = ("reward", "candidates", "refresh", "temperature", "max_new_tokens")
+ONLINE = ("reward", "sampler", "candidates", "refresh", "temperature", "max_new_tokens")
 LORA = ("lora_alpha", "lora_target", "merge")
 
 
@@ -49,6 +51,7 @@ POSITIVE = Range("a positive number", lambda x: 0 < x < math.inf)
 NONNEGATIVE = Range("0 or more", lambda x: 0 <= x < math.inf)
 PART = Range("a part of the steps, from 0 to 1", lambda x: 0 <= x <= 1)
 SEVERAL = Range("a whole number, 2 or more", lambda x: isinstance(x, int) and x >= 2)
+SPLIT = Range("a part of the prompts, from 0 to less than 1", lambda x: 0 <= x < 1)
 LENGTH = Range("at least 2", lambda x: x >= 2)
 
 
@@ -67,7 +70,13 @@ class TrainConfig:
 
     data: str = field(metadata={"help": "preference data: JSON (also gzipped), Parquet, Arrow, or a folder of these"})
     output: str = field(metadata={"help": "folder of the run"})
-    eval_data: str | None = _option(None, "held-out data; default: a part of --data")
+    eval_data: str | None = _option(None, "held-out data; default: --eval-split of --data")
+    eval_split: float | None = _option(
+        None,
+        "part of the prompts of --data to hold out; 0: evaluate on what is trained on; default: "
+        f"{EVAL_SPLIT:g}, {EVAL_SAMPLE} prompts at most, and 0 where that is less than two",
+        SPLIT,
+    )
     eval_rows: int | None = _option(
         None,
         f"evaluate on the first so many units; default: {EVAL_SAMPLE}, fewer where that would take long",
@@ -93,6 +102,10 @@ class TrainConfig:
     vocab_size: int = _option(1024, "of the tokenizer that a new model gets", COUNT)
     online: bool = _option(False, "sample completions from the model, judge them by --reward, and train on those")
     reward: str | None = _option(None, "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, completions)")
+    sampler: str | None = _option(
+        None,
+        "with --online: FILE.py:FUNCTION or MODULE:FUNCTION of (prompts, candidates, model), which samples elsewhere",
+    )
     candidates: int = _option(4, "with --online: completions sampled for a prompt", SEVERAL)
     refresh: int = _option(16, "with --online: optimizer steps between two samplings", COUNT)
     temperature: float = _option(1.0, "with --online: of sampling", POSITIVE)
@@ -151,6 +164,9 @@ class TrainConfig:
     eval_steps: int | None = _option(None, "steps between two evaluations; default: only before and after", WHOLE)
     save_steps: int = _option(500, "steps between two checkpoints", COUNT)
     keep_checkpoints: int = _option(2, "checkpoints kept", COUNT)
+    report_to: str | None = _option(
+        None, "also send metrics to this, of the environment's settings", choices=tuple(REPORTS)
+    )
     overwrite: bool = _option(False, "start anew where --output holds another run")
     progress: bool = _option(True, "show progress", negative="quiet", negative_help="don't show progress")
 
@@ -188,6 +204,13 @@ class TrainConfig:
             choices = entry.metadata.get("choices")
             if choices and value not in choices and not (value is None and entry.default is None):
                 raise ValueError(f"{entry.name}: expected one of {choices}, got {value!r}")
+        if self.eval_split is not None and self.eval_data is not None:
+            raise ValueError(f"eval_split: expected none with eval_data, got {self.eval_split}")
+        packages = REPORTS.get(self.report_to or "", ())
+        if packages and not any(map(importlib.util.find_spec, packages)):
+            raise ValueError(
+                f"report_to: expected {self.report_to} to be installed (pip install {packages[0]}), got none"
+            )
         if self.bf16 and self.dtype == "bf16":
             raise ValueError("bf16: expected False with dtype='bf16', whose weights need no autocast; got True")
         if self.lora_r is not None and self.model in BUILT_IN and not Path(self.model).is_dir() and not self.sft_epochs:
@@ -196,6 +219,8 @@ class TrainConfig:
             )
         if self.lora_r is not None and importlib.util.find_spec("peft") is None:
             raise ValueError('lora_r: expected peft to be installed (pip install "rgpb[peft]"), got none')
+        if self.sampler is not None and self.temperature != 1.0:
+            raise ValueError(f"temperature: expected none with sampler, which has its own; got {self.temperature}")
         if self.online and self.lora_r is not None:
             raise ValueError(f"lora_r: expected none with online, got {self.lora_r}")
         if self.online and self.parallel == "fsdp2":

@@ -5,7 +5,11 @@ Dimensions: B responses of a batch, U units (groups, pairs or responses), W resp
 
 from __future__ import annotations
 
+import itertools
 import json
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from rgpb.objectives import Objective, option, reward_scale, unit_values
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
 from rgpb.train.files import write_json
 from rgpb.train.machine import device_of
+from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.tokens import PreferenceDataset, reference_of
 from rgpb.validation import make_layout
 
@@ -118,6 +123,54 @@ def score_batch(
         out["ratio"] = responses.log_ratios()
     out["value"] = unit_values(spec, responses, options)
     return {name: value.cpu() for name, value in out.items()}
+
+
+@torch.no_grad()
+def evaluate_set(
+    model: nn.Module,
+    data: PreferenceDataset,
+    spec: Objective,
+    options: dict[str, Any],
+    config: TrainConfig,
+    *,
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]],
+    prepare: Callable[[dict[str, Tensor]], dict[str, Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, float], int]:
+    """Averages over a whole set (see `summarise`), and how many tokens it took on this rank, padding included.
+
+    Ranks take whole batches in turn, so each is what it is in one process.
+
+    Args:
+        model: on its device, in evaluation.
+        data: with reference scores where the objective has a reference.
+        collate, prepare: a `Collator`, and what brings its batch to the model's device.
+    """
+    parts: list[tuple[int, dict[str, Tensor]]] = []
+    size, tokens = config.batch_size, 0
+    firsts = range(0, len(data), size)
+    for number in range(ranks.rank, len(firsts) + ranks.rank, ranks.world):
+        first = firsts[min(number, len(firsts) - 1)]  # beyond the last: once more the last, which counts for nothing
+        batch = prepare(collate([data[i] for i in range(first, min(first + size, len(data)))]))
+        drawn: dict[str, Any] = {}
+        if "generator" in (spec.options or {}):  # the same draws at every evaluation
+            seed = zlib.crc32(f"{config.seed} evaluation {number}".encode())
+            drawn["generator"] = torch.Generator().manual_seed(seed)
+        with autocast():
+            estimated = mismatched_ratios(model, batch, spec, options, config.workspace)
+            columns = score_batch(model, batch, spec, {**estimated, **options, **drawn}, config.workspace)
+        count = len(batch["label"]) // data.units.shape[1]
+        also: Any = batch.get("mismatched")
+        tokens += batch["input_ids"].numel() + (0 if also is None else also["input_ids"].numel())
+        # a group's responses are consecutive, a pair's half a batch apart
+        grouped = data.rewards is not None
+        shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
+        if number < len(firsts):
+            parts.append((number, shaped))
+    found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
+    whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return summarise(whole, spec, options), tokens
 
 
 def summarise(columns: dict[str, Tensor], spec: Objective, options: dict[str, Any]) -> dict[str, float]:

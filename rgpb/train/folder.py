@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,26 @@ from rgpb.train.files import write_json
 from rgpb.train.machine import parallel_of, precision_of
 from rgpb.train.models import is_gguf
 from rgpb.train.ranks import processes
-from rgpb.train.rewards import Reward
+from rgpb.train.rewards import Reward, Sampler
 from rgpb.train.rows import Preferences
 
 # What may change between an interrupted run and the one that goes on: nothing that results depend on.
 FREE = (
     *("output", "data", "eval_data", "save_steps", "keep_checkpoints", "overwrite", "progress", "parallel", "timeout"),
-    *("ref_cache", "precompute_ref", "allow"),
+    *("ref_cache", "precompute_ref", "allow", "report_to"),
 )
 
 # What a run writes, and `overwrite` removes.
 OWN = (
     *("run.json", "result.json", "metrics.jsonl", "report.md", "report.png", "tokenizer", "rollouts", "sft", "model"),
-    *("merged", "checkpoint-*"),
+    *("merged", "tensorboard", "checkpoint-*"),
 )
 
 
 def open_run(
-    folder: Path, config: TrainConfig, preferences: Preferences, held_out: Preferences | None, reward: Reward | None
-) -> None:
+    folder: Path, config: TrainConfig, preferences: Preferences, held_out: Preferences | None,
+    reward: Reward | None, sampler: Sampler | None = None,
+) -> None:  # fmt: skip
     """Make the folder, or check that it holds the same run.
 
     Raises:
@@ -46,7 +48,8 @@ def open_run(
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: expected a folder, or a path where one can be made, got the file {folder}")
-    settings = _settings(config, preferences, held_out, reward)
+    functions = {name: given for name, given in (("reward", reward), ("sampler", sampler)) if given is not None}
+    settings = _settings(config, preferences, held_out, functions)
     note = folder / "run.json"
     found = [] if not folder.exists() else [path for path in folder.iterdir() if path.suffix != ".tmp"]
     if found and not note.exists():
@@ -58,36 +61,39 @@ def open_run(
         for path in own:  # a run that got no further than its settings binds nobody
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     else:
-        _check_same(folder, settings, reward)
+        _check_same(folder, settings, functions)
         write_json(note, {**json.loads(note.read_text()), **_machine(config)})
         return
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     sources = {"data": str(config.data), "eval_data": config.eval_data}
+    sources |= {name: value for name in ("reward", "sampler") if (value := getattr(config, name)) is not None}
     content: dict[str, Any] = {"settings": settings, "sources": sources, "versions": versions, **_machine(config)}
-    if reward is not None:
-        content["reward source"] = _source(reward)
+    content |= {f"{name} source": _source(function) for name, function in functions.items()}
     write_json(note, content)
 
 
 def _machine(config: TrainConfig) -> dict[str, Any]:
-    """What may be another when a run goes on: how many processes share the work, and how; the precision that gives."""
-    return {"processes": processes(), "parallel": parallel_of(config), "precision": precision_of(config)}
+    """What may be another when a run goes on: how many processes share the work, and how; the precision that gives;
+    settings that no result depends on."""
+    apart = ("output", "data", "eval_data", "overwrite")
+    free = {name: getattr(config, name) for name in FREE if name not in apart}
+    machine = {"processes": processes(), "parallel": parallel_of(config), "precision": precision_of(config)}
+    return {**machine, "other settings": free}
 
 
 def _settings(
-    config: TrainConfig, preferences: Preferences, held_out: Preferences | None, reward: Reward | None
+    config: TrainConfig, preferences: Preferences, held_out: Preferences | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What results depend on, as `run.json` keeps it."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["data"] = _data_digest(preferences)
     settings["eval_data"] = None if held_out is None else _data_digest(held_out)
     settings["loss"] = resolve(config.loss).name
-    if reward is not None:
-        place = (
-            getattr(reward, "__module__", "") if config.reward is None else Path(config.reward).name.partition(":")[0]
-        )
-        settings["reward"] = f"{place}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+    for name, function in given.items():
+        asked = getattr(config, name)
+        place = getattr(function, "__module__", "") if asked is None else Path(asked).name.partition(":")[0]
+        settings[name] = f"{place}:{getattr(function, '__qualname__', type(function).__name__)}"
     functions = {name: _source(OBJECTIVES[name].function) for name in _terms(config.loss)}
     if any(functions.values()):
         settings["functions"] = functions
@@ -97,12 +103,18 @@ def _settings(
     return settings
 
 
-def _check_same(folder: Path, settings: dict[str, Any], reward: Reward | None) -> None:
+def _check_same(folder: Path, settings: dict[str, Any], given: Mapping[str, Any]) -> None:
     noted = json.loads((folder / "run.json").read_text())
-    # settings that there weren't yet when the run began have their defaults
-    earlier = {**{entry.name: entry.default for entry in fields(TrainConfig)}, **noted["settings"]}
-    if reward is not None and noted.get("reward source") != _source(reward):
-        print(f"reward: {settings['reward']} has changed since this run began; what it judged so far stays")
+    # settings that there weren't yet when the run began have their defaults; nothing was held out
+    then = {**{entry.name: entry.default for entry in fields(TrainConfig)}, "eval_split": 0.0}
+    earlier = {
+        **(then if noted["settings"]["eval_data"] is None else {**then, "eval_split": None}),
+        **noted["settings"],
+    }
+    for name, function in given.items():
+        if noted.get(f"{name} source") != _source(function):
+            did = {"reward": "judged", "sampler": "sampled"}[name]
+            print(f"{name}: {settings[name]} has changed since this run began; what it {did} so far stays")
     differing = [
         f"{name} is {earlier.get(name)!r} there and {value!r} now"
         for name, value in settings.items()

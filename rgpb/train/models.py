@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,45 @@ from rgpb.train.rows import Preferences
 from rgpb.train.tokens import PreferenceDataset, texts_of, train_tokenizer
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether that names a model of a hub, OWNER/NAME, rather than a path: no folder of the owner's name is here."""
+    owner = path.partition("/")[0]
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not Path(owner).exists() and not is_gguf(path)
+
+
+def fetched(config: TrainConfig) -> TrainConfig:
+    """The settings with a folder in the place of each model that is named as on a hub.
+
+    Raises:
+        ValueError: no hub can be reached, or it has no such model for this user.
+    """
+    found: dict[str, Any] = {}
+    for name in ("model", "ref_model"):
+        value = getattr(config, name)
+        if value is not None and is_hub_name(value):
+            found[name] = _fetched(name, value)
+    return replace(config, **found)
+
+
+def _fetched(name: str, model: str) -> str:
+    """The folder, in the hub's own cache, with the model of that name."""
+    from huggingface_hub import snapshot_download
+
+    beside = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+    try:
+        folder = snapshot_download(model, allow_patterns=[*beside, "*.safetensors"], ignore_patterns=["*/*"])
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(model, allow_patterns=[*beside, "*.bin"], ignore_patterns=["*/*"])
+    except Exception as error:  # of the network, of the hub, and of a name that it can't have
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"{name}: expected a folder with a config.json, a GGUF file, or the name of a model on a hub that can be "
+            f"reached; got {model!r} ({said.strip()}). Where there is a network: hf download {model} "
+            f"--local-dir {model.rpartition('/')[2]}; then give that folder"
+        ) from error
+    return folder
+
+
 def family_of(config: TrainConfig) -> str | None:
     """The built-in configuration's name, or None for a folder."""
     for name, folder in (("model", config.model), ("ref_model", config.ref_model)):
@@ -31,6 +72,8 @@ def family_of(config: TrainConfig) -> str | None:
             check_gguf(Path(folder), name)
         elif folder is not None and not (Path(folder) / "config.json").is_file():
             built_in = f", or one of {sorted(BUILT_IN)}" if name == "model" else ""
+            if (Path(folder) / "model" / "config.json").is_file():
+                built_in += f" (a run's is in {Path(folder) / 'model'})"
             raise ValueError(f"{name}: expected a folder with a config.json or a GGUF file{built_in}, got {folder!r}")
     return None if Path(config.model).is_dir() or is_gguf(config.model) else config.model
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +21,22 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from rgpb import hf
 from rgpb.train.config import TrainConfig
 from rgpb.train.files import write_text
+from rgpb.train.layouts import shown
+from rgpb.train.progress import bar, say
 from rgpb.train.ranks import ALONE, Ranks
-from rgpb.train.rewards import Reward
+from rgpb.train.rewards import Prompt, Reward, Sampler
 from rgpb.train.rows import Preferences
 from rgpb.train.teacher import score_references
 from rgpb.train.tokens import (
     PreferenceDataset,
     Response,
     check_counts,
+    following,
     is_empty,
     pad_of,
     prompt_limit,
@@ -69,6 +72,8 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         ref: the reference model, on the device to use, or None.
         folder: for `round-<number>.jsonl`: prompt, completions, rewards and the completions' token ids.
         units: how many there are in all.
+        apart: which prompts are held out: evaluated on, and not trained on; default: all are trained on.
+        sampler: what samples in the model's place.
         ties: whether completions that are as good as the best stay in its group: the objective has to know rewards.
         ranks: of several, the first samples and judges for all.
 
@@ -78,7 +83,8 @@ class Rollouts(Dataset[tuple[Response, ...]]):
 
     def __init__(
         self, prompts: Preferences, tokenizer: Any, config: TrainConfig, *, reward: Reward, ref: PreTrainedModel | None,
-        folder: Path, units: int, ties: bool, ranks: Ranks = ALONE,
+        folder: Path, units: int, ties: bool, ranks: Ranks = ALONE, apart: Sequence[bool] = (),
+        sampler: Sampler | None = None,
     ) -> None:  # fmt: skip
         max_length, max_new_tokens = config.max_length, config.max_new_tokens
         limit = prompt_limit(tokenizer, max_length, config.max_prompt_length)
@@ -91,7 +97,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 f"prompt, got {max_new_tokens}"
             )
         self.tokenizer, self.config, self.reward, self.ref, self.folder = tokenizer, config, reward, ref, folder
-        self.ranks = ranks
+        self.ranks, self.sampler = ranks, sampler
         self.units, self.per_round = units, config.refresh * config.batch_size * config.grad_accum
         self.candidates, self.new_tokens, self.ties = config.candidates, max_new_tokens or room, ties
         self.pad = pad_of(tokenizer)
@@ -99,6 +105,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         kept = [(row, tokens) for row, tokens in zip(prompts.rows, ids) if tokens is not None]
         self.asked, self.prompt_ids = [row.prompt for row, _ in kept], [tokens for _, tokens in kept]
         self.where = [row.where for row, _ in kept]
+        out = [there for there, tokens in zip(apart or [False] * len(ids), ids) if tokens is not None]
+        self.trained = [p for p, there in enumerate(out) if not there]
+        self.evaluated = [p for p, there in enumerate(out) if there] if any(apart) else self.trained
         self.counts = {
             "rows": len(prompts.rows),
             f"rows read as {prompts.layout}": len(prompts.rows),
@@ -106,8 +115,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             "prompts cut": cut,
             "prompts left out, no text to cut off": len(ids) - len(kept),
             "rows with an empty prompt": sum(map(is_empty, self.asked)),
+            "prompts held out": sum(out),
         }
-        if not kept:
+        if not (self.trained and self.evaluated):
             raise ValueError(f"{prompts.source}: expected prompts that leave room for a completion, got {self.counts}")
         if not config.allow:
             check_counts(prompts.source, self.counts)
@@ -134,11 +144,11 @@ class Rollouts(Dataset[tuple[Response, ...]]):
 
     def prompt_of(self, unit: int) -> int:
         """The prompt of a unit: each pass over the prompts is in an order of its own."""
-        time, place = divmod(unit, len(self.asked))
+        time, place = divmod(unit, len(self.trained))
         if time not in self._orders:
             generator = torch.Generator().manual_seed(self._seed(f"pass {time}"))
-            self._orders = {time: torch.randperm(len(self.asked), generator=generator).tolist()}
-        return self._orders[time][place]
+            self._orders = {time: torch.randperm(len(self.trained), generator=generator).tolist()}
+        return self.trained[self._orders[time][place]]
 
     def groups(self, model: PreTrainedModel, which: Sequence[int], name: str, log: bool = False) -> PreferenceDataset:
         """K judged completions of each of these prompts, with reference scores, from the file where it is there.
@@ -162,7 +172,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             tied = sum(len(set(v)) == 1 for v in values)
             self.log("reward/tied", tied / len(values), len(values))
             if tied == len(values):
-                tqdm.write(f"{name}: all completions of every prompt were judged alike, so there is nothing to learn")
+                say(f"{name}: all completions of every prompt were judged alike, so there is nothing to learn")
         made = self._dataset(rows, which)
         if self.ref is None:
             return made
@@ -178,7 +188,10 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         Raises:
             ValueError: a reward function that doesn't return one finite number per completion.
         """
-        sampled = self.sample(model, [self.prompt_ids[p] for p in which], self._seed(name), count)
+        if self.sampler is None:
+            sampled = self.sample(model, [self.prompt_ids[p] for p in which], self._seed(name), count)
+        else:
+            sampled = self.elsewhere(self.sampler, model, which, name, count)
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         asked = [self.asked[p] for p in which for _ in range(count)]
         try:
@@ -212,6 +225,54 @@ class Rollouts(Dataset[tuple[Response, ...]]):
             for i, p in enumerate(which)
         ]
 
+    def elsewhere(
+        self, sampler: Sampler, model: PreTrainedModel, which: Sequence[int], name: str, count: int
+    ) -> list[list[int]]:
+        """What the sampler answers, as `sample` gives it. A text has ended, so the token that ends one comes behind it;
+        what is longer than a completion may be loses its end.
+
+        Raises:
+            ValueError: a sampler that doesn't return `count` completions of each prompt, or tokens that there aren't.
+        """
+        asked = [Prompt(self.asked[p], self.prompt_ids[p]) for p in which]
+        vocab = hf.read_head(model).weight.shape[0]
+        try:
+            with torch.random.fork_rng(), hf.evaluating(model), torch.no_grad():
+                given = sampler(asked, count, model)
+        except Exception as error:
+            raise RuntimeError(
+                f"sampler: the function raised {type(error).__name__} on {count} completions each of "
+                f"{self.named(which)}, in {name}; rounds sampled so far are kept"
+            ) from error
+        wrong = f"sampler: expected {count} completions of each of {len(asked)} prompts, strings or lists of token ids"
+        listed = isinstance(given, Sequence) and not isinstance(given, str)
+        if not listed or len(given) != len(asked):
+            raise ValueError(f"{wrong}; got {f'{len(given)} lists' if listed else type(given).__name__}")
+        made = []
+        ends = self.ends(model)
+        for p, completions in zip(which, given):
+            if not isinstance(completions, Sequence) or isinstance(completions, str) or len(completions) != count:
+                raise ValueError(f"{wrong}; got {shown(completions)} for {self.where[p]}")
+            for completion in completions:
+                if isinstance(completion, str):
+                    (ids,) = following(self.tokenizer, [completion], [self.where[p]])
+                    ids = ids if ids and ids[-1] in ends else [*ids, self.end]
+                else:
+                    try:
+                        ids = [operator.index(token) for token in completion]
+                    except TypeError:
+                        ids = []
+                    if not ids or not 0 <= min(ids) <= max(ids) < vocab:
+                        raise ValueError(f"{wrong} below {vocab}; got {shown(completion)} for {self.where[p]}")
+                stop = next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))
+                made.append(ids[: min(stop, self.new_tokens)])
+        return made
+
+    @property
+    def end(self) -> int:
+        """The token behind a completion that has ended: the template's end of a turn, or the tokenizer's end."""
+        return self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end
+
     def named(self, which: Sequence[int]) -> str:
         """The rows of these prompts, as file and line."""
         rows = [self.where[p] for p in which]
@@ -236,9 +297,9 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         pad = min(self.pad, max(map(max, prompts)))  # masked: any token that the model has
         ends, made = self.ends(model), []
         cuda = [device] if device.type == "cuda" else []
-        bar = tqdm(total=len(prompts), desc="sampling", unit="prompt", disable=not config.progress, leave=False)
+        done = bar(len(prompts), "sampling", "prompt", leave=False, quiet=not config.progress)
         autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16)
-        with bar, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
+        with done, torch.random.fork_rng(devices=cuda), hf.evaluating(model), autocast, _plain_generation(model):
             torch.manual_seed(seed)
             for first in range(0, len(prompts), config.batch_size):
                 part = prompts[first : first + config.batch_size]
@@ -253,7 +314,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
                 for new in out[:, width:].tolist():
                     stop = next((i for i, token in enumerate(new, 1) if token in ends), len(new))
                     made.append(new[:stop])
-                bar.update(len(part))
+                done.update(len(part))
         return made
 
     def _dataset(self, rows: list[dict[str, Any]], which: Sequence[int]) -> PreferenceDataset:

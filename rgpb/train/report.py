@@ -89,10 +89,11 @@ def write(folder: str | Path) -> None:
     records = read_metrics(folder)
     note, result = ((_json(folder / name)) for name in ("run.json", "result.json"))
     settings = note.get("settings", {})
-    text = [f"# {settings.get('loss', 'run')}: {records[-1]['step']} steps", "", *_markdown(table(records))]
+    text = [f"# {settings.get('loss', 'run')}: {records[-1]['step']} steps", "", *markdown(table(records))]
     if note:
-        held_out = note["sources"]["eval_data"]
-        text += ["", f"Trained on {note['sources']['data']}, evaluated on {held_out or 'a part of the same data'}."]
+        apart = any("held out" in name for name in result.get("counts", ()))
+        same = "prompts of it that were held out" if apart else "some of what it was trained on"
+        text += ["", f"Trained on {note['sources']['data']}, evaluated on {note['sources']['eval_data'] or same}."]
         text += [f"Settings: {', '.join(f'{k}={v}' for k, v in settings.items() if k not in ('data', 'eval_data'))}."]
     for title, key in (("Training data", "counts"), ("Evaluation data", "eval_counts")):
         if key in result:
@@ -123,7 +124,7 @@ def compare(
     records = {name: read_metrics(folder) for name, folder in runs.items()}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    text = ["# Runs side by side", "", *_markdown(comparison(records, extra))]
+    text = ["# Runs side by side", "", *markdown(comparison(records, extra))]
     text += ["", "In brackets: the change from before training."]
     text += ["", note] if note else []
     write_text(out / "report.md", "\n".join([*text, "", "![curves](report.png)", ""]))
@@ -280,7 +281,8 @@ def _draw(axes: Any, panel: Panel, runs: Mapping[str, list[dict[str, Any]]], col
     axes.grid(alpha=0.3)
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
+def markdown(rows: list[list[str]]) -> list[str]:
+    """A table as Markdown's lines, header first."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]
 

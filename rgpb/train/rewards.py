@@ -1,17 +1,36 @@
-"""The reward function of an online run: (prompts, completions) → as many numbers, higher is better."""
+"""What an online run is given as functions: the reward, and a sampler in place of the model's own sampling."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
 
 from rgpb.train.config import TrainConfig
 
+
+class Prompt(NamedTuple):
+    """A prompt that a sampler answers.
+
+    Attributes:
+        text: a string or a chat, as in the data.
+        tokens: what the model would be given: the chat template's, cut where it leaves no room for a completion.
+    """
+
+    text: Any
+    tokens: list[int]
+
+
+# (prompts, completions) → as many numbers, higher is better
 Reward = Callable[[list[Any], list[str]], Sequence[float]]
+# (P prompts, K, the model as it is now) → K completions of each prompt, P lists of K strings or lists of token ids
+Sampler = Callable[[list[Prompt], int, PreTrainedModel], Sequence[Sequence[Any]]]
 
 
 def load_reward(name: str) -> Reward:
@@ -20,15 +39,27 @@ def load_reward(name: str) -> Reward:
     Raises:
         ValueError: no such file, module or function.
     """
+    return load_function(name, "reward")
+
+
+def load_function(name: str, role: str) -> Any:
+    """The function of "path/to/file.py:function" or "package.module:function".
+
+    Args:
+        role: the setting that names it.
+
+    Raises:
+        ValueError: no such file, module or function.
+    """
     place, _, attribute = name.rpartition(":")
     if not place.endswith(".py") and Path(f"{place}.py").is_file():
-        raise ValueError(f"reward: expected a file with its ending, {place}.py:{attribute}, got {name!r}")
+        raise ValueError(f"{role}: expected a file with its ending, {place}.py:{attribute}, got {name!r}")
     if not place or not attribute:
-        raise ValueError(f"reward: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
+        raise ValueError(f"{role}: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
     try:
         if place.endswith(".py"):
             if not Path(place).is_file():
-                raise ValueError(f"reward: expected a file, got {place!r}, which does not exist")
+                raise ValueError(f"{role}: expected a file, got {place!r}, which does not exist")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             sys.modules.setdefault(Path(place).stem, module)  # where dataclasses look themselves up
@@ -36,10 +67,10 @@ def load_reward(name: str) -> Reward:
         else:
             module = importlib.import_module(place)
     except (ImportError, SyntaxError, TypeError) as error:
-        raise ValueError(f"reward: expected a module that can be imported, got {place!r} ({error})") from error
+        raise ValueError(f"{role}: expected a module that can be imported, got {place!r} ({error})") from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"reward: expected a function {attribute!r} in {place}, got {type(function).__name__}")
+        raise ValueError(f"{role}: expected a function {attribute!r} in {place}, got {type(function).__name__}")
     return function
 
 
@@ -57,3 +88,23 @@ def reward_of(config: TrainConfig, given: Reward | None) -> Reward | None:
         got = "none" if given is None else "both"
         raise ValueError(f"reward: expected a function, or its name in the settings, with online; got {got}")
     return given or load_reward(config.reward or "")
+
+
+def sampler_of(config: TrainConfig, given: Sampler | None) -> Sampler | None:
+    """What samples in the model's place; None where the model does.
+
+    Raises:
+        ValueError: two, one without `online`, or as `load_function`.
+    """
+    if given is not None and (config.sampler is not None or not config.online):
+        where = "beside the one named in the settings" if config.online else "without online"
+        raise ValueError(f"sampler: expected none {where}, got a function")
+    sampler = load_function(config.sampler, "sampler") if config.sampler is not None else given
+    if sampler is not None:
+        try:
+            inspect.signature(sampler).bind([], 1, None)
+        except TypeError as error:
+            raise ValueError(
+                f"sampler: expected a function of (prompts, count, model), got another ({error})"
+            ) from None
+    return sampler

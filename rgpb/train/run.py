@@ -27,6 +27,7 @@ from rgpb.train.models import (
     check_sizes,
     check_tokens,
     family_of,
+    fetched,
     load_model,
     make_model,
     make_tokenizer,
@@ -39,19 +40,22 @@ from rgpb.train.parallel import shard
 from rgpb.train.ranks import ElsewhereError, Ranks, open_ranks, own_rank
 from rgpb.train.report import counted
 from rgpb.train.report import write as write_report
-from rgpb.train.rewards import Reward, reward_of
+from rgpb.train.rewards import Reward, Sampler, reward_of, sampler_of
 from rgpb.train.rows import GROUPS, Preferences, read_preferences, read_prompts
 from rgpb.train.teacher import References, weights_digest, weights_fingerprint
 from rgpb.train.tokens import PreferenceDataset, check_counts, pad_of, tokenise
+from rgpb.train.tokens import held_out as held_out_of
 from rgpb.train.trainer import Stage, steps_of
 
 
-def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, *, reward: Reward | None = None, sampler: Sampler | None = None) -> dict[str, Any]:
     """Run `config`, or go on with it, or, where it is finished, only write its report again.
 
     Args:
         reward: with `online`, the reward function itself, in place of the name in `config.reward`:
             (prompts, completions) → as many numbers, higher is better.
+        sampler: with `online`, what samples in the model's place, as `config.sampler` names it: (prompts, K, model) →
+            for each prompt K completions, as strings or as token ids. A prompt has `text` and `tokens`.
 
     Returns:
         What `result.json` holds: `steps`, `seconds`, `peak_bytes`, `counts` of the data, and the evaluations `before`
@@ -63,17 +67,18 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
     spec, options = config.check()
     config = replace(config, progress=config.progress and own_rank() == 0)
     transformers.utils.logging.disable_progress_bar()  # one bar at a time: this module's own
-    reward = reward_of(config, reward)
-    preferences = _read(config.data, spec, config.online)
-    held_out = None if config.eval_data is None else _read(config.eval_data, spec, config.online)
+    reward, sampler = reward_of(config, reward), sampler_of(config, sampler)
+    preferences = read_for(config.data, spec, config.online)
+    held_out = None if config.eval_data is None else read_for(config.eval_data, spec, config.online)
+    config = fetched(config)
     family = family_of(config)
     check_devices(config)
     folder = Path(config.output)
     if own_rank() == 0:
-        open_run(folder, config, preferences, held_out, reward)
+        open_run(folder, config, preferences, held_out, reward, sampler)
     ranks = open_ranks(device_of(config), config.timeout)
     try:
-        return _run(config, spec, options, ranks, family, preferences, held_out, reward)
+        return _run(config, spec, options, ranks, family, preferences, held_out, reward, sampler)
     except Exception as error:
         failure: Any = None if isinstance(error, ValueError | ElsewhereError) else write_failure(error)
         if failure is None or failure is error:
@@ -85,7 +90,7 @@ def train(config: TrainConfig, *, reward: Reward | None = None) -> dict[str, Any
 
 def _run(
     config: TrainConfig, spec: Objective, options: dict[str, Any], ranks: Ranks, family: str | None,
-    preferences: Preferences, held_out: Preferences | None, reward: Reward | None,
+    preferences: Preferences, held_out: Preferences | None, reward: Reward | None, sampler: Sampler | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What is left once the settings, the data and the folder are known to be good."""
     folder, title = Path(config.output), f"training {'online ' if config.online else ''}with {spec.name}"
@@ -104,7 +109,7 @@ def _run(
     if reward is None:
         result = _on_data(stage, family, tokenizer, preferences, held_out)
     else:
-        result = _on_rollouts(stage, family, tokenizer, preferences, held_out, reward)
+        result = _on_rollouts(stage, family, tokenizer, preferences, held_out, reward, sampler)
     if ranks.first:
         write_report(folder)
     return result
@@ -115,31 +120,43 @@ def _made(value: Any) -> bool:
     return value is not None
 
 
+def tokenised(
+    config: TrainConfig, spec: Objective, options: dict[str, Any], tokenizer: Any, data: Preferences
+) -> PreferenceDataset:
+    """The units that the objective takes.
+
+    Raises:
+        ValueError: as `tokenise` and `check_counts`.
+    """
+    made = tokenise(
+        data,
+        tokenizer,
+        pairing=GROUPS if spec.unit == "group" else config.pairing,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation_side=config.truncation_side,
+    )
+    if spec.unit == "group" and not spec.rewards:
+        made = made.without_tied_best()
+    if not config.allow:
+        check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
+    if any(option(options, name) is None for name in spec.mismatched):
+        made.mismatches = made.mismatched(config.max_length)
+    return made
+
+
 def _on_data(
     stage: Stage, family: str | None, tokenizer: Any, preferences: Preferences, held_out: Preferences | None
 ) -> dict[str, Any]:
     """Tokens, fine-tuning, reference scores, training."""
     config, spec, options, ranks = stage.config, stage.spec, stage.options, stage.ranks
 
-    def tokenised(data: Preferences) -> PreferenceDataset:
-        made = tokenise(
-            data,
-            tokenizer,
-            pairing=GROUPS if spec.unit == "group" else config.pairing,
-            max_length=config.max_length,
-            max_prompt_length=config.max_prompt_length,
-            truncation_side=config.truncation_side,
-        )
-        if spec.unit == "group" and not spec.rewards:
-            made = made.without_tied_best()
-        if not config.allow:
-            check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
-        if any(option(options, name) is None for name in spec.mismatched):
-            made.mismatches = made.mismatched(config.max_length)
-        return made
-
-    train_set = tokenised(preferences)
-    eval_set = train_set if held_out is None else tokenised(held_out)
+    made = partial(tokenised, config, spec, options, tokenizer)
+    train_set = made(preferences)
+    if held_out is None:
+        train_set, eval_set = train_set.split(config.eval_split, config.seed)
+    else:
+        eval_set = made(held_out)
     model: Any = make_model(config, family, tokenizer)
     hf.check_head(model)
     check_tokens(model, config.model, (train_set, eval_set))
@@ -212,8 +229,9 @@ def _placed(stage: Stage, model: Any) -> Any:
 
 
 def _on_rollouts(
-    stage: Stage, family: str | None, tokenizer: Any, prompts: Preferences, held_out: Preferences | None, reward: Reward
-) -> dict[str, Any]:
+    stage: Stage, family: str | None, tokenizer: Any, prompts: Preferences, held_out: Preferences | None,
+    reward: Reward, sampler: Sampler | None,
+) -> dict[str, Any]:  # fmt: skip
     """Sampling, judging and training in turn; evaluated on groups sampled once, before the first step."""
     config, spec, ranks = stage.config, stage.spec, stage.ranks
     model, ref = make_model(config, family, tokenizer), None
@@ -221,12 +239,14 @@ def _on_rollouts(
     if spec.ref is not None:
         ref = reference_model(config) or copy.deepcopy(model)
         ref.requires_grad_(False)
-    count, per_step = len(prompts.rows), config.batch_size * config.grad_accum
+    keys = [json.dumps([row.prompt, row.template]) for row in prompts.rows]
+    apart = held_out_of(keys, config.eval_split if held_out is None else 0.0, config.seed)
+    count, per_step = len(keys) - sum(apart), config.batch_size * config.grad_accum
     steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
     ref = None if ref is None else moved(ref, device_of(config))
     common: dict[str, Any] = {"reward": reward, "ref": ref, "folder": stage.folder / "rollouts", "ties": spec.rewards}
-    common["ranks"] = ranks
-    data = Rollouts(prompts, tokenizer, config, units=steps * per_step, **common)
+    common |= {"ranks": ranks, "sampler": sampler}
+    data = Rollouts(prompts, tokenizer, config, units=steps * per_step, apart=apart, **common)
     asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
     for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
         if its is not None:
@@ -239,7 +259,7 @@ def _on_rollouts(
     if config.progress:
         for kind, rollouts in (("training", data), *((("evaluation", asked),) if asked is not data else ())):
             print(f"{kind} prompts: {counted(rollouts.counts)}", flush=True)
-    some = range(min(config.eval_rows or EVAL_SAMPLE, len(asked.asked)))
+    some = asked.evaluated[: config.eval_rows or EVAL_SAMPLE]
     evaluated = asked.groups(moved(model, device_of(config)), some, "evaluation")
 
     def measure(policy: PreTrainedModel) -> dict[str, float]:
@@ -248,8 +268,12 @@ def _on_rollouts(
     return stage.fit(model, tokenizer, data, evaluated, epochs=config.epochs, steps=steps, measure=measure)
 
 
-def _read(path: str, spec: Objective, prompts: bool) -> Preferences:
-    """A file's preferences, or its prompts alone; refused where the objective can't use them."""
+def read_for(path: str, spec: Objective, prompts: bool) -> Preferences:
+    """A file's preferences, or its prompts alone.
+
+    Raises:
+        ValueError: a file that can't be read, or of which the objective can't use the form.
+    """
     if prompts:
         return read_prompts(path)
     preferences = read_preferences(path)

@@ -25,6 +25,7 @@ from rgpb.train.config import TrainConfig
 from rgpb.train.files import naming
 from rgpb.train.machine import device_of
 from rgpb.train.parallel import at_rest
+from rgpb.train.progress import Lines, bar
 from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.tokens import Collator, PreferenceDataset, RefScores
 
@@ -40,7 +41,7 @@ def score_references(
     batch_size: int,
     workspace: int | None = None,
     bf16: bool = False,
-    progress: tqdm[Any] | None = None,
+    progress: tqdm[Any] | Lines | None = None,
     ranks: Ranks = ALONE,
     responses: Sequence[int] | None = None,
 ) -> RefScores:
@@ -188,21 +189,20 @@ class References:
             return
         doing, self.ranks.doing = self.ranks.doing, "the reference scores"
         total = sum(len(self._blocks[n][1]) for n in wanted)
-        quiet = not self.config.progress
-        with tqdm(total=total, desc="reference", unit="response", disable=quiet, leave=False) as bar:
+        with bar(total, "reference", "response", leave=False, quiet=not self.config.progress) as done:
             for number in sorted(wanted):
-                self._fill(number, bar)
+                self._fill(number, done)
                 self._filled.add(number)
         self.ranks.doing = doing
         if len(self._filled) == len(self._blocks):
             self.model = None  # free its memory
 
-    def _fill(self, number: int, bar: tqdm[Any]) -> None:
+    def _fill(self, number: int, done: tqdm[Any] | Lines) -> None:
         (data, block), ranks = self._blocks[number], self.ranks
         file = self._file(number) if ranks.first else Path()
         found = ranks.by_first(lambda: _read(file))
         if found is None:
-            found = self._scored(data, block, bar)
+            found = self._scored(data, block, done)
             if ranks.first:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 place = file.with_suffix(f".{os.getpid()}.tmp")  # runs may share the folder
@@ -210,7 +210,7 @@ class References:
                     save_file(found, place)
                     os.replace(place, file)
         else:
-            bar.update(len(block))
+            done.update(len(block))
         for each, prefix in ((data, ""), (data.mismatches, "mismatched_")):
             if each is not None:
                 assert each.ref is not None
@@ -224,7 +224,7 @@ class References:
                         raise ValueError(f"ref_cache: expected {wanted} in {self._file(number)}, got {got}; remove it")
                     getattr(each.ref, name)[place_of] = values
 
-    def _scored(self, data: PreferenceDataset, block: list[int], bar: tqdm[Any]) -> dict[str, Tensor]:
+    def _scored(self, data: PreferenceDataset, block: list[int], done: tqdm[Any] | Lines) -> dict[str, Tensor]:
         config, made = self.config, dict[str, Tensor]()
         if self.model is None:
             raise ValueError(f"ref_cache: expected the scores that were in {self.folder} at the start, got fewer")
@@ -233,7 +233,7 @@ class References:
             for each, prefix in ((data, ""), (data.mismatches, "mismatched_")):
                 if each is not None:
                     scores = score_references(
-                        self.model, each, bf16=config.bf16, progress=None if prefix else bar, ranks=self.ranks,
+                        self.model, each, bf16=config.bf16, progress=None if prefix else done, ranks=self.ranks,
                         responses=block, **options,
                     )  # fmt: skip
                     made |= {f"{prefix}logp": scores.logp, f"{prefix}log_odds": scores.log_odds}

@@ -10,7 +10,7 @@ import hashlib
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rgpb.hf import IGNORE
 from rgpb.layout import TokenScores
+from rgpb.train.config import EVAL_SAMPLE, EVAL_SPLIT
 from rgpb.train.layouts import Preferences, Row, Text, common, described, shown
 from rgpb.train.rows import GROUPS, pair_up
 
@@ -228,9 +229,24 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
 
     def first(self, count: int) -> PreferenceDataset:
         """The first `count` units."""
-        units, labels = self.units[:count], self.labels[:count]
+        return self._some(slice(count))
+
+    def split(self, part: float | None, seed: int) -> tuple[PreferenceDataset, PreferenceDataset]:
+        """Units to train on, and those of `held_out` prompts; where none is held out, all of them twice."""
+        firsts = self.units[:, 0].tolist()
+        keys = [self.tokens[s : s + n].numpy().tobytes() for s, n in zip(self.starts.tolist(), self.prompts.tolist())]
+        out = torch.tensor(held_out([keys[r] for r in firsts], part, seed))
+        if not out.any():
+            return self, self
+        trained = self._some(~out)
+        trained.counts["units held out"] = int(out.sum())
+        return trained, self._some(out)
+
+    def _some(self, which: slice | Tensor) -> PreferenceDataset:
+        """These units, in their order."""
+        units, labels = self.units[which], self.labels[which]
         counts = {**self.counts, "units": len(units), "responses": int((units.unique() >= 0).sum())}
-        rewards = None if self.rewards is None else self.rewards[:count]
+        rewards = None if self.rewards is None else self.rewards[which]
         return self._with(units=units, labels=labels, counts=counts, rewards=rewards)
 
     def without_tied_best(self) -> PreferenceDataset:
@@ -414,6 +430,31 @@ def check_counts(source: str, counts: Mapping[str, int], but: Sequence[str] = ()
             )
 
 
+def held_out(prompts: Sequence[Hashable], part: float | None, seed: int) -> list[bool]:
+    """Which rows are held out: all of some prompts, drawn from the seed.
+
+    Args:
+        prompts: of each row.
+        part: of the prompts; None: `EVAL_SPLIT` of them, `EVAL_SAMPLE` at most, and none where that is less than two.
+
+    Raises:
+        ValueError: a part that leaves one of the two sides without a prompt.
+    """
+    different = list(dict.fromkeys(prompts))
+    if part is None:
+        count = min(EVAL_SAMPLE, int(EVAL_SPLIT * len(different)))
+        count = count if count > 1 else 0
+    else:
+        count = round(part * len(different))
+        if part and not 0 < count < len(different):
+            raise ValueError(
+                f"eval_split: expected a part with a prompt at least on either side, got {part} of {len(different)}"
+            )
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed))
+    taken = {different[i] for i in order[:count].tolist()}
+    return [prompt in taken for prompt in prompts]
+
+
 def pad_of(tokenizer: Any) -> int:
     """The token that fills up padded rows: the tokenizer's, or its end token."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -498,7 +539,7 @@ def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Cou
     responses = [(row, row.completions[c]) for row, which in part for c in which]
     if isinstance(part[0][0].prompt, str):
         end = tokenizer.eos_token_id
-        follow = iter(_following(tokenizer, [str(text) for _, text in responses], [row.where for row, _ in responses]))
+        follow = iter(following(tokenizer, [str(text) for _, text in responses], [row.where for row, _ in responses]))
         made = [[next(follow) for _ in which] for _, which in part]
         return [
             [Encoded(ids + (own if own[-1:] == [end] else [*own, end]), len(ids)) for own in completions]
@@ -768,7 +809,7 @@ ANCHORS = (
 )  # what a completion may stand behind, to see what it is in the midst of a text
 
 
-def _following(tokenizer: Any, texts: list[str], places: Sequence[str]) -> list[list[int]]:
+def following(tokenizer: Any, texts: list[str], places: Sequence[str]) -> list[list[int]]:
     """Token ids of texts in the midst of another one: without the space that some tokenizers put in front of texts.
 
     Raises:

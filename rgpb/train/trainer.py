@@ -5,7 +5,6 @@ A `Stage` is one objective in one folder: `metrics.jsonl`, `checkpoint-*`, `mode
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from rgpb import hf
 from rgpb.metrics import with_differences
@@ -28,13 +28,12 @@ from rgpb.objectives import Objective, RunningMean, option
 from rgpb.objectives import units as units_of
 from rgpb.train.config import TrainConfig
 from rgpb.train.evaluate import (
+    evaluate_set,
     group_arguments,
     group_size_of,
     mismatched_ratios,
     model_inputs,
     present_of,
-    score_batch,
-    summarise,
 )
 from rgpb.train.files import naming, save_whole_file, save_whole_folder, write_json
 from rgpb.train.folder import drop_checkpoints, last_checkpoint, step_of
@@ -42,8 +41,10 @@ from rgpb.train.machine import device_of, peak_bytes, reset_peak
 from rgpb.train.models import rehearse, save_model
 from rgpb.train.order import FILLER, Order, loader
 from rgpb.train.parallel import load_state, load_trainers, replicated, save_state, whole_state
+from rgpb.train.progress import Lines, bar, duration, say
 from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.report import read_metrics
+from rgpb.train.signals import Hold, act
 from rgpb.train.teacher import References
 from rgpb.train.tokens import Collator, PreferenceDataset, pad_of, reference_of
 
@@ -125,9 +126,15 @@ class Stage:
             ranks.by_first(lambda: self.metrics.unlink(missing_ok=True))
             trainer.evaluate()
         else:
+            if config.progress:
+                say(f"{self.title}: going on from step {done} of {total}")
             trainer.restore(checkpoint)
         if done < total:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with trainer.hold:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if number := max(ranks.gather(trainer.hold.number)):
+                last = trainer.state.global_step
+                act(number, f"stopped after step {last} of {total}, which is saved")
         else:
             trainer.load_weights(str(checkpoint))
             trainer.state.global_step, trainer.state.epoch = done, done / per_epoch
@@ -186,7 +193,8 @@ class Stage:
             dataloader_pin_memory=device_of(config).type == "cuda",
             dataloader_num_workers=0,
             remove_unused_columns=False,
-            report_to="none",
+            report_to=config.report_to if config.report_to and self.folder == Path(config.output) else "none",
+            run_name=self.folder.name,
             disable_tqdm=True,  # `_Bar` is shown instead
             ddp_backend=None if self.ranks.alone or device_of(config).type == "cuda" else "gloo",
         )
@@ -228,7 +236,14 @@ class PreferenceTrainer(Trainer):
         self._good = ""  # the last finite loss, as text
         # seconds and tokens of the last evaluation; seconds a step, where an earlier start has measured it
         self._evaluated, self._pace = (0.0, 0), None  # type: tuple[float, int], float | None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(
+                    stage.folder / "tensorboard"
+                )  # else an evaluation before training has ./runs
+        self.hold, self.stopping = Hold(), False  # whether all ranks know that one was told to stop
         self.remove_callback(PrinterCallback)
+        self.add_callback(_Stop(self))
         self.add_callback(_Checkpoints(self))
         if stage.config.progress and self.ranks.first:
             self.add_callback(_Bar(self, stage.title))
@@ -328,7 +343,9 @@ class PreferenceTrainer(Trainer):
             norm = torch.nn.utils.get_total_norm(grads)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         total, weight = self._step
-        loss, size = (math.fsum(part) for part in zip(*self.ranks.gather((float(total), weight))))
+        found = self.ranks.gather((float(total), weight, self.hold.number))
+        loss, size = math.fsum(part[0] for part in found), sum(part[1] for part in found)
+        self.stopping = any(number for *_, number in found)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
             raise FloatingPointError(self._diverged(loss / (size or 1), float(norm)))
         self._good, self._step = f"{loss / (size or 1):.4g} in step {self.state.global_step + 1}", (0.0, 0)
@@ -405,8 +422,8 @@ class PreferenceTrainer(Trainer):
             passes = 4 if self.references is not None and self.references.model is not None else 3
             step = passes * each * units * seconds / (tokens * self.ranks.world)
         whole = steps * (step or 0.0) + evaluations * seconds
-        each_step, several = _duration(step or 0.0), "s" if evaluations > 1 else ""
-        return whole, f"{steps} steps, {each_step} each, and {evaluations} evaluation{several}: {_duration(whole)}"
+        each_step, several = duration(step or 0.0), "s" if evaluations > 1 else ""
+        return whole, f"{steps} steps, {each_step} each, and {evaluations} evaluation{several}: {duration(whole)}"
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs beside Trainer's own files."""
@@ -493,46 +510,23 @@ class PreferenceTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and metrics of the whole evaluation set, exact averages over its responses (see `summarise`).
-
-        Ranks take whole batches in turn, so each is what it is in one process.
-        """
+        """Loss and metrics of the whole evaluation set, exact averages over its responses (see `evaluate_set`)."""
         data: PreferenceDataset = self.eval_dataset if eval_dataset is None else eval_dataset  # type: ignore[assignment]
         model: Any = self.model
-        stage, training, ranks, size = self.stage, model.training, self.ranks, self.stage.config.batch_size
-        parts: list[tuple[int, dict[str, Tensor]]] = []
-        ranks.doing = f"the evaluation after step {self.state.global_step}"
+        stage, training = self.stage, model.training
+        self.ranks.doing = f"the evaluation after step {self.state.global_step}"
         if self.references is not None:
             self.references.ready(data)
         options = {**stage.options, **{n: float(mean.mean) for n, mean in self.running.items() if mean.count}}
         model.eval()
-        begun, tokens = time.monotonic(), 0
-        collate: Any = self.data_collator
-        firsts = range(0, len(data), size)
-        for number in range(ranks.rank, len(firsts) + ranks.rank, ranks.world):
-            first = firsts[
-                min(number, len(firsts) - 1)
-            ]  # beyond the last: once more the last, which counts for nothing
-            batch = self._prepare_inputs(collate([data[i] for i in range(first, min(first + size, len(data)))]))
-            if "generator" in (stage.spec.options or {}):  # the same draws at every evaluation
-                seed = zlib.crc32(f"{stage.config.seed} evaluation {number}".encode())
-                options["generator"] = torch.Generator().manual_seed(seed)
-            with self.accelerator.autocast():
-                estimated = mismatched_ratios(model, batch, stage.spec, stage.options, stage.config.workspace)
-                columns = score_batch(model, batch, stage.spec, {**estimated, **options}, stage.config.workspace)
-            count = len(batch["label"]) // data.units.shape[1]
-            also: Any = batch.get("mismatched")
-            tokens += batch["input_ids"].numel() + (0 if also is None else also["input_ids"].numel())
-            # a group's responses are consecutive, a pair's half a batch apart
-            grouped = data.rewards is not None
-            shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
-            if number < len(firsts):
-                parts.append((number, shaped))
+        begun = time.monotonic()
+        metrics, tokens = evaluate_set(
+            model, data, stage.spec, options, stage.config, collate=self.data_collator,  # type: ignore[arg-type]
+            prepare=self._prepare_inputs, autocast=self.accelerator.autocast, ranks=self.ranks,
+        )  # fmt: skip
         model.train(training)
         self._evaluated = time.monotonic() - begun, tokens
-        found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
-        whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-        metrics = {**summarise(whole, stage.spec, stage.options), **self.measure(model)}
+        metrics = {**metrics, **self.measure(model)}
         self._record("eval", metrics)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(named))
@@ -555,19 +549,22 @@ class SharedMean(RunningMean):
         return super().take(total, number)
 
 
-def _duration(seconds: float) -> str:
-    """As a person says it."""
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
 def _emptied(place: Path) -> None:
     """A new folder, in the place of what an interrupted save has left."""
     if place.exists():
         shutil.rmtree(place)
     place.mkdir()
+
+
+class _Stop(TrainerCallback):
+    """Saves and ends the training behind the step in which a signal came; of several ranks, at the same step of all."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.stopping or (self.trainer.ranks.alone and self.trainer.hold.number):
+            control.should_save = control.should_training_stop = True
 
 
 class _Checkpoints(TrainerCallback):
@@ -592,20 +589,22 @@ class _Bar(TrainerCallback):
     MEASURED = 3  # steps until the estimate is made anew; the first is not among them
 
     def __init__(self, trainer: PreferenceTrainer, title: str) -> None:
-        self.trainer, self.title, self.shown, self.bar = trainer, title, {}, None  # type: ignore[var-annotated]
+        self.trainer, self.title = trainer, title
+        self.shown: dict[str, str] = {}
+        self.bar: tqdm[Any] | Lines | None = None
         self.marks: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         whole, text = self.trainer.left()
         if whole:
             print(f"estimate: {text}", flush=True)
-        self.bar = tqdm(desc=self.title, total=state.max_steps, initial=state.global_step, unit="step")
+        self.bar = bar(state.max_steps, self.title, "step", state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.marks.append(time.monotonic())
         if len(self.marks) == self.MEASURED and state.global_step < state.max_steps:
             each = (self.marks[-1] - self.marks[0]) / (self.MEASURED - 1)
-            tqdm.write(f"as measured: {self.trainer.left(each)[1]}")
+            say(f"as measured: {self.trainer.left(each)[1]}")
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
