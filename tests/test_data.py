@@ -12,8 +12,9 @@ import pytest
 import torch
 from tokenizers import processors
 
+from rgpb.hf.batches import reference_of
 from rgpb.train.rows import pair_up, read_preferences, read_prompts
-from rgpb.train.tokens import Collator, RefScores, reference_of, texts_of, tokenise, train_tokenizer
+from rgpb.train.tokens import Collator, RefScores, texts_of, tokenise, train_tokenizer
 
 PAIR = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 LABELLED = {"prompt": "2 + 2 =", "completion": " 4", "label": True}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rgpb import cli, hf
+from rgpb.hf.batches import reference_of
 from rgpb.objectives import resolve
 from rgpb.train import TrainConfig, report, train
 from rgpb.train import config as settings_module
@@ -24,7 +25,7 @@ from rgpb.train.models import make_model
 from rgpb.train.online import Rollouts
 from rgpb.train.rewards import load_reward
 from rgpb.train.rows import read_prompts
-from rgpb.train.tokens import Collator, reference_of, train_tokenizer, turn_end
+from rgpb.train.tokens import Collator, train_tokenizer, turn_end
 from rgpb.train.trainer import PreferenceTrainer
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -37,13 +37,14 @@ from rgpb import cli, hf
 from rgpb import demo as demo_module
 from rgpb.demo import arithmetic_pairs
 from rgpb.engine.plan import Limits
+from rgpb.hf.batches import reference_of
 from rgpb.kernels import tuned
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve
 from rgpb.train import TrainConfig, flags, models, progress, report, signals, teacher, train
 from rgpb.train import config as settings_module
 from rgpb.train.folder import open_run
 from rgpb.train.rows import read_preferences
-from rgpb.train.tokens import Collator, held_out, reference_of, tokenise, train_tokenizer
+from rgpb.train.tokens import Collator, held_out, tokenise, train_tokenizer
 from rgpb.train.trainer import PreferenceTrainer, Stage
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -32,9 +32,11 @@ from rgpb.hf.batches import IGNORE, aligned_targets, pack
 from rgpb.hf.checks import evaluating
 from rgpb.hf.forward import loss, token_scores
 from rgpb.hf.models import attach, check_head, hidden_states, read_head
+from rgpb.hf.trainer import PreferenceMixin
 
 __all__ = [
     "IGNORE",
+    "PreferenceMixin",
     "aligned_targets",
     "attach",
     "check_head",

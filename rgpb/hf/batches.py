@@ -15,8 +15,9 @@ from transformers.utils import TransformersKwargs
 
 from rgpb.head import described
 from rgpb.hf.wrappers import around
-from rgpb.layout import repeat
+from rgpb.layout import TokenScores, repeat
 from rgpb.objectives.registry import suggest
+from rgpb.validation import make_layout
 
 IGNORE = -100
 _OTHER = {"self", "args", "kwargs"}
@@ -142,6 +143,36 @@ def bounds_of(batch: Mapping[str, Any]) -> Tensor | None:
     if len(positions) != 1 or int(starts.sum()) < 2:
         return None
     return nn.functional.pad(starts.nonzero().squeeze(1), (0, 1), value=positions.shape[1])
+
+
+def packed_bounds(batch: Mapping[str, Any]) -> Tensor | None:
+    """Bounds of a packed batch, whichever way it says them; None of a padded one. [B + 1]"""
+    for name in ("cu_seqlens", "cu_seq_lens_q"):  # the second is DataCollatorWithFlattening's
+        if batch.get(name) is not None:
+            return batch[name]
+    return bounds_of(batch)
+
+
+def responses_of(batch: Mapping[str, Any]) -> int:
+    """B, padded or packed."""
+    cu_seqlens = packed_bounds(batch)
+    return len(batch["input_ids"] if cu_seqlens is None else cu_seqlens[1:])
+
+
+def present_of(batch: Mapping[str, Any]) -> Tensor:
+    """Which responses of a batch have tokens, bool [B]."""
+    cu_seqlens = packed_bounds(batch)
+    shifted = batch.get("shift_labels")
+    target = aligned_targets(batch["labels"], cu_seqlens) if shifted is None else shifted
+    return make_layout(target if cu_seqlens is None else target[0], cu_seqlens, IGNORE).tokens > 0
+
+
+def reference_of(batch: Mapping[str, Tensor]) -> TokenScores | None:
+    """The reference scores per token in a batch, or None."""
+    if "ref_logp" not in batch:
+        return None
+    logp = batch["ref_logp"]
+    return TokenScores(logp, batch["ref_log_odds"], torch.zeros_like(logp))
 
 
 def restarting_positions(cu_seqlens: Tensor) -> Tensor:

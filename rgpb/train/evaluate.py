@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rgpb import hf
 from rgpb.hf import IGNORE
+from rgpb.hf.batches import reference_of
 from rgpb.layout import Responses
 from rgpb.metrics import ranked, with_differences
 from rgpb.objectives import Objective, option, reward_scale, unit_values
@@ -25,7 +26,7 @@ from rgpb.train.config import EVAL_SAMPLE, TrainConfig
 from rgpb.train.files import write_json
 from rgpb.train.machine import device_of
 from rgpb.train.ranks import ALONE, Ranks
-from rgpb.train.tokens import PreferenceDataset, reference_of
+from rgpb.train.tokens import PreferenceDataset
 from rgpb.validation import make_layout
 
 # What evaluation without `eval_rows` takes at most, in operations by device: some twenty seconds'
@@ -67,13 +68,6 @@ def mismatched_ratios(
     target = hf.aligned_targets(inputs["labels"], cu_seqlens).view(logp.shape)
     ratio = make_layout(target, cu_seqlens, IGNORE).sum((logp - ref.logp).reshape(-1))
     return dict.fromkeys(names, ratio)
-
-
-def present_of(batch: dict[str, Tensor]) -> Tensor:
-    """Which responses of a batch have tokens, bool [B]."""
-    labels, cu_seqlens = batch["labels"], batch.get("cu_seqlens")
-    target = hf.aligned_targets(labels, cu_seqlens)
-    return make_layout(target if cu_seqlens is None else target[0], cu_seqlens, IGNORE).tokens > 0
 
 
 def group_size_of(batch: dict[str, Tensor]) -> int | None:

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rgpb.hf import IGNORE
-from rgpb.layout import TokenScores
 from rgpb.train.config import EVAL_SAMPLE, EVAL_SPLIT
 from rgpb.train.layouts import Preferences, Row, Text, common, described, shown
 from rgpb.train.rows import GROUPS, pair_up
@@ -888,11 +887,3 @@ class Collator:
         packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
         packed["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         return {**packed, **extra}
-
-
-def reference_of(batch: dict[str, Tensor]) -> TokenScores | None:
-    """The reference scores in a batch of `Collator`, or None."""
-    if "ref_logp" not in batch:
-        return None
-    logp = batch["ref_logp"]
-    return TokenScores(logp, batch["ref_log_odds"], torch.zeros_like(logp))

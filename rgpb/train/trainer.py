@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from rgpb import hf
-from rgpb.metrics import with_differences
+from rgpb.hf.batches import present_of, reference_of
 from rgpb.objectives import Objective, RunningMean, option
-from rgpb.objectives import units as units_of
 from rgpb.train.config import TrainConfig
 from rgpb.train.evaluate import (
     evaluate_set,
     group_arguments,
-    group_size_of,
     mismatched_ratios,
     model_inputs,
-    present_of,
 )
 from rgpb.train.files import naming, save_whole_file, save_whole_folder, write_json
 from rgpb.train.folder import drop_checkpoints, last_checkpoint, step_of
@@ -46,7 +43,7 @@ from rgpb.train.ranks import ALONE, Ranks
 from rgpb.train.report import read_metrics
 from rgpb.train.signals import Hold, act
 from rgpb.train.teacher import References
-from rgpb.train.tokens import Collator, PreferenceDataset, pad_of, reference_of
+from rgpb.train.tokens import Collator, PreferenceDataset, pad_of
 
 
 class Stage:
@@ -205,11 +202,10 @@ def steps_of(config: TrainConfig, units: int, epochs: float, steps: int | None =
     return steps or math.ceil(epochs * math.ceil(math.ceil(units / config.batch_size) / config.grad_accum))
 
 
-class PreferenceTrainer(Trainer):
-    """transformers' Trainer with the loss taken from hidden states and head, and evaluation likewise.
+class PreferenceTrainer(hf.PreferenceMixin, Trainer):
+    """A Trainer with the loss taken from hidden states and head, and evaluation likewise.
 
-    A step's loss is the mean over all units of its batches, so gradient accumulation gives what one batch would, and
-    so do several ranks, each of which has its share of every batch.
+    Of several ranks each has its share of every batch.
 
     The order of the data is Trainer's own of one process; on several ranks accelerate's sampler would repeat units to
     fill up the last batches. Random states are a function of seed, step and rank, so a checkpoint needs none.
@@ -220,11 +216,8 @@ class PreferenceTrainer(Trainer):
     """
 
     def __init__(self, *, stage: Stage, **keywords: Any) -> None:
-        super().__init__(**keywords)
-        # Trainer then leaves it to `compute_loss` to divide by what `get_batch_samples` counted.
-        self.model_accepts_loss_kwargs = True
         self.stage, self.ranks = stage, stage.ranks
-        self._sums: dict[str, list[Any]] = {}  # name → [Σ weight · value, Σ weight] since the last log
+        super().__init__(objective=stage.spec.name, options=stage.options, **keywords)
         self._started, self._peak = time.monotonic(), 0
         self._step: tuple[Tensor | float, int] = (0.0, 0)  # sum of the losses of this step, and of how many units
         # averages over the whole run that the objective compares with, unless they were given as numbers
@@ -248,11 +241,17 @@ class PreferenceTrainer(Trainer):
         if stage.config.progress and self.ranks.first:
             self.add_callback(_Bar(self, stage.title))
 
-    def units(self, batch: dict[str, Tensor]) -> int:
+    def units(self, batch: Mapping[str, Any]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
         if bool(batch.get(FILLER, False)):
             return 0
-        return units_of(self.stage.spec, len(batch["label"]), group_size_of(batch))
+        return super().units(batch)
+
+    def total(self, count: int) -> int:
+        return self.ranks.total(count)
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.ranks.gather(value)
 
     def get_train_dataloader(self) -> Any:
         """This rank's share of the batches, with reference scores. Data that is made on the way comes as it is."""
@@ -287,17 +286,16 @@ class PreferenceTrainer(Trainer):
         """The batches of one step, and the number of their units on all ranks."""
         step = self.state.global_step
         self.ranks.doing = f"step {step + 1}"
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, units = super().get_batch_samples(epoch_iterator, num_batches, device)
         torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
-        return batches, self.ranks.total(sum(self.units(batch) for batch in batches))
+        return batches, units
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: `get_batch_samples` seeds each step, and Trainer would put a checkpoint's state over that."""
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Σ of the batch's values over the number of units in the whole step, of all ranks."""
+    def objective_loss(
+        self, model: nn.Module, inputs: dict[str, Any], reduction: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         stage, spec, label, units = self.stage, self.stage.spec, inputs["label"], self.units(inputs)
         inputs = {name: value for name, value in inputs.items() if name != FILLER}
         for mean in self.running.values():
@@ -311,7 +309,7 @@ class PreferenceTrainer(Trainer):
                 spec.name,
                 label=label if spec.label else None,
                 ref=reference_of(inputs),
-                reduction="sum",
+                reduction=reduction,
                 data_group=None,  # ranks share what the batch couples through `running` and `estimated`
                 return_metrics=True,
                 workspace=stage.config.workspace,
@@ -319,17 +317,16 @@ class PreferenceTrainer(Trainer):
                 **{**estimated, **stage.options, **self.running},
             )
         if not units:
-            return 0 * loss
-        there = present_of(inputs)
-        good, bad = (label & there).sum(), (~label & there).sum()
-        weights = {"chosen": good, "perplexity": good, "rejected": bad}
-        weights |= {"accuracies": bad} if spec.unit == "group" else {}  # of the best with each other
+            return 0 * loss, {}
         self._step = (self._step[0] + loss.detach(), self._step[1] + units)
         self.add("loss", loss.detach() / units, units)
-        for name, value in metrics.items():
-            self.add(name, value, weights.get(name.rpartition("/")[2], units))
-        loss = loss * self.ranks.world / (num_items_in_batch or units)  # gradients are averaged over ranks
-        return (loss, {}) if return_outputs else loss
+        return loss * self.ranks.world, metrics  # gradients are averaged over ranks
+
+    def weights_of(self, inputs: dict[str, Any], units: int) -> dict[str, Any]:
+        label, there = inputs["label"], present_of(inputs)
+        good, bad = (label & there).sum(), (~label & there).sum()
+        weights = {"chosen": good, "perplexity": good, "rejected": bad}
+        return weights | ({"accuracies": bad} if self.spec.unit == "group" else {})  # of the best with each other
 
     def ranks_values(self, values: Tensor) -> Tensor:
         """Of all ranks, one rank after the other."""
@@ -360,31 +357,12 @@ class PreferenceTrainer(Trainer):
             f"{self.args.learning_rate:g}, --max-grad-norm 1, or without --bf16 and --dtype bf16"
         )
 
-    def add(self, name: str, value: Tensor | float, weight: float | Tensor) -> None:
-        """Into the averages of the next log; a batch without such responses (nan) counts for nothing."""
-        value = torch.as_tensor(value).double()
-        missing = value.isnan() & (name != "loss")
-        entry = self._sums.setdefault(name, [0.0, 0.0])
-        entry[0] = entry[0] + torch.where(missing, 0.0, weight * value)
-        entry[1] = entry[1] + torch.where(missing, 0.0, weight)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's logs, with the averages since the last one."""
         if "loss" in logs:
-            sums = self._all_sums()
-            logs.update(with_differences({name: total / weight for name, (total, weight) in sums.items() if weight}))
-            self._sums = {}
+            logs.update(self.averages())
             self._record("train", logs)
-        super().log(logs, start_time)
-
-    def _all_sums(self) -> dict[str, list[float]]:
-        """The sums since the last log, of all ranks."""
-        whole: dict[str, list[float]] = {}
-        for sums in self.ranks.gather({name: [float(x) for x in entry] for name, entry in self._sums.items()}):
-            for name, (total, weight) in sums.items():
-                entry = whole.setdefault(name, [0.0, 0.0])
-                whole[name] = [entry[0] + total, entry[1] + weight]
-        return whole
+        super(hf.PreferenceMixin, self).log(logs, start_time)
 
     def _record(self, split: str, values: dict[str, float]) -> None:
         self._peak = max(self._peak, *self.ranks.gather(peak_bytes(self.args.device)))
@@ -429,7 +407,7 @@ class PreferenceTrainer(Trainer):
         """What a checkpoint needs beside Trainer's own files."""
         return {
             "step": self.state.global_step,
-            "sums": self._all_sums(),
+            "sums": self.whole_sums(),
             "seconds": time.monotonic() - self._started,
             "peak_bytes": self._peak,
             "logged": getattr(self.train_dataset, "logged", None),
