@@ -118,10 +118,19 @@ def test_marks_are_known(name):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
-def test_example_runs(path, capsys):
+def test_example_runs(path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", [str(path)])
     names = runpy.run_path(str(path), run_name="__main__")
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert said
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 61
+    assert f"`{path.name}`" in (path.parent / "README.md").read_text(encoding="utf-8")
+    if "margins" in names:
+        assert names["margins"][-1] > max(0.1, names["margins"][0])
     if "losses" in names:
         loss_moves(names, capsys.readouterr().out)
 
