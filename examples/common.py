@@ -1,7 +1,4 @@
-"""What the examples share: the model that `--model` names, or a tiny one with random weights; and batches of texts.
-
-Read it, copy it. `rgpb train` does more: chats, long prompts, checkpoints, reports.
-"""
+"""What the examples share: the model that `--model` names, or a tiny one with random weights; batches of texts."""
 
 import argparse
 

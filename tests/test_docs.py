@@ -127,7 +127,7 @@ def test_example_runs(path, capsys, monkeypatch):
     names = runpy.run_path(str(path), run_name="__main__")
     said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     assert said
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 61
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
     assert f"`{path.name}`" in (path.parent / "README.md").read_text(encoding="utf-8")
     if "margins" in names:
         assert names["margins"][-1] > max(0.1, names["margins"][0])

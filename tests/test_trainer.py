@@ -6,6 +6,10 @@ Dimensions: B responses, T positions, K responses of a group.
 from __future__ import annotations
 
 import copy
+import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +197,19 @@ def test_two_processes(objective, ranks, tmp_path):
             for name in ("loss", "logps/chosen", "rewards/chosen"):
                 assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
         assert evaluated["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["fsdp2", "accelerate_loop"])
+def test_examples_on_two_processes(name):
+    """By torchrun the loss begins at log 2 and falls."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert not done.returncode, done.stderr
+    first, last = map(float, re.findall(r"\d\.\d{3}", done.stdout))
+    assert first == pytest.approx(math.log(2), abs=1e-3)
+    assert last < 0.9 * first
 
 
 def on_a_rank(objective: str, folder: str) -> Any:
