@@ -1,6 +1,7 @@
-"""DPO in an accelerate loop, with gradient accumulation; `accelerate launch examples/accelerate_loop.py --bf16 --fsdp`.
+"""DPO in an accelerate loop, with gradient accumulation; also `accelerate launch examples/accelerate_loop.py --bf16 1`.
 
-`prepare` wraps the model; the loss goes through that wrapper, so mixed precision, DDP and FSDP2 act on it.
+`prepare` wraps the model; the loss goes through that wrapper, so mixed precision and DDP act on it.
+`--fsdp 1`: FSDP2, on GPUs; on CPUs accelerate ignores it.
 """
 
 import torch
