@@ -1,11 +1,11 @@
 """DPO in an accelerate loop, with gradient accumulation; also `accelerate launch examples/accelerate_loop.py --bf16 1`.
 
 `prepare` wraps the model; the loss goes through that wrapper, so mixed precision and DDP act on it.
-`--fsdp 1`: FSDP2, on GPUs; on CPUs accelerate ignores it.
+`--fsdp 1`: FSDP2, on several GPUs; elsewhere accelerate ignores the plugin, so it is refused.
 """
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from common import arguments, load, pairs, stacked
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
@@ -20,6 +20,8 @@ def main(args):
         mixed_precision=precision, fsdp_plugin=plugin, gradient_accumulation_steps=args.accumulate,
         cpu=not torch.cuda.is_available(),
     )  # fmt: skip
+    if args.fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(f"fsdp: expected several GPUs, got {accelerator.distributed_type.value}")
     model, tokenizer = load(args.model)
     reference = load(args.model)[0].requires_grad_(False).to(accelerator.device)
     hf.attach(model)  # checks the head while it is whole
