@@ -834,6 +834,16 @@ class TestInterrupted:
 class TestSignals:
     FLAGS: ClassVar = ["--loss=dpo", "--steps=6", "--save-steps=4", "--batch-size=3", "--grad-accum=2", "--lr=3e-3"]
 
+    @pytest.fixture(autouse=True)
+    def usual(self):
+        """What a command in the foreground finds; a shell's background job ignores SIGINT."""
+        before = {n: signal.getsignal(n) for n in signals.HELD}
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def start(self, data, folder, monkeypatch, *numbers):
         """The command, in whose third step these signals come; its exit code."""
         compute, left = PreferenceTrainer.compute_loss, list(numbers)
