@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -86,6 +87,11 @@ def test_it_is_undone():
     outer.undo()
     outer.undo()
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+    first, second = own.accelerate(), own.accelerate()
+    first.undo()
+    assert utils._ChunkedLogProbFunction is inside
+    second.undo()
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
 
 
 @pytest.mark.parametrize("found", ["1.15.2", "1.17.0", "2.0.0", None])
@@ -93,6 +99,7 @@ def test_other_versions_are_refused(found):
     with pytest.raises(ImportError, match=rf"trl: expected >=1.16,<1.17, got {found or 'none'}: pip install"):
         own.check_version(found)
     own.check_version("1.16.3")
+    own.check_version("1.16rc1")
 
 
 def test_parts_of_zero3_are_refused():
@@ -187,3 +194,41 @@ def test_twenty_steps(parts, tmp_path, kind, settings):
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-6, rtol=1e-5)
     for a, b in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.full
+def test_two_steps_of_grpo(parts, tmp_path):
+    """Losses, KL, entropy and weights beside TRL's own; the reference is the model as it was saved.
+
+    Plain steps: Adam's first ones divide a gradient of rounding errors by its own size.
+    """
+    tokenizer, model, data = parts
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    results = []
+    for fast in (False, True):
+        args = trl.GRPOConfig(
+            str(tmp_path / str(fast)), per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
+            beta=0.1, temperature=0.8, report_to=[], use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
+            gradient_checkpointing=False, optim="sgd", learning_rate=0.1, disable_tqdm=True, max_steps=2,
+        )  # fmt: skip
+        trainer = trl.GRPOTrainer(
+            LlamaForCausalLM.from_pretrained(tmp_path / "model"), args=args, processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: [float(place) for place, _ in enumerate(completions)],
+            train_dataset=data.select_columns("prompt"),
+        )  # fmt: skip
+        with own.accelerate() if fast else nullcontext():
+            trainer.train()
+        steps = [
+            [line[name] for name in ("loss", "kl", "entropy", "reward", "grad_norm")]
+            for line in trainer.state.log_history
+            if "loss" in line
+        ]
+        results.append((steps, [p.detach() for p in trainer.model.parameters()]))
+    (steps, weights), (found, others) = results
+    assert len(steps) == 2
+    assert steps[1][1] > 0  # the second step is off the reference
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(steps), atol=1e-6, rtol=1e-6)
+    for a, b in zip(weights, others):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert any(not torch.equal(a, b) for a, b in zip(weights, model.parameters()))

@@ -7,6 +7,7 @@ Needs the extra `trl`: TRL from 1.16 to below 1.17, whose fused head this was wr
 ...     pass  # any of TRL's trainers with a fused head: DPOTrainer(…).train()
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 LOWEST, BELOW = (1, 16), (1, 17)
@@ -18,7 +19,7 @@ def check_version(found: str | None) -> None:
     Raises:
         ImportError: names what was expected and what is installed.
     """
-    numbers = tuple(int(part) for part in (found or "0.0").split(".")[:2])
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found or "0.0")[:2])
     if not LOWEST <= numbers < BELOW:
         known = f">={'.'.join(map(str, LOWEST))},<{'.'.join(map(str, BELOW))}"
         raise ImportError(f"trl: expected {known}, got {found or 'none'}: pip install 'trl{known}'")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -120,9 +120,9 @@ def _is_top(states: Tensor, head: LMHead, target: Tensor, log_odds: Tensor) -> T
 class accelerate:
     """Run the fused head of TRL's trainers on this library's engine, from now on.
 
-    A plain call, or a context: `undo()`, or leaving the context, puts back what was there. It changes
-    `trl.trainer.utils` for the whole process, whenever the trainers were made. Only positions with a label are scored,
-    on a CPU, too, where TRL scores all.
+    A plain call, or a context: `undo()`, or leaving the context, puts back what was there, once no other call is in
+    force. It changes `trl.trainer.utils` for the whole process, whenever the trainers were made. Only positions with a
+    label are scored, on a CPU, too, where TRL scores all.
 
     Logits are float32, where TRL rounds them to the hidden states' type. `entropy` and `log_sum_sq_probs` are sums over
     the whole vocabulary, as TRL's. `is_top1` costs a sweep over the logits of those targets that have at most half of
@@ -133,17 +133,26 @@ class accelerate:
     >>> patched.undo()
     """
 
+    _before: ClassVar[dict[str, Any]] = {}
+    _active: ClassVar[int] = 0
+
     def __init__(self) -> None:
-        places: Any = utils
-        self._found: dict[str, Any] | None = {name: getattr(places, name) for name in _PARTS}
-        for name, part in _PARTS.items():
-            setattr(places, name, part)
+        if not accelerate._active:
+            self._before.update((name, getattr(utils, name)) for name in _PARTS)
+            for name, part in _PARTS.items():
+                setattr(utils, name, part)
+        accelerate._active += 1
+        self._undone = False
 
     def undo(self) -> None:
-        """Put back what was there before; a second time nothing."""
-        for name, part in (self._found or {}).items():
-            setattr(utils, name, part)
-        self._found = None
+        """End this call's part, a second time nothing. The last one puts back what was there before the first."""
+        if self._undone:
+            return
+        self._undone = True
+        accelerate._active -= 1
+        if not accelerate._active:
+            for name, part in self._before.items():
+                setattr(utils, name, part)
 
     def __enter__(self) -> accelerate:
         return self
