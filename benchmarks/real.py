@@ -181,7 +181,10 @@ def report(a: argparse.Namespace, base: Path, run: Path, command: str) -> None:
     ]
     lines = [*free_table(table), "", f"{count} pairs held out, {result['steps']} steps.", "", *free_table(texts)]
     print("\n".join(lines))
-    facts = provenance("cpu", model=a.model.name, pairs=a.pairs.name, command=f"rgpb {command}", held_out=count)
+    facts = provenance(
+        "cpu", model=a.model.name, pairs=a.pairs.name, command=f"rgpb {command}", held_out=count,
+        seconds=round(result["seconds"]), peak_bytes=result["peak_bytes"],
+    )  # fmt: skip
     save(a.out / "results.json", {"provenance": facts, "rows": [], "points": [], "table": table})
     draw(read_metrics(run), before, after, count, a.out / "results.png")
     write_text(a.out / "report.md", "\n".join([f"# {a.model.name}, BNF", "", *lines, "", "![](results.png)", ""]))

@@ -323,7 +323,8 @@ def real() -> str:
     made = content["provenance"]
     source = (
         f"Measured {made['date'][:10]} on {made['threads']} threads of an {made['cpu']}, PyTorch {made['torch']}, "
-        f"{made['held_out']} pairs held out: [data](../benchmarks/results/{REAL})."
+        f"{made['held_out']} pairs held out; training took {made['seconds'] / 60:.0f} minutes and "
+        f"{made['peak_bytes'] / 2**30:.1f} GiB: [data](../benchmarks/results/{REAL})."
     )
     return "\n\n".join([table([*first], [list(row.values()) for row in content["table"]]), source])
 

@@ -74,6 +74,7 @@ def start(flags: list[str], moment: Moment | None = None) -> tuple[int, str, Any
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(pipes[0][1], 2)
             heed_permissions()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             sys.setprofile(moment)
             code = cli.main(["train", *flags])
         except BaseException:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rgpb import FusedLoss, Workspace, linear_logprob, validation
+from rgpb import FusedLoss, LMHead, Workspace, fused, linear_logprob, logprob, validation
 from rgpb.engine import workspace
 from rgpb.engine.plan import chunks
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
@@ -193,7 +193,25 @@ def test_what_is_free_counts_what_pytorch_keeps(monkeypatch):
     assert workspace.free_bytes(torch.device("cpu")) == 0
 
 
-def test_a_call_asks_what_is_free_unless_ranks_share_it(given, monkeypatch):
+@pytest.mark.parametrize("shard", [None, "some"])
+def test_ranks_that_share_a_head_are_asked_nothing(given, monkeypatch, shard):
+    hidden, weight, target = given
+    seen = []
+
+    def noted(*arguments, shared, **_):
+        seen.append(shared)
+        raise KeyError
+
+    for module in (fused, logprob):
+        monkeypatch.setattr(module, "check_inputs", lambda *_: LMHead(weight, shard=shard))
+        monkeypatch.setattr(module, "check_how", noted)
+    for call, more in ((linear_logprob, {}), (mle_loss, {}), (mle_loss, {"sequence_group": "some"})):
+        with pytest.raises(KeyError):
+            call(hidden, weight, target, **more)
+    assert seen == [shard is not None, shard is not None, True]
+
+
+def test_a_call_asks_what_is_free(given, monkeypatch):
     monkeypatch.setattr(workspace, "free_bytes", lambda device: 1 << 40)
     rows = []
     monkeypatch.setattr(validation, "chunks", lambda shape, size, path: rows.append(size) or chunks(shape, size, path))

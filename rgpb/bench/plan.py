@@ -321,7 +321,7 @@ def run(arguments: argparse.Namespace) -> int:
         if faster is not None and faster.ours < times.ours:
             print(
                 f'remedy  workspace="auto", here {auto >> 20:,} MiB: {larger.path}, {_time(faster.ours)} predicted, '
-                f"{times.ours / faster.ours:.2f} times as fast; or a frozen head"
+                f"{times.ours / faster.ours:.2f} times as fast"
             )
     print(f"fits    {_fits(held + chosen.extra_bytes, held + naive, gpu if cuda else None)}")
     print(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
-from rgpb.hf.batches import IGNORE, aligned_targets, bounds_of, check_keys, rows_of, shapes_of
+from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, packed_bounds, rows_of, shapes_of
 from rgpb.hf.checks import check_head, check_left_padded, check_offloaded, check_packed, evaluating, head_inside
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
@@ -269,7 +269,6 @@ class _Call:
         inputs = dict(batch)
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         shifted = inputs.pop("shift_labels", None)
-        self.cu_seqlens = inputs.pop("cu_seqlens", inputs.get("cu_seq_lens_q"))  # DataCollatorWithFlattening's
         wanted = shifted if labels is None else labels
         if not isinstance(ids, Tensor) or not isinstance(wanted, Tensor) or ids.dim() != 2:
             raise ValueError(f"batch: expected input_ids [B, T] and labels [B, T], got {shapes_of(batch)}")
@@ -278,8 +277,8 @@ class _Call:
                 f"input_ids: expected at least one row, got {list(ids.shape)}, which transformers doesn't take; a rank "
                 f"that has nothing gives a row whose labels are all {IGNORE}"
             )
-        if self.cu_seqlens is None:
-            self.cu_seqlens = bounds_of(inputs)
+        self.cu_seqlens = packed_bounds(inputs)
+        inputs.pop("cu_seqlens", None)  # the others are the model's
         if self.cu_seqlens is not None:
             check_packed(self.base, inputs, self.cu_seqlens, self.attached)
         else:

@@ -18,7 +18,7 @@ from rgpb.train.command import described_losses
 from rgpb.train.config import BUILT_IN, TrainConfig
 from rgpb.train.evaluate import evaluate_set
 from rgpb.train.files import write_json, write_text
-from rgpb.train.flags import add_flags, settings_of
+from rgpb.train.flags import FIELDS, add_flags, settings_of
 from rgpb.train.machine import check_devices, device_of, moved
 from rgpb.train.models import check_tokens, family_of, fetched, load_model, load_tokenizer, reference_model
 from rgpb.train.order import Order
@@ -31,7 +31,7 @@ from rgpb.train.tokens import Collator, pad_of
 # The flags, and what else they say here
 FLAGS = {
     "output": "folder for evaluation.json and evaluation.md; default: the table is shown alone",
-    "data": "preference data to evaluate on: JSON lines (also gzipped), Parquet, or a saved dataset (required)",
+    "data": f"{FIELDS['data'].metadata['help']} (required)",
     "loss": "objective, or a weighted sum; default: bnf with --ref-model, mle without",
     "model": "folder of a model, a GGUF file, or the name of one on a hub (required)",
     "ref_model": "the same of the reference model, for losses that have one",

@@ -47,12 +47,17 @@ class LogProbs:
             logit; and bool [N], whether the target is the most probable token, of equals the first.
 
         Raises:
-            ValueError: a head that ZeRO-3 holds in parts.
+            ValueError: a head that ZeRO-3 holds in parts, or one that TRL has gathered from FSDP2's parts.
         """
         if hasattr(weight, "ds_id"):
             raise ValueError(
                 "model: expected a head that is whole in the backward, got one that ZeRO-3 holds in parts; use "
                 "rgpb.hf.loss, which runs inside the model's forward"
+            )
+        if type(weight.grad_fn).__name__ == "_ToTorchTensorBackward":
+            raise ValueError(
+                "model: expected a head that FSDP2 holds whole in the forward, got one that TRL gathers: its gradient "
+                "would be of this rank's batch alone; leave the head to the outermost unit, or to that of the last norm"
             )
         if not torch.is_autocast_enabled(hidden.device.type) and weight.dtype != hidden.dtype:
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -64,10 +69,11 @@ class LogProbs:
             if "log_sum_sq_probs" in outputs:  # Σ p² = Σ exp(2z) / (Σ exp(z))²
                 twice = linear_logprob(states, head, target, temperature=temperature / 2)
                 squares = twice.lse - 2 * found.lse
-            if "mean_logits" in outputs:
-                mean = _mean(states, head) / temperature
-            if "is_top1" in outputs:
-                top = _is_top(states, head, target, found.log_odds)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if "mean_logits" in outputs:
+                    mean = _mean(states, head) / temperature
+                if "is_top1" in outputs:
+                    top = _is_top(states, head, target, found.log_odds)
         return found.logp, found.entropy, squares, mean, top
 
 
@@ -76,13 +82,12 @@ def _slices(states: Tensor, head: LMHead) -> Iterator[tuple[int, Tensor]]:
     weight: Any = head.weight
     step = max(1, SLICE_BYTES // (4 * max(1, len(states), weight.shape[1])))
     states = states.float()
-    with torch.autocast(states.device.type, enabled=False):
-        for start in range(0, len(weight), step):
-            logits = states @ weight[start : start + step].float().T
-            if head.bias is not None:
-                logits += head.bias[start : start + step].float()
-            logits *= head.scale
-            yield start, logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    for start in range(0, len(weight), step):
+        logits = states @ weight[start : start + step].float().T
+        if head.bias is not None:
+            logits += head.bias[start : start + step].float()
+        logits *= head.scale
+        yield start, logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _mean(states: Tensor, head: LMHead) -> Tensor:
@@ -127,7 +132,8 @@ class accelerate:
     Logits are float32, where TRL rounds them to the hidden states' type. `entropy` and `log_sum_sq_probs` are sums over
     the whole vocabulary, as TRL's. `is_top1` costs a sweep over the logits of those targets that have at most half of
     the probability; `log_sum_sq_probs` one of all; the mean of soft-capped logits, one of all. What a trainer doesn't
-    ask for costs nothing.
+    ask for costs nothing. Where the head's type isn't that of the hidden states (`cast_lm_head_to_fp32`), and nothing
+    casts both, the whole weight is copied into theirs.
 
     >>> patched = accelerate()
     >>> patched.undo()
