@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from rgpb import hf
 
 
-def main(args):
+def main(args, targets="all-linear"):
     model, tokenizer = load(args.model)
-    adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapters = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(model, adapters)
     batch = stacked(pairs(), tokenizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

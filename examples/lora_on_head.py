@@ -1,31 +1,10 @@
-"""LoRA on the head, too: the head's weight is never copied and has no gradient; its adapter has one."""
+"""LoRA on the head, too: the head's weight is never copied and has no gradient; its adapter has one.
 
-import torch
-from common import arguments, load, pairs, stacked
-from peft import LoraConfig, get_peft_model
+The loop is that of `lora_frozen_head.py`; only the modules that get adapters are others."""
 
-from rgpb import hf
-
-
-def main(args):
-    model, tokenizer = load(args.model)
-    adapters = LoraConfig(
-        r=args.rank, lora_alpha=2 * args.rank, target_modules=["q_proj", "v_proj", "lm_head"], task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, adapters)
-    batch = stacked(pairs(), tokenizer)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
-    losses = []
-    for _ in range(args.steps):
-        loss = hf.loss(model, batch, "dpo", ref="base", beta=0.1)  # "base": the same model without its adapters
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model
-
+from common import arguments
+from lora_frozen_head import main
 
 if __name__ == "__main__":
-    losses, model = main(arguments(rank=8, lr=1e-2))
+    losses, model = main(arguments(rank=8, lr=1e-2), targets=["q_proj", "v_proj", "lm_head"])
     print(f"DPO: {losses[0]:.3f} (log 2) → {losses[-1]:.3f}")
