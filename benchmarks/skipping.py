@@ -219,16 +219,18 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tolerance", type=float, default=2.0**-8, help="default 2^-8")
+    parser.add_argument("--head-scale", type=float, default=1.0, help="factor of the head; 0.01 makes flat logits")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and results.png")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, a.dtype)
     hidden, weight, target = states(a.model, a.pairs, a.tokens, a.length)
+    weight = a.head_scale * weight
     batch = finished(hidden.to(dtype), weight.to(dtype), target, torch.Generator().manual_seed(0))
     facts = provenance(
         "cpu", model=a.model.name, pairs=a.pairs.name, shape=f"{target.numel()} x {weight.shape[1]} x {len(weight)}",
-        length=a.length, dtype=a.dtype, tolerance=a.tolerance, rounds=a.rounds,
+        length=a.length, dtype=a.dtype, tolerance=a.tolerance, rounds=a.rounds, head_scale=a.head_scale,
     )  # fmt: skip
     table = race(batch, tuple(a.losses), a.tolerance, a.rounds)
     units = sweep(batch, tuple(a.losses))
