@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import nullcontext
 
@@ -10,28 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import trl
-from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from trl.trainer import utils
+from trl_trainers import LOSSES, MARKS, make, trainer_of
 
 import rgpb.trl as own
-from rgpb.train.tokens import train_tokenizer
 from rgpb.trl import head
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = MARKS
+parts = pytest.fixture(scope="module")(make)
 
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
 
 
 def expected(hidden, weight, bias, target, temperature, softcap, scale):
@@ -144,33 +134,6 @@ def test_mixed_types():
     theirs = expected(hidden, wide, None, target, 1.0, None, 1.0)
     torch.testing.assert_close(ours[0], theirs[0].float(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(ours[3], theirs[3].float(), atol=2e-5, rtol=1e-5)  # of a bfloat16 mean 1e-3
-
-
-@pytest.fixture(scope="module")
-def parts():
-    tokenizer = train_tokenizer(["a"], 258)
-    config = LlamaConfig(vocab_size=258, max_position_embeddings=64, tie_word_embeddings=False, **SIZES)
-    torch.manual_seed(0)
-    rows = [{"prompt": f"{a} + 1 =", "chosen": f" {a + 1}", "rejected": f" {a - 1} or so"} for a in range(20)]
-    return tokenizer, LlamaForCausalLM(config), Dataset.from_list(rows)
-
-
-def trainer_of(parts, folder, kind=None, **settings):
-    """A trainer of a copy of the model, some way from its reference."""
-    tokenizer, model, data = parts
-    kind = kind or trl.DPOTrainer
-    config = {trl.DPOTrainer: trl.DPOConfig, trl.SFTTrainer: trl.SFTConfig, trl.KTOTrainer: trl.KTOConfig}[kind]
-    args = config(
-        str(folder), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False, logging_steps=1,
-        save_strategy="no",
-        gradient_checkpointing=False, learning_rate=1e-3, disable_tqdm=True, **settings,
-    )  # fmt: skip
-    extra = {} if kind is trl.SFTTrainer else {"ref_model": copy.deepcopy(model)}
-    trained = copy.deepcopy(model)
-    with torch.no_grad():  # away from the reference
-        for parameter in trained.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return kind(trained, args=args, train_dataset=data, processing_class=tokenizer, **extra)
 
 
 def test_the_fifteen_losses_of_dpo(parts, tmp_path):

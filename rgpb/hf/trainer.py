@@ -113,6 +113,12 @@ class PreferenceMixin(Trainer):
                 "between its rows; accelerator_config={'dispatch_batches': False}"
             )
 
+    @property
+    def routed(self) -> bool:
+        """Whether the model adds the loss of a router to its own."""
+        model: Any = self.model
+        return bool(getattr(base_of(model).config.get_text_config(), "output_router_logits", False))
+
     def units(self, batch: Mapping[str, Any]) -> int:
         """What the loss of a batch is a mean over: its groups, its pairs, or its responses."""
         size = batch["rewards"].shape[1] if "rewards" in batch else self.options.get("group_size")
@@ -136,7 +142,11 @@ class PreferenceMixin(Trainer):
         """Σ of the batch's values over the number of units in the whole step, of all ranks; or their mean where no such
         number is given."""
         units, whole = self.units(inputs), num_items_in_batch is not None
-        loss, metrics = self.objective_loss(model, inputs, "sum" if whole else "mean")
+        if whole and self.routed:  # its router's loss is a mean, to be weighted by the batch's share of the step
+            loss, metrics = self.objective_loss(model, inputs, "mean")
+            loss = loss * self.total(units)
+        else:
+            loss, metrics = self.objective_loss(model, inputs, "sum" if whole else "mean")
         if units:
             weights = self.weights_of(inputs, units)
             for name, value in metrics.items():
@@ -152,9 +162,12 @@ class PreferenceMixin(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch; of several ranks such that the mean over them is the sum, or mean, over all."""
         given = {name: inputs[name] for name in BESIDE if name in inputs}
-        ref = self.ref
+        batch = {name: value for name, value in inputs.items() if name not in BESIDE}
+        ref: Any = None
         if self.spec.ref is not None and "ref_logp" in given:
             ref = reference_of(inputs) if "ref_log_odds" in given else given["ref_logp"]
+        elif self.spec.ref is not None:
+            ref = self.reference(model, batch)
         options = dict(self.options)
         if self.spec.rewards:
             options["rewards"] = given.get("rewards")
@@ -165,14 +178,18 @@ class PreferenceMixin(Trainer):
                 mean.train(torch.is_grad_enabled())
         return loss_of(
             model,
-            {name: value for name, value in inputs.items() if name not in BESIDE},
+            batch,
             self.objective,
             label=given.get("label") if self.spec.label else None,
-            ref=None if self.spec.ref is None else ref,
+            ref=ref,
             reduction=reduction,
             return_metrics=True,
             **options,
         )
+
+    def reference(self, model: nn.Module, batch: dict[str, Any]) -> Any:
+        """What `rgpb.hf.loss` takes as `ref` where the batch has no reference scores."""
+        return self.ref
 
     def weights_of(self, inputs: dict[str, Any], units: int) -> dict[str, Any]:
         """How much a batch's metrics count in averages over batches, by the last part of their names; else `units`."""

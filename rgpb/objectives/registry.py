@@ -116,7 +116,13 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {}
+GUESTS: dict[str, Objective] = {}  # what another library calls its own: taken by name, but none of the package's list
 SUMS: dict[str, Objective] = {}  # those in use, by name
+
+
+def find(name: str) -> Objective | None:
+    """The objective of that name, or None."""
+    return OBJECTIVES.get(name) or GUESTS.get(name)
 
 
 def objective(
@@ -133,6 +139,7 @@ def objective(
     draw: Callable[..., Tensor] | None = None,
     running: tuple[str, ...] = (),
     mismatched: tuple[str, ...] = (),
+    guest: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function of `Responses` as an objective; the function itself is returned unchanged.
 
@@ -140,6 +147,7 @@ def objective(
         name: default: the function's own name. Registering one of your own again (a notebook cell) replaces it.
         unit: default: "pair" or "group" for `couples` of that name, else "response".
         couples, ref, label, rewards, entropy, entropy_grad, terms, draw, running, mismatched: see `Objective`.
+        guest: into `GUESTS` in place of `OBJECTIVES`.
 
     Raises:
         ValueError: a name that is taken or isn't an identifier, an unknown value of `couples`, `unit` or `ref`, two
@@ -166,14 +174,14 @@ def objective(
         key = name or getattr(function, "__name__", None)
         if key is None:
             raise ValueError(f"name: expected one for a function without, {type(function).__name__}; got None")
-        known = OBJECTIVES.get(key)
+        known = find(key)
         if known is not None and is_built_in(known) and known.function is not function:
             raise ValueError(f"name: expected a name that isn't taken, got {key!r}")
         if name is not None and not key.isidentifier():
             raise ValueError(f"name: expected an identifier, got {key!r}")
         declared = _declared(key, function)
         SUMS.clear()
-        OBJECTIVES[key] = Objective(
+        (GUESTS if guest else OBJECTIVES)[key] = Objective(
             key, function, couples, kind, ref, label, rewards, entropy or entropy_grad, entropy_grad, terms, draw,
             running, mismatched, {name: known[0].default for name, known in declared.items()}, declared,
         )  # fmt: skip
@@ -248,8 +256,8 @@ def is_built_in(spec: Objective) -> bool:
 
 
 def is_registered(spec: Objective) -> bool:
-    """Whether its name says it all: one of `OBJECTIVES`, or a sum of them."""
-    return OBJECTIVES.get(spec.name) is spec or SUMS.get(spec.name) is spec
+    """Whether its name says it all: that of an objective, or of a sum of them."""
+    return find(spec.name) is spec or SUMS.get(spec.name) is spec
 
 
 def check_options(spec: Objective, options: dict[str, Any]) -> dict[str, Any]:

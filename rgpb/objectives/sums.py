@@ -16,12 +16,14 @@ from rgpb.layout import Responses, pairs
 from rgpb.objectives.groups import best
 from rgpb.objectives.registry import (
     COUPLES,
+    GUESTS,
     OBJECTIVES,
     REFS,
     SUMS,
     UNITS,
     Objective,
     Option,
+    find,
     is_built_in,
     suggest,
     unit_values,
@@ -43,8 +45,8 @@ def resolve(objective: str | Callable[..., Tensor] | Mapping[str, float]) -> Obj
     if isinstance(objective, Mapping):
         return weighted_sum(objective)
     if isinstance(objective, str):
-        if objective in OBJECTIVES:
-            return OBJECTIVES[objective]
+        if (named := find(objective)) is not None:
+            return named
         if any(sign in objective for sign in "+-*"):
             return SUMS.get(objective) or weighted_sum(parse_sum(objective))
         raise ValueError(
@@ -53,7 +55,7 @@ def resolve(objective: str | Callable[..., Tensor] | Mapping[str, float]) -> Obj
         )
     if not callable(objective):
         raise ValueError(f"objective: expected a name or a function of Responses, got {type(objective).__name__}")
-    for known in OBJECTIVES.values():
+    for known in (*OBJECTIVES.values(), *GUESTS.values()):
         if known.function is objective:
             return known
     return Objective(getattr(objective, "__name__", "objective"), objective)
@@ -69,10 +71,10 @@ def parse_sum(text: str) -> dict[str, float]:
     rest = text.replace(" ", "")
     while rest:
         term = TERM.match(rest)
-        if term is None or term["name"] not in OBJECTIVES or (terms and not term["signs"]):
+        if term is None or find(term["name"]) is None or (terms and not term["signs"]):
             raise ValueError(
                 f"objective: expected terms such as mle or 0.5*dpo, of {sorted(OBJECTIVES)}, got {rest!r} in {text!r}"
-                f"{'' if term is None or term['name'] in OBJECTIVES else suggest(term['name'], OBJECTIVES)}"
+                f"{'' if term is None or find(term['name']) else suggest(term['name'], OBJECTIVES)}"
             )
         if term["name"] in terms:
             raise ValueError(f"objective: expected each name once, got {term['name']!r} twice in {text!r}")
@@ -151,18 +153,19 @@ def _parts(weights: Mapping[str, float]) -> list[tuple[Objective, float]]:
         raise ValueError("objective: expected at least one name and its weight, got none")
     parts: list[tuple[Objective, float]] = []
     for name, weight in weights.items():
-        if name not in OBJECTIVES:
+        spec = find(name)
+        if spec is None:
             raise ValueError(
                 f"objective: expected names of {sorted(OBJECTIVES)}, got {name!r}{suggest(name, OBJECTIVES)}"
             )
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) < 1e300:
             raise ValueError(f"objective: expected a finite number as weight of {name}, got {weight!r}")
-        if weight < 0 and is_built_in(OBJECTIVES[name]):
+        if weight < 0 and is_built_in(spec):
             raise ValueError(
                 f"objective: expected a weight of 0 or more for {name}, since a negative one rewards the bad examples "
                 f"and penalises the good ones, got {weight!r}"
             )
-        parts.append((OBJECTIVES[name], float(weight)))
+        parts.append((spec, float(weight)))
     return parts
 
 

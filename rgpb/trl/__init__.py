@@ -1,4 +1,4 @@
-"""TRL's trainers on this library's engine: `accelerate`.
+"""TRL's trainers with this library's objectives: `PreferenceTrainer`, `UnpairedTrainer`; on its engine: `accelerate`.
 
 Needs the extra `trl`: TRL from 1.16 to below 1.17, whose fused head this was written against.
 
@@ -35,5 +35,6 @@ def _installed() -> str | None:
 check_version(_installed())
 
 from rgpb.trl.head import accelerate  # noqa: E402
+from rgpb.trl.preference import PreferenceTrainer, UnpairedTrainer  # noqa: E402
 
-__all__ = ["accelerate"]
+__all__ = ["PreferenceTrainer", "UnpairedTrainer", "accelerate"]

@@ -1,0 +1,348 @@
+"""`PreferenceTrainer` and `UnpairedTrainer` of `rgpb.trl` beside TRL's, and beside `rgpb.hf.loss` called by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
+from trl_trainers import LOSSES, MARKS, SIZES, away, make, trainer_of
+
+from rgpb import hf
+from rgpb.trl import PreferenceTrainer, UnpairedTrainer
+
+pytestmark = MARKS
+parts = pytest.fixture(scope="module")(make)
+
+SHARED = ("loss", "grad_norm", *(f"{name}/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")))
+
+
+def ours(parts, folder, given=None, **settings):
+    return trainer_of(parts, folder, PreferenceTrainer, given, **settings)
+
+
+def first_batch(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def gradients(trainer, batch):
+    """Loss and gradients of one batch."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+
+
+def same(a, b, atol=1e-6):
+    torch.testing.assert_close(a[0], b[0], atol=atol, rtol=1e-6)
+    assert len(a[1]) == len(b[1]) > 0
+    for x, y in zip(a[1], b[1]):
+        torch.testing.assert_close(x, y, atol=atol * max(1.0, float(y.abs().max())), rtol=0)
+
+
+def history(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def test_each_loss_of_trl(parts, tmp_path):
+    """Of one batch: its value and gradients are TRL's."""
+    theirs = trainer_of(parts, tmp_path, label_smoothing=0.1)
+    batch = first_batch(theirs)
+    for loss_type in LOSSES:
+        theirs.loss_types = [loss_type]
+        smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust", "aot", "aot_unpaired") else {}
+        given = {"ref_model": None} if loss_type == "sft" else None
+        trainer = ours(parts, tmp_path, given, loss_type=loss_type, **smoothing)
+        same(gradients(trainer, first_batch(trainer)), gradients(theirs, batch))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "beta": 0.3},
+        pytest.param(
+            {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, marks=pytest.mark.full
+        ),
+        pytest.param({"max_length": 14, "loss_type": "ipo"}, marks=pytest.mark.full),
+        pytest.param({"max_length": 6, "truncation_mode": "keep_end"}, marks=pytest.mark.full),
+        pytest.param({"precompute_ref_log_probs": True}, marks=pytest.mark.full),
+        pytest.param({"sync_ref_model": True, "ref_model_sync_steps": 2}, marks=pytest.mark.full),
+    ],
+)  # fmt: skip
+def test_twenty_steps(parts, tmp_path, settings):
+    """Losses, metrics and weights beside TRL's own."""
+    results = []
+    for kind in (trl.DPOTrainer, PreferenceTrainer):
+        trainer = trainer_of(parts, tmp_path / kind.__name__, kind, max_steps=20, **settings)
+        trainer.train()
+        results.append((history(trainer), [p.detach() for p in trainer.model.parameters()]))
+    (theirs, weights), (found, others) = results
+    assert len(theirs) == len(found) == 20
+    for a, b in zip(theirs, found):
+        for name in SHARED:
+            factor = settings.get("beta", 0.1) if settings.get("loss_type") == "ipo" and "rewards" in name else 1.0
+            assert math.isclose(a[name], factor * b[name], rel_tol=1e-5, abs_tol=2e-6), (name, a[name], b[name])
+        assert a["num_tokens"] == b["num_tokens"]
+    for a, b in zip(weights, others):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "weights", "by_hand", "options"),
+    [
+        (["bnf"], None, "bnf", {}),
+        (["simpo"], None, "simpo", {}),
+        (["kto"], None, "kto", {"beta": 0.1}),
+        (["bnf", "dpo", "mle"], [1.0, 0.5, 0.1], {"bnf": 1.0, "dpo": 0.5, "mle": 0.1}, {"dpo.beta": 0.1}),
+    ],
+)
+def test_own_objectives(parts, tmp_path, loss_type, weights, by_hand, options):
+    trainer = ours(
+        parts, tmp_path, given=None if loss_type != ["simpo"] else {"ref_model": None}, loss_type=loss_type,
+        loss_weights=weights,
+    )  # fmt: skip
+    batch = first_batch(trainer)
+    value = gradients(trainer, batch)
+    model, plain = away(parts[1]), {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        ref = hf.token_scores(parts[1], plain)
+    half = len(plain["labels"]) // 2
+    assert int((plain["labels"][:half] != -100).sum()) > 0
+    label = torch.arange(2 * half) < half
+    loss = hf.loss(
+        model, plain, by_hand, label=label if loss_type in (["bnf"], ["kto"]) else None,
+        ref=None if loss_type == ["simpo"] else ref, **options,
+    )  # fmt: skip
+    loss.backward()
+    same(value, (loss.detach(), [p.grad for p in model.parameters()]))
+
+
+def test_mle_sees_the_chosen_alone(parts, tmp_path):
+    trainer = ours(parts, tmp_path, {"ref_model": None}, loss_type="mle")
+    assert trainer.ref_model is None
+    batch = first_batch(trainer)
+    assert len(batch["input_ids"]) == 4
+    with_rejected = ours(parts, tmp_path, loss_type="sigmoid")
+    torch.testing.assert_close(batch["labels"], first_batch(with_rejected)["labels"][:4, : batch["labels"].shape[1]])
+
+
+@pytest.mark.parametrize("loss_type", ["bnf", "sigmoid"])
+def test_packed_and_precomputed(parts, tmp_path, loss_type):
+    """Without padding, and with reference scores that are stored: the same loss."""
+    plain = ours(parts, tmp_path, loss_type=loss_type)
+    expected = gradients(plain, first_batch(plain))
+    packed = ours(parts, tmp_path, loss_type=loss_type, padding_free=True)
+    batch = first_batch(packed)
+    assert batch["input_ids"].shape[0] == 1
+    assert packed.args.padding_free
+    same(gradients(packed, batch), expected, 2e-6)
+    for free in (False, True):
+        stored = ours(parts, tmp_path, loss_type=loss_type, padding_free=free, precompute_ref_log_probs=True)
+        batch = first_batch(stored)
+        assert batch["ref_logp"].abs().sum() > 0
+        stored.ref_model = None
+        same(gradients(stored, batch), expected, 2e-6)
+
+
+def test_stored_scores_are_of_model_and_tokens(parts, tmp_path):
+    """The same for every loss; others where the model, the cut or the precision is another."""
+
+    def stored(given=None, **settings):
+        trainer = ours(parts, tmp_path, given, precompute_ref_log_probs=True, **settings)
+        return trainer.train_dataset, trainer
+
+    first, _ = stored(loss_type="bnf")
+    second, trainer = stored(loss_type="sigmoid", beta=0.5)
+    assert first.cache_files[-1]["filename"] == second.cache_files[-1]["filename"]
+    cut, _ = stored(loss_type="bnf", max_length=8, truncation_mode="keep_end")
+    assert sum(map(len, cut["ref_rejected_logp"])) < sum(map(len, first["ref_rejected_logp"]))
+    other, _ = stored({"ref_model": away(parts[1])}, loss_type="bnf")
+    assert other["ref_chosen_logp"] != first["ref_chosen_logp"]
+    row = {name: first[3][name] for name in ("prompt_ids", "chosen_ids")}
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+    logits = parts[1](input_ids=ids).logits.double().log_softmax(-1)
+    start = len(row["prompt_ids"])
+    by_hand = logits[0, start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(first[3]["ref_chosen_logp"]).double(), by_hand, atol=1e-5, rtol=1e-5)
+    wrong = trainer.data_collator
+    row = dict(first[3], chosen_ids=[*first[3]["chosen_ids"], 5])
+    with pytest.raises(ValueError, match="ref_logp: expected one for each of .* reference scores are of other tokens"):
+        wrong([row])
+
+
+@pytest.mark.parametrize("how", ["config", "model"])
+def test_peft(parts, tmp_path, how):
+    """The reference is the model without its new adapters, or a copy of those that it came with; as TRL has it."""
+    _, model, _ = parts
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    results = []
+    for kind in (trl.DPOTrainer, PreferenceTrainer):
+        torch.manual_seed(3)
+        given = {"ref_model": None, "model": copy.deepcopy(model)}
+        given |= {"peft_config": config} if how == "config" else {"model": get_peft_model(given["model"], config)}
+        trainer = trainer_of(parts, tmp_path / kind.__name__, kind, given, max_steps=3, learning_rate=1e-2)
+        trainer.train()
+        weights = [p.detach() for name, p in trainer.model.named_parameters() if ".default." in name]
+        assert len(weights) == 2
+        results.append((history(trainer), weights))
+    for a, b in zip(*(steps for steps, _ in results)):
+        for name in SHARED:
+            assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=2e-6), (name, a[name], b[name])
+    for a, b in zip(*(weights for _, weights in results)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert results[1][0][-1]["rewards/margins"] != 0
+
+
+def test_evaluation(parts, tmp_path):
+    """Loss and metrics of held-out pairs, also where the last batch is smaller, and of pairs given afterwards."""
+    data = parts[2]
+    trainer = ours(
+        parts, tmp_path, {"eval_dataset": data.select(range(6))}, loss_type="bnf", per_device_eval_batch_size=4,
+        max_steps=1, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    trainer.model.eval()
+    whole = ours(parts, tmp_path, loss_type="bnf", per_device_eval_batch_size=6)
+    whole.model = trainer.model
+    again = whole.evaluate(data.select(range(6)))
+    assert math.isclose(found["eval_loss"], again["eval_loss"], rel_tol=1e-5)
+    assert math.isclose(found["eval_rewards/margins"], again["eval_rewards/margins"], rel_tol=1e-4)
+    assert any("eval_loss" in line for line in trainer.state.log_history)
+
+
+@pytest.mark.full
+def test_router_loss(parts, tmp_path):
+    """Of a mixture of experts: TRL's, with the model's coefficient or the given one."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=258, num_local_experts=2, num_key_value_heads=1, tie_word_embeddings=False, **SIZES
+    )
+    model = MixtralForCausalLM(config)
+    for coefficient in (None, 0.5, 0.0):
+        results = []
+        for kind in (trl.DPOTrainer, PreferenceTrainer):
+            trainer = trainer_of(
+                (parts[0], model, parts[2]), tmp_path, kind, max_steps=3, gradient_accumulation_steps=2,
+                router_aux_loss_coef=coefficient,
+            )  # fmt: skip
+            trainer.train()
+            results.append(
+                (torch.tensor([line["loss"] for line in history(trainer)]), list(trainer.model.parameters()))
+            )
+        same(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "sigmoyd"}, "loss_type: expected names of .*, got 'sigmoyd'; did you mean 'sigmoid'"),
+        ({"loss_type": "swepo"}, "loss_type: expected objectives of pairs or single responses, got 'swepo'"),
+        ({"loss_type": ["sigmoid", "dpo"]}, "loss_type: expected each loss once, got 'dpo' twice"),
+        ({"loss_type": "exmate", "beta": 2.5}, "beta: expected 0.1, since none of loss_type .*exmate.* takes it"),
+        ({"label_smoothing": 0.1}, "label_smoothing: expected 0.0, since none of loss_type .*sigmoid"),
+        ({"ld_alpha": 0.5}, "ld_alpha: expected None, .* DPOTrainer under rgpb.trl.accelerate"),
+        ({"use_weighting": True}, "use_weighting: expected False"),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence_type: expected 'reverse_kl'"),
+        ({"loss_type": "exo_pair"}, "label_smoothing: expected above 0 with 'exo_pair'"),
+        ({"loss_type": "simpo"}, "ref_model: expected none, since loss_type .*simpo.* has no reference"),
+    ],
+)
+def test_what_is_refused(parts, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ours(parts, tmp_path, **settings)
+
+
+def test_smoothing_reaches_our_dpo(parts, tmp_path):
+    assert ours(parts, tmp_path, loss_type="dpo", label_smoothing=0.2).options["label_smoothing"] == 0.2
+    assert ours(parts, tmp_path, {"options": {"tau": 0.7}}, loss_type="ipo").options == {"tau": 0.7}
+
+
+def test_further_refusals(parts, tmp_path):
+    with pytest.raises(ValueError, match="compute_metrics: expected None"):
+        ours(parts, tmp_path, {"compute_metrics": lambda found: {}})
+    streamed = parts[2].to_iterable_dataset()
+    with pytest.raises(ValueError, match="precompute_ref_log_probs: expected a Dataset"):
+        ours(parts, tmp_path, {"train_dataset": streamed}, max_steps=1, precompute_ref_log_probs=True)
+
+
+def unpaired(parts):
+    tokenizer, model, data = parts
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for i, row in enumerate(data)
+        for side in (["chosen", "rejected"] if i % 3 else ["chosen"])
+    ]
+    return tokenizer, model, Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"desirable_weight": 1.5},
+        pytest.param({"loss_type": "apo_zero_unpaired", "undesirable_weight": 0.5}, marks=pytest.mark.full),
+    ],
+)
+def test_twenty_steps_of_single_responses(parts, tmp_path, settings):
+    """Losses and weights beside TRL's own, with its estimate of the KL divergence.
+
+    Plain steps: Adam divides a gradient of rounding errors by its own size.
+    """
+    settings |= {"optim": "sgd", "learning_rate": 0.1}
+    results = []
+    for kind in (trl.KTOTrainer, UnpairedTrainer):
+        trainer = trainer_of(unpaired(parts), tmp_path / kind.__name__, kind, max_steps=20, **settings)
+        trainer.train()
+        results.append((history(trainer), [p.detach() for p in trainer.model.parameters()]))
+    (theirs, weights), (found, others) = results
+    assert len(theirs) == len(found) == 20
+    for a, b in zip(theirs, found):
+        for name in {"loss", "rewards/chosen", "logps/chosen", "num_tokens", "grad_norm"} & a.keys():
+            assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=2e-6), (name, a[name], b[name])
+    for a, b in zip(weights, others):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("loss_type", ["bnf", "bco", "bnf + 0.1*mle"])
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_own_objectives_of_single_responses(parts, tmp_path, loss_type, precomputed):
+    trainer = trainer_of(
+        unpaired(parts), tmp_path, UnpairedTrainer, loss_type=loss_type, precompute_ref_log_probs=precomputed
+    )
+    batch = first_batch(trainer)
+    assert set(batch["label"].tolist()) == {True, False}
+    assert ("ref_logp" in batch) == precomputed
+    value = gradients(trainer, batch)
+    model, plain = away(parts[1]), {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        ref = hf.token_scores(parts[1], plain)
+    options = {"beta": 0.1} if loss_type == "bco" else {}
+    loss = hf.loss(model, plain, loss_type, label=batch["label"], ref=ref, **options)
+    loss.backward()
+    same(value, (loss.detach(), [p.grad for p in model.parameters()]))
+
+
+def test_only_good_responses_count_for_mle(parts, tmp_path):
+    trainer = trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, {"ref_model": None}, loss_type="mle")
+    assert len(trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["input_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dpo"}, "loss_type: expected objectives of single responses, got 'dpo', one of pairs"),
+        ({"loss_type": "ktoo"}, "loss_type: expected names of .*, got 'ktoo'; did you mean 'kto'"),
+        ({"loss_type": "kto + mle"}, "loss_type: expected kto by itself"),
+        ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: expected False with kto"),
+        ({"loss_type": "bnf", "desirable_weight": 2.0}, "desirable_weight: expected 1.0, since none of loss_type bnf"),
+    ],
+)
+def test_what_is_refused_of_single_responses(parts, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, **settings)
