@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl_trainers import LOSSES, MARKS, SIZES, away, make, trainer_of
 
 from rgpb import hf
-from rgpb.trl import PreferenceTrainer, UnpairedTrainer
+from rgpb.trl import PreferenceTrainer, UnpairedTrainer, accelerate
 
 pytestmark = MARKS
 parts = pytest.fixture(scope="module")(make)
@@ -69,7 +70,7 @@ def test_each_loss_of_trl(parts, tmp_path):
         pytest.param(
             {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}, marks=pytest.mark.full
         ),
-        pytest.param({"max_length": 14, "loss_type": "ipo"}, marks=pytest.mark.full),
+        pytest.param({"max_length": 14, "loss_type": "ipo", "optim": "sgd"}, marks=pytest.mark.full),
         pytest.param({"max_length": 6, "truncation_mode": "keep_end"}, marks=pytest.mark.full),
         pytest.param({"precompute_ref_log_probs": True}, marks=pytest.mark.full),
         pytest.param({"sync_ref_model": True, "ref_model_sync_steps": 2}, marks=pytest.mark.full),
@@ -230,11 +231,14 @@ def test_router_loss(parts, tmp_path):
         for kind in (trl.DPOTrainer, PreferenceTrainer):
             trainer = trainer_of(
                 (parts[0], model, parts[2]), tmp_path, kind, max_steps=3, gradient_accumulation_steps=2,
-                router_aux_loss_coef=coefficient,
+                router_aux_loss_coef=coefficient, optim="sgd", learning_rate=0.1,
             )  # fmt: skip
             trainer.train()
             results.append(
-                (torch.tensor([line["loss"] for line in history(trainer)]), list(trainer.model.parameters()))
+                (
+                    torch.tensor([line["loss"] for line in history(trainer)]),
+                    [p.detach() for p in trainer.model.parameters()],
+                )
             )
         same(results[1], results[0])
 
@@ -346,3 +350,45 @@ def test_only_good_responses_count_for_mle(parts, tmp_path):
 def test_what_is_refused_of_single_responses(parts, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, **settings)
+
+
+def on_a_rank(kind, accelerated, folder, settings):
+    """Losses and weights of 20 steps, each rank with its share of the batches."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    made = make()
+    made = unpaired(made) if issubclass(kind, trl.KTOTrainer) else made
+    given = {"train_dataset": made[2].select(range(16))}
+    if kind is trl.SFTTrainer:
+        given = {"train_dataset": made[2].remove_columns("rejected").rename_column("chosen", "completion")}
+    with accelerate() if accelerated else nullcontext():
+        trainer = trainer_of(made, f"{folder}/{rank}", kind, given, max_steps=20, dataloader_drop_last=True, **settings)
+        trainer.train()
+    losses = torch.tensor([line["loss"] for line in history(trainer)])
+    return losses, [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+
+
+@pytest.mark.full
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    ("theirs", "kind", "settings"),
+    [
+        (trl.DPOTrainer, PreferenceTrainer, {}),
+        (trl.DPOTrainer, PreferenceTrainer, {"precompute_ref_log_probs": True}),
+        (None, PreferenceTrainer, {"loss_type": "bnf", "padding_free": True, "precompute_ref_log_probs": True}),
+        (trl.KTOTrainer, UnpairedTrainer, {"optim": "sgd", "learning_rate": 0.1}),
+        (trl.DPOTrainer, None, {}),
+        (trl.SFTTrainer, None, {}),
+    ],
+)
+def test_two_processes(theirs, kind, settings, ranks, tmp_path):
+    """20 steps: TRL's on two processes, and ours on one, with the batches of both."""
+    half = {**settings, "per_device_train_batch_size": 2}
+    run = ranks(2)
+    found = run(on_a_rank, kind or theirs, kind is None, str(tmp_path / "ours"), half)
+    same(found[1], found[0])
+    if theirs is not None:
+        same(found[0], run(on_a_rank, theirs, False, str(tmp_path / "theirs"), half)[0])
+    if kind is PreferenceTrainer:
+        same(found[0], on_a_rank(kind, False, str(tmp_path / "one"), settings))

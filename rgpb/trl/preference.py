@@ -220,7 +220,7 @@ class Shared(PreferenceMixin):
         key = [Hasher.hash(of)]  # the dataset's own fingerprint is another for each β
         broadcast_object_list(key, from_process=0)
         path = dataset._get_cache_file_path(key[0])
-        if not os.path.exists(path):
+        if not all(self.gather(os.path.exists(path))):
             self._score(dataset, name, batch_size, key[0], path)
         return concatenate_datasets([dataset, Dataset.from_file(path)], axis=1)
 
@@ -234,7 +234,7 @@ class Shared(PreferenceMixin):
         for batch in tqdm(loader, f"reference scores of {name}", disable=bool(os.environ.get("TQDM_DISABLE"))):
             rows = per_row(self.reference_tokens(self.model, batch), batch, len(self.sides))
             found += self.accelerator.gather_for_metrics(rows, use_gather_object=True)
-        if self.accelerator.is_main_process:
+        if not os.path.exists(path):  # a dataset in memory has a place of its own on each rank
             names = [column(side, score) for side in self.sides for score in SCORES]
             dataset.map(
                 partial(_taken, dict(zip(names, zip(*found)))), with_indices=True, batched=True,
