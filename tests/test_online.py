@@ -512,8 +512,8 @@ class TestPairings:
     @pytest.mark.parametrize(
         ("loss", "options"),
         [
-            ("dpo", {}),
             ("bnf unpaired", {}),
+            full("dpo", {}),
             full("bnf", {}),
             full("mle", {}),
             full("simpo best-worst", {}),
@@ -552,7 +552,7 @@ class TestPairings:
     def test_a_step_without_a_pair_is_not_taken(
         self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Weights and AdamW's state stay, momentum and decay or not; the next steps go on."""
+        """Weights and AdamW's state stay, momentum and decay or not; the learning rate and the next steps go on."""
         settings: dict[str, Any] = {"loss": "bco", "steps": 12, "batch_size": 1, "refresh": 6, "log_steps": 1}
         settings |= {"save_steps": 1, "keep_checkpoints": 12, "weight_decay": 0.1, "warmup": 0.0, "max_length": 40}
         result = train(config(data, tmp_path / "run", **settings), reward=self.judge, sampler=self.answers)
@@ -568,6 +568,8 @@ class TestPairings:
             same = all(torch.equal(value, after[name]) for name, value in before.items())
             steps = [[float(state["step"]) for state in each.values()] for each in moments]
             assert same == (steps[0] == steps[1]) == (prompt in ("1:", "3:"))
+        scheduler = torch.load(tmp_path / "run" / "checkpoint-12" / "scheduler.pt", weights_only=True)
+        assert scheduler["last_epoch"] == 12
         trained = [r for r in records(tmp_path / "run") if r["split"] == "train"]
         assert [r["loss"] is None for r in trained] == [prompt in ("1:", "3:") for prompt in asked]
         sums = {n: sum(r.get(n, 0) for r in trained) for n in ("reward/tied", "reward/units", "reward/empty")}
