@@ -22,7 +22,7 @@ from rgpb.train import TrainConfig, report, train
 from rgpb.train import config as settings_module
 from rgpb.train.evaluate import group_arguments, model_inputs
 from rgpb.train.models import make_model
-from rgpb.train.online import Rollouts
+from rgpb.train.online import Rollouts, units_from
 from rgpb.train.rewards import load_reward
 from rgpb.train.rows import read_prompts
 from rgpb.train.tokens import Collator, train_tokenizer, turn_end
@@ -56,6 +56,12 @@ def ascii_share(prompts: list[Any], completions: list[str]) -> list[float]:
 
 def alike(prompts: list[Any], completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
+
+
+def paired(text: str) -> dict[str, str]:
+    """Settings of "dpo best-random"; the pairing may be left out."""
+    loss, _, pairing = text.partition(" ")
+    return {"loss": loss, **({"pairing": pairing} if pairing else {})}
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -106,8 +112,8 @@ def untrained(seed: int = 0, **more: Any) -> PreTrainedModel:
 def rollouts(path: Path, prompts: list[Any] = PROMPTS, **changes: Any) -> Rollouts:
     tokenizer = train_tokenizer(["abc"], 258)
     tokenizer.chat_template = TEMPLATE
-    given: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "units": 6, "ties": True}
-    given["sampler"] = None
+    given: dict[str, Any] = {"reward": ascii_share, "ref": None, "folder": path / "rollouts", "asks": 6}
+    given |= {"sampler": None, "options": {}, "spec": resolve(changes.get("loss", "swepo"))}
     given |= {name: changes.pop(name) for name in given if name in changes}
     settings = {"refresh": 3, "max_length": 40, "max_new_tokens": 5, "batch_size": 4, **changes}
     asked = write(path / "asked.jsonl", [{"prompt": prompt} for prompt in prompts])
@@ -307,8 +313,9 @@ class TestSampler:
         for name in ("mine", "other"):
             (tmp_path / f"{name}.py").write_text(code.format(name))
         flags = ["--online", "--data", data, "--output", str(tmp_path / "run"), "--loss=swepo", "--vocab-size=258"]
-        flags += ["--steps=1", "--max-length=80", "--cpu", "--quiet", f"--reward={tmp_path}/mine.py:score"]
+        flags += ["--steps=1", "--max-length=80", "--cpu", f"--reward={tmp_path}/mine.py:score"]
         assert cli.main(["train", *flags, f"--sampler={tmp_path}/mine.py:mine"]) == 0
+        assert "training online with swepo: step 1 of 1" in capsys.readouterr().err
         ((row, *_),) = rounds(tmp_path / "run")
         assert row["completions"] == [row["prompt"] + "a" * k for k in range(4)]
         assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["sampler"] == "mine.py:mine"
@@ -371,7 +378,7 @@ class TestGroups:
             return [0.5 if p == "1:" else float(i % 4 == 2) for i, p in enumerate(prompts)]
 
         model = untrained()
-        made: Any = rollouts(tmp_path, reward=reward, ref=untrained(seed=1)).groups(model, [0, 1, 3], "some")
+        made: Any = rollouts(tmp_path, loss=loss, reward=reward, ref=untrained(seed=1)).groups(model, [0, 1, 3], "some")
         assert [len({r.reward for r in unit}) for unit in made] == [1, 2, 2]
         assert [sum(len(r.tokens) > r.prompt for r in unit) for unit in made] == [0, 4, 4]
         spec = resolve(loss)
@@ -443,11 +450,172 @@ class TestGroups:
             rollouts(tmp_path, **changes)
 
 
+class TestPairings:
+    """Two of six prompts are judged all alike; the others have three rewards, and one of two completions."""
+
+    REWARDS: ClassVar = {p: [1.5, 0.5, 3.0, 0.5] for p in PROMPTS} | dict.fromkeys(("1:", "3:"), [2.0] * 4)
+    TEXTS = ("ab", "c d e", "", "fgh")  # an empty completion is the end token
+
+    @classmethod
+    def answers(cls, prompts: list[Any], count: int, model: Any) -> list[list[str]]:
+        return [list(cls.TEXTS)[:count] for _ in prompts]
+
+    @classmethod
+    def judge(cls, prompts: list[Any], completions: list[str]) -> list[float]:
+        return [cls.REWARDS[p][cls.TEXTS.index(c)] for p, c in zip(prompts, completions)]
+
+    @pytest.mark.parametrize(
+        ("pairing", "rewards", "units"),
+        [
+            ("best-worst", [3, 2, 1, 1], [([0, 2], True)]),
+            ("best-worst", [3, 3, 3, 1], [([0, 3], True)]),
+            ("best-random", [3, 3, 1], [([0, 2], True)]),
+            ("unpaired", [4, 2, 1, 1], [([0], True), ([2], False), ([3], False)]),
+            ("unpaired", [0.3, 0.2, 0.1], [([0], True), ([2], False)]),  # whose mean is no 0.2 in float64
+            ("unpaired", [1, 0, 0, 0], [([0], True), ([1], False), ([2], False), ([3], False)]),
+            *((pairing, [0.1] * 3, []) for pairing in ("best-worst", "best-random", "unpaired", "groups")),
+        ],
+    )
+    def test_units(self, pairing: str, rewards: list[float], units: Any) -> None:
+        assert units_from(rewards, pairing, torch.Generator()) == units
+
+    def test_a_random_pair_has_any_lower_one(self) -> None:
+        """None that is as good as the best; each as often."""
+        draw = torch.Generator().manual_seed(0)
+        drawn = [units_from([5.0, 5.0, 3.0, 3.0, 1.0], "best-random", draw) for _ in range(600)]
+        places = [place for ((pair, good),) in drawn for place in pair[1:] if good and pair[0] == 0]
+        assert len(places) == 600
+        assert {place: pytest.approx(200, abs=50) for place in (2, 3, 4)} == {p: places.count(p) for p in {*places}}
+
+    def test_a_pair_and_what_is_left_out(self, tmp_path: Path) -> None:
+        """The best stands first, with its own tokens and reference scores."""
+        policy, ref = untrained(), untrained(seed=1)
+        data = rollouts(tmp_path, loss="dpo", reward=self.judge, sampler=self.answers, ref=ref)
+        made: Any = data.groups(policy, [0, 1, 3], "some")
+        ids = [data.tokenizer(text)["input_ids"] + [data.tokenizer.eos_token_id] for text in self.TEXTS]
+        ((chosen, rejected),) = made
+        assert [r.tokens.tolist() for r in (chosen, rejected)] == [data.prompt_ids[1] + ids[k][:5] for k in (2, 1)]
+        assert [(r.label, r.reward) for r in (chosen, rejected)] == [(True, None), (False, None)]
+        for response in (chosen, rejected):
+            with torch.no_grad():
+                own = ref(response.tokens[None]).logits[0, :-1].double().log_softmax(-1)
+            own = own.gather(1, response.tokens[1:, None])[response.prompt - 1 :, 0]
+            assert response.ref is not None
+            torch.testing.assert_close(response.ref[0].double(), own, rtol=1e-4, atol=1e-4)
+        assert made.counts == {"rows": 3, "units": 1, "responses": 2, "rows left out, all rewards equal": 2}
+        single: Any = rollouts(tmp_path, loss="bnf", pairing="unpaired", reward=self.judge, sampler=self.answers)
+        made = single.groups(policy, [0, 1, 3], "others")
+        assert [(r.tokens[r.prompt :].tolist(), r.label) for (r,) in made] == [
+            (ids[k][:5], good) for k, good in ((2, True), (0, True), (1, False), (3, False))
+        ]
+
+    @pytest.mark.parametrize(
+        ("loss", "options"),
+        [
+            ("bnf unpaired", {}),
+            full("dpo", {}),
+            full("bnf", {}),
+            full("mle", {}),
+            full("simpo best-worst", {}),
+            full("kto unpaired", {"z0": 0.0}),
+        ],
+    )
+    def test_steps_are_those_of_the_same_rows_in_a_file(
+        self, data: str, tmp_path: Path, loss: str, options: dict[str, Any]
+    ) -> None:
+        """Batches of one prompt, six a step, of which two have nothing; against one batch of all units there are."""
+        common: dict[str, Any] = {"steps": 3, "lr": 1e-3, "loss_option": options, "max_length": 40, "warmup": 0.0}
+        settings = {"batch_size": 1, "grad_accum": 6, "refresh": 1, **common, **paired(loss)}
+        online = train(config(data, tmp_path / "online", **settings), reward=self.judge, sampler=self.answers)
+        texts = [text or "<|endoftext|>" for text in self.TEXTS]  # a file's aren't empty
+        rows = [{"prompt": p, "completions": texts, "rewards": rewards} for p, rewards in self.REWARDS.items()]
+        count = 4
+        if "unpaired" in loss:
+            each = [
+                (row["prompt"], *of) for row in rows for of in zip(texts, row["rewards"]) if len({*row["rewards"]}) > 1
+            ]
+            rows = [{"prompt": p, "completion": c, "label": reward > 1.375} for p, c, reward in each]
+            count = len(rows)
+        path = write(tmp_path / "rows.jsonl", rows)
+        settings = {**OFFLINE, **common, "loss": paired(loss)["loss"], "batch_size": count, "allow": True}
+        offline = train(config(path, tmp_path / "offline", **settings))
+        one, other = (weights(tmp_path / name) for name in ("online", "offline"))
+        start = make_model(config(data, tmp_path / "x"), "tiny-llama", train_tokenizer(["abc"], 258)).state_dict()
+        moved = max((value - start[name]).abs().max() for name, value in one.items())
+        assert moved > 1e-3
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=1e-5)
+        for name in ("loss", "logps/chosen", "agility"):
+            assert online["after"][name] == pytest.approx(offline["after"][name], rel=1e-4, abs=1e-6)
+        assert online["eval_counts"]["units"] == offline["eval_counts"]["units"] == count
+
+    def test_a_step_without_a_pair_is_not_taken(
+        self, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Weights and AdamW's state stay, momentum and decay or not; the learning rate and the next steps go on."""
+        settings: dict[str, Any] = {"loss": "bco", "steps": 12, "batch_size": 1, "refresh": 6, "log_steps": 1}
+        settings |= {"save_steps": 1, "keep_checkpoints": 12, "weight_decay": 0.1, "warmup": 0.0, "max_length": 40}
+        result = train(config(data, tmp_path / "run", **settings), reward=self.judge, sampler=self.answers)
+        asked = [row["prompt"] for each in rounds(tmp_path / "run") for row in each]
+        assert sorted(asked) == sorted(2 * PROMPTS)
+        saved = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in range(1, 13)]
+        states = [
+            torch.load(tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)["state"]
+            for step in range(1, 13)
+        ]
+        for prompt, *around in zip(asked[1:], saved, saved[1:], states, states[1:]):
+            before, after, *moments = around
+            same = all(torch.equal(value, after[name]) for name, value in before.items())
+            steps = [[float(state["step"]) for state in each.values()] for each in moments]
+            assert same == (steps[0] == steps[1]) == (prompt in ("1:", "3:"))
+        scheduler = torch.load(tmp_path / "run" / "checkpoint-12" / "scheduler.pt", weights_only=True)
+        assert scheduler["last_epoch"] == 12
+        trained = [r for r in records(tmp_path / "run") if r["split"] == "train"]
+        assert [r["loss"] is None for r in trained] == [prompt in ("1:", "3:") for prompt in asked]
+        sums = {n: sum(r.get(n, 0) for r in trained) for n in ("reward/tied", "reward/units", "reward/empty")}
+        assert sums == {n: pytest.approx(2 * x) for n, x in zip(sums, (1 / 3, 2 / 3, 1 / 3))}
+        assert result["counts"]["prompts asked whose completions were judged alike"] == 4
+        assert "round-00001: 2 of 6 steps have nothing to learn from" in capsys.readouterr().out
+        progress = json.loads((tmp_path / "run" / "checkpoint-12" / "progress.json").read_text())
+        assert progress["running"]["delta"][1] == 2 * 2 * 4  # bco's mean is over the pairs that there are
+
+    def test_nothing_but_ties(self, data: str, tmp_path: Path) -> None:
+        """There is no loss to report, and nothing is learnt."""
+        settings = config(data, tmp_path / "run", loss="dpo", steps=2, weight_decay=0.1)
+        result = train(settings, reward=alike)
+        assert (result["before"]["loss"], result["after"]["loss"]) == (None, None)
+        assert result["before"]["reward/sampled"] == 1
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+        start = make_model(settings, "tiny-llama", tokenizer).state_dict()
+        assert all(torch.equal(value, start[name]) for name, value in weights(tmp_path / "run").items())
+        assert "| loss | – | – | – |" in (tmp_path / "run" / "report.md").read_text()
+
+    def test_mismatched_completions_have_other_prompts(self, tmp_path: Path) -> None:
+        """Of kto, with reference scores, also where a prompt has no unit."""
+        ref = untrained(seed=1)
+        given: dict[str, Any] = {"loss": "kto", "reward": self.judge, "sampler": self.answers, "ref": ref}
+        data = rollouts(tmp_path, **given)
+        data.policy = untrained()
+        asked = [data.asked[data.prompt_of(i)] for i in range(6)]
+        for place, prompt in enumerate(asked):
+            units = data.units_of(place)
+            assert len(units) == (prompt not in ("1:", "3:"))
+            for response in data[place]:
+                other = response.mismatch
+                assert other is not None
+                assert other.tokens[: other.prompt].tolist() == data.prompt_ids[data.prompt_of(place)]
+                assert other.ref is not None
+                assert len(other.ref[0]) == len(other.tokens) - other.prompt > 0
+                assert other.ref[0].isfinite().all()
+
+
 class TestRun:
-    @pytest.mark.parametrize("loss", ["mc_po", full("swepo")])
+    @pytest.mark.parametrize(
+        "loss", ["mc_po", full("swepo"), full("dpo"), full("bnf"), full("bnf unpaired"), full("simpo best-random")]
+    )
     def test_the_reward_rises(self, data: str, tmp_path: Path, loss: str) -> None:
         settings = {"steps": 32, "batch_size": 6, "candidates": 8, "lr": 3e-2, "schedule": "constant"}
-        result = train(config(data, tmp_path / "run", loss=loss, **settings), reward=ascii_share)
+        result = train(config(data, tmp_path / "run", **settings, **paired(loss)), reward=ascii_share)
         before, after = (result[name]["reward/sampled"] for name in ("before", "after"))
         assert after > before + 0.15
         sampled = [sum(map(sum, (r["rewards"] for r in rows))) / (8 * len(rows)) for rows in rounds(tmp_path / "run")]
@@ -469,7 +637,10 @@ class TestRun:
         (trained,) = (r for r in records(tmp_path / "run") if r["split"] == "train")
         assert trained["reward/sampled"] == pytest.approx(sum(sum(row["rewards"]) for row in rows) / (3 * 28))
         assert trained["reward/tied"] == pytest.approx(sum(len(set(row["rewards"])) == 1 for row in rows) / 28)
-        assert {"rows": 6, "units": 28, "prompts cut": 1}.items() <= result["counts"].items()
+        tied = sum(len(set(row["rewards"])) == 1 for row in rows)
+        counts = {"rows": 6, "prompts asked": 28, "prompts cut": 1}
+        counts["prompts asked whose completions were judged alike"] = tied
+        assert counts.items() <= result["counts"].items()
         evaluated = (tmp_path / "run" / "rollouts" / "evaluation.jsonl").read_text().splitlines()
         assert [json.loads(line)["prompt"] for line in evaluated] == PROMPTS
 
@@ -537,6 +708,10 @@ class TestRun:
             full({"candidates": 5, "batch_size": 3, "loss": "infonca", "packing": True, "max_new_tokens": None}),
             full({"candidates": 3, "loss": "swepo", "gradient_checkpointing": True, "max_prompt_length": 1}),
             full({"candidates": 4, "loss": "rnce", "bf16": True, "refresh": 99}),
+            full({"candidates": 2, "loss": "dpo", "pairing": "best-random", "packing": True, "max_new_tokens": 1}),
+            full({"loss": "kto", "pairing": "unpaired", "batch_size": 1, "grad_accum": 3, "max_new_tokens": 1}),
+            full({"loss": "mle + 0.5*dpo", "gradient_checkpointing": True, "refresh": 1}),
+            full({"candidates": 3, "loss": "bnf", "pairing": "unpaired", "packing": True, "bf16": True}),
         ],
     )
     def test_odd_sizes(self, data: str, tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -572,7 +747,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def of(loss: str) -> Path:
         if loss not in made:
             made[loss] = folder / loss
-            train(config(path, made[loss], loss=loss, **TestInterrupted.SETTINGS), reward=ascii_share)
+            train(config(path, made[loss], **paired(loss), **TestInterrupted.SETTINGS), reward=ascii_share)
         return made[loss]
 
     return of
@@ -599,7 +774,7 @@ class TestInterrupted:
                 raise Stopped
             return compute(self, *arguments, **keywords)
 
-        settings = config(data, folder, loss=loss, **self.SETTINGS)
+        settings = config(data, folder, **paired(loss), **self.SETTINGS)
         with monkeypatch.context() as patched:
             patched.setattr(PreferenceTrainer, "compute_loss", fails)
             with pytest.raises(Stopped):
@@ -610,7 +785,11 @@ class TestInterrupted:
     # before a checkpoint, within a round, where a round has just been sampled
     @pytest.mark.parametrize(
         ("loss", "step"),
-        [("mc_po", 3), *(full(*case) for case in (("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7)))],
+        [
+            *(("mc_po", 3), ("dpo best-random", 5)),
+            *(full(*case) for case in (("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7))),
+            *(full(*case) for case in (("dpo best-random", 3), ("bco unpaired", 6), ("kto unpaired", 7))),
+        ],
     )
     def test_in_a_step(
         self,
@@ -655,8 +834,36 @@ class TestRefusals:
             ({**OFFLINE, "reward": "math:fsum"}, None, "reward: expected none without online, got 'math:fsum'"),
             (OFFLINE, ascii_share, "reward: expected none without online, got a function"),
             ({**OFFLINE, "refresh": 3}, None, "refresh: expected none without online, got 3"),
-            ({"loss": "dpo"}, ascii_share, r"loss: expected one of groups with online, of \['infonca', .*got 'dpo'"),
-            ({"loss": "mle + dpo"}, ascii_share, r"loss: expected one of groups with online"),
+            (
+                {"loss": "dpo", "pairing": "best-each"},
+                ascii_share,
+                "pairing: expected one of .*'best-random', .* with onl",
+            ),
+            (
+                {"loss": "dpo", "pairing": "all"},
+                ascii_share,
+                r"with online, got 'all' \(objectives of groups compare all",
+            ),
+            (
+                {**OFFLINE, "loss": "bnf", "pairing": "unpaired"},
+                None,
+                r"pairing: .*'all'\) without online, got 'unpaired'",
+            ),
+            (
+                {**OFFLINE, "loss": "dpo", "pairing": "best-random"},
+                None,
+                "pairing: .* without online, got 'best-random'",
+            ),
+            (
+                {"loss": "mle + dpo", "pairing": "unpaired"},
+                ascii_share,
+                r"pairing: expected best-worst or best-random, since mle \+ dpo compares two responses; got 'unpaired'",
+            ),
+            (
+                {"loss": "kto", "pairing": "unpaired", "steps": 3, "batch_size": 1},
+                ascii_share,
+                r"batch_size: expected rounds of two prompts .* got one in round 1 \(--loss-option z0=0 does without\)",
+            ),
             ({"sft_epochs": 1.0}, ascii_share, "sft_epochs: expected 0 with online, which has prompts alone; got 1.0"),
             ({"candidates": 1}, ascii_share, "candidates: expected a whole number, 2 or more, got 1"),
             ({"refresh": 0}, ascii_share, "refresh: expected a positive whole number, got 0"),
@@ -664,6 +871,11 @@ class TestRefusals:
             ({"max_new_tokens": 13}, ascii_share, "max_new_tokens: expected 1 to 12, .* got 13"),
             ({"max_new_tokens": 0}, ascii_share, "max_new_tokens: expected a positive whole number, got 0"),
             ({"pairing": "all"}, ascii_share, "pairing: expected none, since mc_po takes whole groups; got 'all'"),
+            (
+                {"pairing": "unpaired"},
+                ascii_share,
+                "pairing: expected none, since mc_po takes whole groups; got 'unpai",
+            ),
             ({"loss_option": {"m": 4}}, ascii_share, "loss_option: expected m from 1 to 3, .* got 4"),
         ],
     )

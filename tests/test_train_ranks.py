@@ -86,7 +86,8 @@ def assert_metrics(one: Path, other: Path, rel: float = 1e-4, abs: float = 2e-5)
     assert [(r["split"], r["step"], r.keys()) for r in first] == [(r["split"], r["step"], r.keys()) for r in second]
     for a, b in zip(first, second):
         for name in a.keys() - {"split", "device", "seconds", "peak_bytes"}:
-            assert b[name] == pytest.approx(a[name], rel=rel, abs=abs), (a["split"], a["step"], name)
+            expected = None if a[name] is None else pytest.approx(a[name], rel=rel, abs=abs)
+            assert b[name] == expected, (a["split"], a["step"], name)
 
 
 def one_and_several(ranks: Any, tmp_path: Path, cases: dict[str, TrainConfig]) -> None:
@@ -191,23 +192,29 @@ class TestSameAsOneProcess:
             assert precision == {"parameters": kept, "autocast": autocast, "reductions": reduced}
 
     @pytest.mark.full
-    def test_online(self, ranks, tmp_path):
-        """Rank 0 samples and judges."""
+    @pytest.mark.parametrize(
+        ("loss", "pairing"), [("swepo", "best-worst"), ("dpo", "best-random"), ("kto", "unpaired"), ("bco", "unpaired")]
+    )
+    def test_online(self, ranks, tmp_path, loss, pairing):
+        """Rank 0 samples and judges. In some steps one rank has no pair, in some neither."""
         path = write(tmp_path / "prompts.jsonl", [{"prompt": f"{i}:"} for i in range(5)])
-        (tmp_path / "judge.py").write_text("def score(prompts, texts):\n    return [len(t.strip()) for t in texts]\n")
-        settings: dict[str, Any] = {
-            "loss": "swepo",
-            "online": True,
-            "refresh": 2,
-            "max_new_tokens": 5,
-            "max_length": 24,
-        }
+        (tmp_path / "judge.py").write_text(
+            "def score(prompts, texts):\n    return [len(t.strip()) * (p > '2') for p, t in zip(prompts, texts)]\n"
+        )
+        settings: dict[str, Any] = {"loss": loss, "pairing": pairing, "online": True, "refresh": 2, "batch_size": 2}
+        settings |= {"max_new_tokens": 5, "max_length": 24, "weight_decay": 0.1, "steps": 10}
         settings["reward"] = f"{tmp_path / 'judge.py'}:score"
         cases = {name: training.config(path, tmp_path / name, **settings) for name in ("one", "ddp")}
         one_and_several(ranks, tmp_path, cases)
         assert differ(tmp_path / "one", tmp_path / "ddp") < ROUNDING
         one, two = (sorted((tmp_path / name / "rollouts").iterdir()) for name in ("one", "ddp"))
         assert [p.read_text() for p in one] == [p.read_text() for p in two]
+        if loss != "swepo":
+            assert_metrics(tmp_path / "one", tmp_path / "ddp")
+            rows = [json.loads(line) for p in one if "round" in p.name for line in p.read_text().splitlines()]
+            pairs = [len({*row["rewards"]}) > 1 for row in rows]
+            assert {*zip(pairs[::2], pairs[1::2])} >= {(False, False), (True, True)}
+            assert {*zip(pairs[::2], pairs[1::2])} & {(False, True), (True, False)}
 
     @pytest.mark.full
     def test_draws(self, ranks, groups, tmp_path):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rgpb.arguments import argument, parse_bytes
-from rgpb.objectives import OBJECTIVES, Objective, registry, resolve
-from rgpb.train.rows import PAIRINGS
+from rgpb.objectives import Objective, registry, resolve
+from rgpb.train.rows import PAIRINGS, SAMPLED_PAIRINGS
 
 EVAL_SAMPLE = 200  # units evaluated on, and prompts held out, at most, unless settings say otherwise
 EVAL_SPLIT = 0.05  # part of the prompts that is held out, unless --eval-split says otherwise
@@ -87,7 +87,10 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "an option of the objective, such as beta=0.2; repeatable"}
     )
     pairing: str = _option(
-        "best-worst", "which of K rewarded responses to compare; objectives of groups take all", choices=PAIRINGS
+        "best-worst",
+        "which of K rewarded responses to compare; best-random and unpaired with --online alone; objectives of groups "
+        "take all",
+        choices=tuple(dict.fromkeys((*PAIRINGS, *SAMPLED_PAIRINGS))),
     )
     model: str = _option(
         "tiny-llama", f"folder of a model, a GGUF file, or a new model with its own tokenizer: {', '.join(BUILT_IN)}"
@@ -119,7 +122,9 @@ class TrainConfig:
     epochs: float = _option(1.0, "passes over the data", POSITIVE)
     steps: int | None = _option(None, "optimizer steps, instead of --epochs", WHOLE)
     batch_size: int = _option(
-        8, "groups, pairs, or responses of unpaired data, in a batch; of all processes together", COUNT
+        8,
+        "groups, pairs, or responses of unpaired data, in a batch, with --online prompts; of all processes together",
+        COUNT,
     )
     grad_accum: int = _option(1, "batches per optimizer step", COUNT)
     lr: float = _option(1e-5, "peak learning rate", POSITIVE)
@@ -182,6 +187,15 @@ class TrainConfig:
             raise ValueError(f"loss: {str(error).removeprefix('objective: ')}") from None
         if spec.unit == "group" and self.pairing != "best-worst":
             raise ValueError(f"pairing: expected none, since {self.loss} takes whole groups; got {self.pairing!r}")
+        pairings, where = (SAMPLED_PAIRINGS, "with") if self.online else (PAIRINGS, "without")
+        if self.pairing not in pairings:
+            also = " (objectives of groups compare all completions)" if self.online and self.pairing in PAIRINGS else ""
+            raise ValueError(f"pairing: expected one of {pairings} {where} online, got {self.pairing!r}{also}")
+        if self.pairing == "unpaired" and spec.unit != "response":
+            raise ValueError(
+                f"pairing: expected best-worst or best-random, since {self.loss} compares two responses; "
+                f"got {self.pairing!r}"
+            )
         for entry in fields(self):
             allowed, value = entry.metadata.get("allowed"), getattr(self, entry.name)
             if allowed is not None and not (value is None and entry.default is None) and not allowed.holds(value):
@@ -192,9 +206,6 @@ class TrainConfig:
             if getattr(self, name) and (spec.ref is None or self.online):
                 why = "online, whose references are new each time" if self.online else f"{self.loss}, which has none"
                 raise ValueError(f"{name}: expected none with {why}; got {getattr(self, name)!r}")
-        if self.online and spec.unit != "group":
-            groups = sorted(name for name, known in OBJECTIVES.items() if known.unit == "group")
-            raise ValueError(f"loss: expected one of groups with online, of {groups}, got {self.loss!r}")
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.name in ONLINE and not self.online and value != entry.default:

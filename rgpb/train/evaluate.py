@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -53,12 +54,17 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name not in beside}
 
 
+def mismatched_options(spec: Objective, options: dict[str, Any]) -> list[str]:
+    """The options that take Δ of mismatched completions and weren't given."""
+    return [name for name in spec.mismatched if option(options, name) is None]
+
+
 @torch.no_grad()
 def mismatched_ratios(
     model: nn.Module, batch: dict[str, Any], spec: Objective, options: dict[str, Any], workspace: int | None
 ) -> dict[str, Tensor]:
-    """Δ [B] of a batch's mismatched completions, for the options that take it and weren't given."""
-    names = [name for name in spec.mismatched if option(options, name) is None]
+    """Δ [B] of a batch's mismatched completions, for each of `mismatched_options`."""
+    names = mismatched_options(spec, options)
     if not names or "mismatched" not in batch:
         return {}
     other = batch["mismatched"]
@@ -132,7 +138,8 @@ def evaluate_set(
     autocast: Callable[[], AbstractContextManager[Any]],
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], int]:
-    """Averages over a whole set (see `summarise`), and how many tokens it took on this rank, padding included.
+    """Averages over a whole set (see `summarise`), and how many tokens it took on this rank, padding included. The loss
+    of a set without any unit isn't a number.
 
     Ranks take whole batches in turn, so each is what it is in one process.
 
@@ -162,6 +169,8 @@ def evaluate_set(
         shaped = {n: c.view(count, -1) if grouped else c.view(-1, count).T for n, c in columns.items()}
         if number < len(firsts):
             parts.append((number, shaped))
+    if not firsts:
+        return {"loss": math.nan}, 0
     found = [part for _, part in sorted(itertools.chain(*ranks.gather(parts)), key=lambda part: part[0])]
     whole = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return summarise(whole, spec, options), tokens

@@ -51,7 +51,7 @@ class Order(Sampler[list[int]]):
 
 class _Shares(Dataset[Any]):
     """This rank's share of a batch: its units, and whether they count. Where it has none, the batch's first unit keeps
-    it in step."""
+    it in step. Data with `units_of` has any number of units in each place."""
 
     def __init__(self, data: Any, ready: Callable[[Sequence[int]], None], ranks: Ranks) -> None:
         self.data, self.ready, self.ranks = data, ready, ranks
@@ -59,10 +59,11 @@ class _Shares(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitems__(self, units: list[int]) -> tuple[list[Any], bool]:
-        self.ready(units)
-        mine = list(self.ranks.share(units))
-        return [self.data[unit] for unit in mine or units[:1]], bool(mine)
+    def __getitems__(self, places: list[int]) -> tuple[list[Any], bool]:
+        self.ready(places)
+        units_of = getattr(self.data, "units_of", lambda place: [self.data[place]])
+        units = [unit for place in self.ranks.share(places) for unit in units_of(place)]
+        return units or [self.data[places[0]]], bool(units)
 
 
 def loader(

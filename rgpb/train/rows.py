@@ -26,6 +26,7 @@ from typing import Any
 from rgpb.train.layouts import TEMPLATE, Preferences, Row, described, keys_of, read_layout, read_prompt, shown
 
 PAIRINGS = ("best-worst", "best-each", "all")
+SAMPLED_PAIRINGS = ("best-worst", "best-random", "unpaired")  # of completions that an online run samples
 GROUPS = "groups"  # in place of a pairing: all of a row's responses as one unit
 
 

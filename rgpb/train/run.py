@@ -16,10 +16,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from rgpb import hf
-from rgpb.objectives import OBJECTIVES, Objective, option
+from rgpb.objectives import OBJECTIVES, Objective
 from rgpb.train.adapters import save_merged, with_adapters
 from rgpb.train.config import EVAL_SAMPLE, TrainConfig
-from rgpb.train.evaluate import eval_rows, wants_preferred
+from rgpb.train.evaluate import eval_rows, mismatched_options, wants_preferred
 from rgpb.train.files import save_whole_folder, write_failure
 from rgpb.train.folder import check_origin, open_run
 from rgpb.train.machine import check_devices, device_of, moved, parallel_of
@@ -140,7 +140,7 @@ def tokenised(
         made = made.without_tied_best()
     if not config.allow:
         check_counts(data.source, made.counts, () if spec.label else ("units of the only label",))
-    if any(option(options, name) is None for name in spec.mismatched):
+    if mismatched_options(spec, options):
         made.mismatches = made.mismatched(config.max_length)
     return made
 
@@ -232,7 +232,7 @@ def _on_rollouts(
     stage: Stage, family: str | None, tokenizer: Any, prompts: Preferences, held_out: Preferences | None,
     reward: Reward, sampler: Sampler | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sampling, judging and training in turn; evaluated on groups sampled once, before the first step."""
+    """Sampling, judging and training in turn; evaluated on what was sampled once, before the first step."""
     config, spec, ranks = stage.config, stage.spec, stage.ranks
     model, ref = make_model(config, family, tokenizer), None
     hf.check_head(model)
@@ -244,10 +244,10 @@ def _on_rollouts(
     count, per_step = len(keys) - sum(apart), config.batch_size * config.grad_accum
     steps = config.steps or math.ceil(config.epochs * math.ceil(count / per_step))
     ref = None if ref is None else moved(ref, device_of(config))
-    common: dict[str, Any] = {"reward": reward, "ref": ref, "folder": stage.folder / "rollouts", "ties": spec.rewards}
-    common |= {"ranks": ranks, "sampler": sampler}
-    data = Rollouts(prompts, tokenizer, config, units=steps * per_step, apart=apart, **common)
-    asked = data if held_out is None else Rollouts(held_out, tokenizer, config, units=1, **common)
+    common: dict[str, Any] = {"spec": spec, "options": stage.options, "reward": reward, "ref": ref}
+    common |= {"folder": stage.folder / "rollouts", "ranks": ranks, "sampler": sampler}
+    data = Rollouts(prompts, tokenizer, config, asks=steps * per_step, apart=apart, **common)
+    asked = data if held_out is None else Rollouts(held_out, tokenizer, config, asks=0, **common)
     for its, name in ((model, config.model), (ref, config.ref_model or config.model)):
         if its is not None:
             check_sizes(its, name, hf.read_head(model).weight.shape[0] - 1, max(data.longest, asked.longest))

@@ -154,7 +154,7 @@ class Stage:
             "steps": total,
             "seconds": records[-1]["seconds"],
             "peak_bytes": max(record["peak_bytes"] for record in records),
-            "counts": train_set.counts,
+            "counts": train_set.whole_counts() if hasattr(train_set, "policy") else train_set.counts,
             "eval_counts": eval_set.counts,
             "before": evaluations[0],
             "after": evaluations[-1],
@@ -283,12 +283,13 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of one step, and the number of their units on all ranks."""
+        """The batches of one step, and the number of their units on all ranks; 1 where there is none: `_get_grad_norm`
+        sees to it that such a step isn't taken."""
         step = self.state.global_step
         self.ranks.doing = f"step {step + 1}"
         batches, units = super().get_batch_samples(epoch_iterator, num_batches, device)
         torch.manual_seed(zlib.crc32(f"{self.args.seed} step {step} rank {self.ranks.rank}".encode()))
-        return batches, units
+        return batches, max(units, 1)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing: `get_batch_samples` seeds each step, and Trainer would put a checkpoint's state over that."""
@@ -302,7 +303,8 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
             mean.counts = units > 0
         with self.accelerator.autocast():
             estimated = mismatched_ratios(model, inputs, spec, stage.options, stage.config.workspace)
-            estimated = {name: self.ranks_values(x if units else x[:0]) for name, x in estimated.items()}
+            shared = {name: self.ranks_values(x if units else x[:0]) for name, x in estimated.items()}
+            estimated = {name: x if len(x) else estimated[name] for name, x in shared.items()}
             loss, metrics = hf.loss(
                 model,
                 model_inputs(inputs),
@@ -333,7 +335,8 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
         return values if self.ranks.alone else torch.cat(self.ranks.gather(values.cpu())).to(values.device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Trainer's own, or where nothing is clipped the norm that would be; a step that isn't finite is not taken."""
+        """Trainer's own, or where nothing is clipped the norm that would be. A step that isn't finite is not taken, and
+        one without any unit leaves the weights and the optimizer's state as they are."""
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is None:
             grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -345,7 +348,11 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
         self.stopping = any(number for *_, number in found)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
             raise FloatingPointError(self._diverged(loss / (size or 1), float(norm)))
-        self._good, self._step = f"{loss / (size or 1):.4g} in step {self.state.global_step + 1}", (0.0, 0)
+        self._step = (0.0, 0)
+        if size:
+            self._good = f"{loss / size:.4g} in step {self.state.global_step + 1}"
+        else:
+            model.zero_grad(set_to_none=True)  # AdamW passes over parameters without a gradient
         return norm
 
     def _diverged(self, loss: float, norm: float) -> str:
@@ -358,9 +365,9 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's logs, with the averages since the last one."""
+        """Trainer's logs, with the averages since the last one; without any unit there is no loss."""
         if "loss" in logs:
-            logs.update(self.averages())
+            logs.update({"loss": math.nan, **self.averages()})
             self._record("train", logs)
         super(hf.PreferenceMixin, self).log(logs, start_time)
 
@@ -386,7 +393,7 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
 
         Args:
             step: default: what an earlier start has measured, or three times the forward pass, whose speed is that of
-                the last evaluation, and a fourth for references that are yet to score. 0: unknown.
+                the last evaluation, and a fourth for references that are yet to score. 0: unknown, as online.
         """
         steps, every = self.state.max_steps - self.state.global_step, self.stage.config.eval_steps
         evaluations = max(1, math.ceil(steps / every)) if every else 1
@@ -394,12 +401,12 @@ class PreferenceTrainer(hf.PreferenceMixin, Trainer):
         if step is None:
             step = self._pace
         data: Any = self.train_dataset
-        if step is None and tokens and hasattr(data, "units"):
+        if step is None and tokens and not hasattr(data, "policy"):
             each = data.lengths().double().mean().item() * data.units.shape[1] * (1 if data.mismatches is None else 2)
             units = min(self.args.train_batch_size * self.args.gradient_accumulation_steps, len(data))
             passes = 4 if self.references is not None and self.references.model is not None else 3
             step = passes * each * units * seconds / (tokens * self.ranks.world)
-        whole = steps * (step or 0.0) + evaluations * seconds
+        whole = steps * step + evaluations * seconds if step else 0.0
         each_step, several = duration(step or 0.0), "s" if evaluations > 1 else ""
         return whole, f"{steps} steps, {each_step} each, and {evaluations} evaluation{several}: {duration(whole)}"
 
@@ -520,8 +527,10 @@ class SharedMean(RunningMean):
         self.ranks, self.counts = ranks, True
 
     def take(self, total: Tensor, number: Tensor) -> Tensor:
+        if not self.counts:
+            total, number = torch.zeros_like(total), torch.zeros_like(number)
         if not self.ranks.alone:
-            found = self.ranks.gather((float(total), float(number)) if self.counts else (0.0, 0.0))
+            found = self.ranks.gather((float(total), float(number)))
             total = total.new_tensor(math.fsum(total for total, _ in found))
             number = number.new_tensor(math.fsum(number for _, number in found))
         return super().take(total, number)
