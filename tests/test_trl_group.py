@@ -17,7 +17,7 @@ import transformers
 import trl
 from datasets import Dataset
 
-from rgpb import OBJECTIVES, hf, objective
+from rgpb import OBJECTIVES, TokenScores, hf, objective
 from rgpb.train.tokens import train_tokenizer
 from rgpb.trl import GroupTrainer, group
 
@@ -234,6 +234,41 @@ def test_completions_are_taken_again(saved, tmp_path):
     states = [state for state, *_ in trainer.kept]
     states.append(trainer.model.state_dict())
     check_steps(trainer, saved["Llama"], states, [[(inputs, loss)] for _, inputs, loss in trainer.kept])
+
+
+@pytest.mark.full
+def test_bf16_and_checkpointing(saved, tmp_path):
+    """Under autocast the model is still its own reference at the first step; and what is saved goes on."""
+    settings = {"bf16": True, "gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 1}
+    for steps in (1, 2):
+        model = transformers.AutoModelForCausalLM.from_pretrained(saved["Llama"])
+        trainer = trainer_of(saved["Llama"], tmp_path, model, settings | {"max_steps": steps})
+        trainer.train(resume_from_checkpoint=steps > 1)
+    logs = trainer.state.log_history
+    assert [logs[0][f"rewards/{side}"] for side in ("chosen", "rejected")] == [0.0, 0.0]
+    assert logs[1]["step"] == 2
+    assert logs[1]["rewards/chosen"] != 0.0
+    assert "trained with rgpb's GroupTrainer" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.full
+def test_a_routers_loss_is_added(tmp_path):
+    sizes = {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(vocab_size=258, max_position_embeddings=64, initializer_range=0.2, **sizes)
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    train_tokenizer(["a"], 258).save_pretrained(tmp_path / "model")
+    trainer = trainer_of(tmp_path / "model", tmp_path)
+    trainer.train()
+    for state, inputs, loss in trainer.kept:
+        model.load_state_dict(state)
+        flat = {name: x.flatten(0, 1) for name, x in inputs.items() if name != "rewards"}
+        ref = TokenScores(flat.pop("ref_logp"), flat.pop("ref_log_odds"), torch.zeros(flat["labels"].shape))
+        how = {"ref": ref, "rewards": inputs["rewards"], "temperature": HEAT, "beta": BETA}
+        expected = hf.loss(model, flat | {"output_router_logits": True}, "swepo", **how)
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        assert loss > hf.loss(model, flat, "swepo", **how).item() + 0.5
 
 
 @pytest.mark.parametrize("given", ["peft_config", pytest.param("adapters", marks=pytest.mark.full)])

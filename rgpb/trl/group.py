@@ -102,6 +102,17 @@ class GroupTrainer(GRPOTrainer):
         self.counts_padding = not try_left_padding(base, install(base))  # as positions, where none are given
         self._rewards: Tensor = torch.empty(0)
 
+    @property
+    def ref_model(self) -> Any:
+        """TRL's; attached before TRL wraps it, since its head is checked while it is whole and in its own precision."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        if model is not None and "_rgpb" not in vars(base_of(model, "ref_model")):
+            attach(model)
+        self._ref_model = model
+
     def _mode(self) -> tuple[str, int]:
         """As TRL tells it: "train" or "eval"; and K."""
         policy: Any = self.model
