@@ -90,7 +90,7 @@ def saved(tmp_path_factory):
 
 def arguments(folder: Any, **settings: Any) -> trl.GRPOConfig:
     given: dict[str, Any] = {
-        "num_generations": K, "per_device_train_batch_size": 2 * K, "max_completion_length": 6, "beta": BETA,
+        "num_generations": K, "per_device_train_batch_size": 2 * K, "max_completion_length": 4, "beta": BETA,
         "temperature": HEAT, "reward_weights": [1.0, 0.5], "report_to": [], "use_cpu": True, "bf16": False,
         "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False, "optim": "sgd",
         "learning_rate": LR, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "disable_tqdm": True,
@@ -224,7 +224,7 @@ def test_steps(family, name, options, rows, accumulation, saved, tmp_path):
 
 @pytest.mark.full
 def test_completions_are_taken_again(saved, tmp_path):
-    """With `num_iterations`, and without a forward of the old policy."""
+    """With `num_iterations`: the same batch, which has what the objective reads and no more."""
     settings = {"num_iterations": 2, "per_device_train_batch_size": K}
     trainer = trainer_of(saved["Llama"], tmp_path, settings=settings)
     trainer.train()
