@@ -194,7 +194,7 @@ def test_steps(family, name, options, rows, accumulation, saved, tmp_path):
     """Groups of one generation are shuffled over two steps, or over the batches of one."""
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     settings |= {"steps_per_generation": 2, "per_device_eval_batch_size": 2 * K}
-    trainer = trainer_of(saved[family], tmp_path, settings=settings, objective=name, objective_options=options)
+    trainer = trainer_of(saved[family], tmp_path, settings=settings, objective=name, options=options)
     trainer.train()
     kept = trainer.kept
     assert len(kept) == 2 * accumulation
@@ -354,10 +354,10 @@ def test_what_is_refused(tmp_path):
     refused("objective: expected one of groups, infonca, .* got dpo, of pairs", tmp_path, objective="dpo")
     refused("objective: expected a function or one of .* did you mean 'infonca'", tmp_path, objective="info_nca")
     refused("beta: expected the β of swepo, above 0, .* got 0.0", tmp_path, {"beta": 0.0})
-    refused("objective_options: expected no beta, got 0.2; GRPOConfig", tmp_path, objective_options={"beta": 0.2})
-    refused("objective_options: expected no temperature", tmp_path, objective_options={"temperature": 0.2})
-    refused("options of swepo: expected a subset", tmp_path, objective_options={"tau": 0.2})
-    refused("options of mc_po: expected m to be", tmp_path, objective="mc_po", objective_options={"m": 0})
+    refused("options: expected no beta, got 0.2; GRPOConfig", tmp_path, options={"beta": 0.2})
+    refused("options: expected no temperature", tmp_path, options={"temperature": 0.2})
+    refused("options of swepo: expected a subset", tmp_path, options={"tau": 0.2})
+    refused("options of mc_po: expected m to be", tmp_path, objective="mc_po", options={"m": 0})
     refused("per_device_train_batch_size: expected a multiple of num_generations, 4, .* got 2", tmp_path,
             {"per_device_train_batch_size": 2, "steps_per_generation": 2})  # fmt: skip
     refused("vllm_importance_sampling_correction: expected False beside use_vllm", tmp_path, {"use_vllm": True})

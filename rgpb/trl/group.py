@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import use_adapter
 
 from rgpb.hf.attach import install
 from rgpb.hf.batches import IGNORE, reference_of
@@ -27,6 +26,7 @@ from rgpb.hf.wrappers import base_of
 from rgpb.layout import Responses
 from rgpb.objectives import OBJECTIVES, Objective, check_options, resolve
 from rgpb.objectives.registry import RESERVED
+from rgpb.trl.preference import _adapter
 
 # Settings that only TRL's own losses read; advantages and ratios of probabilities are in no objective
 UNREAD = {
@@ -67,7 +67,7 @@ class GroupTrainer(GRPOTrainer):
         args: with `beta`, the β of an objective that has a reference; and whole groups in a batch:
             `per_device_train_batch_size` a multiple of `num_generations`.
         objective: a name, or a weighted sum; of groups.
-        objective_options: further options of the objective, and arguments of `rgpb.hf.loss` such as `workspace`.
+        options: further options of the objective, and arguments of `rgpb.hf.loss` such as `workspace`.
         **keywords: `GRPOTrainer`'s own.
 
     Raises:
@@ -86,16 +86,16 @@ class GroupTrainer(GRPOTrainer):
         args: GRPOConfig,
         *,
         objective: str | Callable[[Responses], Tensor] | Mapping[str, float] = "swepo",
-        objective_options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> None:
-        spec, options = resolve(objective), dict(objective_options or {})
-        _check_objective(spec, options, args)
+        spec, given = resolve(objective), dict(options or {})
+        _check_objective(spec, given, args)
         _check_settings(spec, args)
         if spec.ref is not None and "beta" in (spec.options or {}):
-            options["beta"] = args.beta
+            given["beta"] = args.beta
         self.objective: Any = objective
-        self.spec, self.options = spec, options
+        self.spec, self.options = spec, given
         super().__init__(model, reward_funcs, args, **keywords)
         policy: Any = self.model
         base = base_of(attach(policy))
@@ -174,11 +174,9 @@ class GroupTrainer(GRPOTrainer):
         adapters: Any = nullcontext()
         if reference is None:
             policy: Any = self.accelerator.unwrap_model(self.model)
-            reference, adapters = (
-                self.model_wrapped,
-                use_adapter(policy, "ref" if "ref" in policy.peft_config else None),
-            )
-        with evaluating(reference), adapters:
+            reference = self.model_wrapped
+            adapters = _adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with evaluating(reference), adapters, self.accelerator.autocast():
             parts = [
                 token_scores(reference, {n: x[at : at + size] for n, x in batch.items()}, temperature=self.temperature)
                 for at in range(0, len(batch["labels"]), size)
@@ -218,7 +216,7 @@ def _check_objective(spec: Objective, options: dict[str, Any], args: GRPOConfig)
     if taken:
         where = {"beta": "GRPOConfig(beta=…)", "temperature": "GRPOConfig(temperature=…)"}
         instead = where.get(taken[0], "the trainer gives it")
-        raise ValueError(f"objective_options: expected no {taken[0]}, got {options[taken[0]]!r}; {instead}")
+        raise ValueError(f"options: expected no {taken[0]}, got {options[taken[0]]!r}; {instead}")
     check_options(spec, {name: value for name, value in options.items() if name not in RESERVED})
     if spec.ref is not None and not args.beta > 0:
         raise ValueError(
@@ -226,8 +224,7 @@ def _check_objective(spec: Objective, options: dict[str, Any], args: GRPOConfig)
         )
     if spec.ref is None and args.beta:
         raise ValueError(
-            f"beta: expected 0, since {spec.name} has no reference, got {args.beta!r}; options of the objective go "
-            "into objective_options"
+            f"beta: expected 0, since {spec.name} has no reference, got {args.beta!r}; its own β goes into options"
         )
 
 
