@@ -379,7 +379,9 @@ def test_two_processes(ranks, saved, tmp_path):
     found = ranks(2)(on_a_rank, str(saved["Llama"]), str(tmp_path))
     trainer = trainer_of(saved["Llama"], tmp_path)
     trainer.sampled = [row for sampled, *_ in found for row in sampled]
-    (_, kept, states), (_, others, second) = found
+    (_, kept, states, evaluated, losses), (_, others, second, again, more) = found
+    assert len(losses) == len(more) == 2
+    assert evaluated == again == pytest.approx(sum(losses + more) / 4, abs=1e-5)
     for a, b in zip(states, second):
         assert all(torch.equal(a[name], b[name]) for name in a)
     values = [value for _, value in kept]
@@ -396,12 +398,17 @@ def test_two_processes(ranks, saved, tmp_path):
 
 
 def on_a_rank(saved: str, folder: str) -> Any:
+    """What was sampled; each step's groups and a metric; weights before and after; the evaluation, and its batches."""
     from accelerate.state import AcceleratorState
 
     trainer = trainer_of(Path(saved), folder, settings={"per_device_train_batch_size": K})
     trainer.train()
-    states = [state for state, *_ in trainer.kept] + [trainer.model.state_dict()]
+    states = [state for state, *_ in trainer.kept] + [copy.deepcopy(trainer.model.state_dict())]
+    logs = trainer.state.log_history
+    kept = [(inputs, logs[step]["logps/chosen"]) for step, (_, inputs, _) in enumerate(trainer.kept)]
+    sampled = list(trainer.sampled)
+    trainer.kept.clear()
+    trainer.args.per_device_eval_batch_size = K
+    evaluated = trainer.evaluate()["eval_loss"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    kept = [(inputs, trainer.state.log_history[step]["logps/chosen"]) for step, (_, inputs, _) in
-            enumerate(trainer.kept)]  # fmt: skip
-    return trainer.sampled, kept, states
+    return sampled, kept, states, evaluated, [loss for *_, loss in trainer.kept]
