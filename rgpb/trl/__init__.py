@@ -1,4 +1,5 @@
-"""TRL's trainers with this library's objectives: `PreferenceTrainer`, `UnpairedTrainer`; on its engine: `accelerate`.
+"""TRL's trainers with this library's objectives: `PreferenceTrainer`, `UnpairedTrainer`, `GroupTrainer`; on its engine:
+`accelerate`.
 
 Needs the extra `trl`: TRL from 1.16 to below 1.17, whose fused head this was written against.
 
@@ -34,7 +35,8 @@ def _installed() -> str | None:
 
 check_version(_installed())
 
+from rgpb.trl.group import GroupTrainer  # noqa: E402
 from rgpb.trl.head import accelerate  # noqa: E402
 from rgpb.trl.preference import PreferenceTrainer, UnpairedTrainer  # noqa: E402
 
-__all__ = ["PreferenceTrainer", "UnpairedTrainer", "accelerate"]
+__all__ = ["GroupTrainer", "PreferenceTrainer", "UnpairedTrainer", "accelerate"]
