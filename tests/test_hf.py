@@ -599,6 +599,20 @@ def test_left_padding_equals_right_padding_or_is_refused(name: str) -> None:
         torch.testing.assert_close(hf.token_scores(model, left).logp.sum(1), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_is_tried_in_the_precision_of_a_forward_that_brings_its_own() -> None:
+    """accelerate wraps a model's forward in autocast; its rounding is no sign of what padding or neighbours do."""
+    model = build("llama", initializer_range=0.2)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    batch = padded(model)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    left = {key: torch.stack([x.roll(7 - n) for x, n in zip(rows, lengths)]) for key, rows in batch.items()}
+    expected = hf.token_scores(model, batch).logp.sum(1)
+    for given in (left, hf.pack(batch)):
+        scores = hf.token_scores(model, given).logp
+        found = scores.sum(1) if given is left else torch.stack([part.sum() for part in scores.split(lengths)])
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_a_flattening_collator_feeds_packed_batches() -> None:
     model = build("llama")
     batch = padded(model)

@@ -191,11 +191,11 @@ def try_left_padding(model: PreTrainedModel, attached: Attached) -> bool:
         ids = probe_ids(model, 5)
         mask = (torch.arange(5, device=ids.device) >= 2)[None].long()
         with evaluating(model):
-            alone, behind = (
-                head_input(model, attached, {"input_ids": ids[:, cut:], "attention_mask": mask[:, cut:]})[:, -3:]
-                for cut in (2, 0)
+            (alone, eps), (behind, _) = (
+                rounded(model, attached, {"input_ids": ids[:, cut:], "attention_mask": mask[:, cut:]}) for cut in (2, 0)
             )
-        eps, size = torch.finfo(alone.dtype).eps, alone.abs().max().item()
+        alone, behind = alone[:, -3:], behind[:, -3:]
+        size = alone.abs().max().item()
         attached.passed[key] = (alone - behind).abs().max().item() <= max(32 * eps, 1e-3) * size
     return attached.passed[key]
 
@@ -221,11 +221,12 @@ def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=tokens.device)
     other[:, :3] = tokens[:, :3].flip(1)
     with evaluating(model):
-        packed, beside, alone = (
-            head_input(model, attached, {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]})[:, -2:]
+        found = [
+            rounded(model, attached, {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]})
             for ids in (tokens, other, tokens[:, 3:])
-        )
-    eps, size = torch.finfo(alone.dtype).eps, alone.abs().max().item()
+        ]
+    packed, beside, alone = (x[:, -2:] for x, _ in found)
+    eps, size = found[0][1], alone.abs().max().item()
     leak, shift = (packed - beside).abs().max().item(), (packed - alone).abs().max().item()
     # A masked neighbour adds exact zeros; a response by itself runs in other shapes, and rounds differently.
     if leak <= 8 * eps * size and shift <= max(32 * eps, 1e-3) * size:
@@ -239,10 +240,24 @@ def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
 
 def head_input(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any]) -> Tensor:
     """What the head's weight is multiplied with for these inputs, differentiable. [B, T, H]"""
-    step = Step(lambda head, x: Results(tensors=(view(head, model).inputs(x),)))
+    return rounded(model, attached, inputs)[0]
+
+
+def rounded(model: PreTrainedModel, attached: Attached, inputs: dict[str, Any]) -> tuple[Tensor, float]:
+    """`head_input`, and the machine epsilon of the model's products: under an autocast that the forward brings itself,
+    as accelerate's does, another than that of the head's input."""
+    eps = 0.0
+
+    def inside(head: nn.Module, x: Tensor) -> Results:
+        nonlocal eps
+        kind = x.device.type
+        eps = torch.finfo(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype).eps
+        return Results(tensors=(view(head, model).inputs(x),))
+
+    step = Step(inside)
     call = partial(model.__dict__["_rgpb_forwards"][-1], **inputs, use_cache=False)
     (hidden,) = run(model, step, call).tensors or ()
-    return hidden
+    return hidden, max(eps, torch.finfo(hidden.dtype).eps)
 
 
 def check_offloaded(model: PreTrainedModel) -> None:

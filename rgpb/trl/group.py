@@ -26,7 +26,7 @@ from rgpb.hf.wrappers import base_of
 from rgpb.layout import Responses
 from rgpb.objectives import OBJECTIVES, Objective, check_options, resolve
 from rgpb.objectives.registry import RESERVED
-from rgpb.trl.preference import _adapter
+from rgpb.trl.preference import adapter_of
 
 # Settings that only TRL's own losses read; advantages and ratios of probabilities are in no objective
 UNREAD = {
@@ -175,7 +175,7 @@ class GroupTrainer(GRPOTrainer):
         if reference is None:
             policy: Any = self.accelerator.unwrap_model(self.model)
             reference = self.model_wrapped
-            adapters = _adapter(policy, "ref" if "ref" in policy.peft_config else None)
+            adapters = adapter_of(policy, "ref" if "ref" in policy.peft_config else None)
         with evaluating(reference), adapters, self.accelerator.autocast():
             parts = [
                 token_scores(reference, {n: x[at : at + size] for n, x in batch.items()}, temperature=self.temperature)

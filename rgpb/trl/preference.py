@@ -195,7 +195,7 @@ class Shared(PreferenceMixin):
             model = self.ref_model
         elif is_peft_model(self.model):
             peft: Any = self.accelerator.unwrap_model(self.model)
-            adapter = _adapter(peft, "ref" if "ref" in peft.peft_config else None)
+            adapter = adapter_of(peft, "ref" if "ref" in peft.peft_config else None)
         with evaluating(model), adapter, self.accelerator.autocast():
             return token_scores(model, batch, **self._scaled)
 
@@ -427,7 +427,7 @@ def _attaching(kind: type[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _adapter(model: Any, name: str | None) -> Iterator[None]:
+def adapter_of(model: Any, name: str | None) -> Iterator[None]:
     """With that adapter of a PEFT model, or with none; what is trained stays what it was."""
     trained = {p for p in model.parameters() if p.requires_grad}
     try:
