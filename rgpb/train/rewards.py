@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,10 +68,12 @@ def load_function(name: str, role: str) -> Any:
             spec.loader.exec_module(module)  # type: ignore[union-attr]
         else:
             module = importlib.import_module(place)
+    except (ImportError, SyntaxError, TypeError) as error:
+        raise ValueError(f"{role}: expected a module that can be imported, got {place!r} ({error})") from error
     except Exception as error:  # whatever a module does
-        raise ValueError(
-            f"{role}: expected a module that can be imported, got {place!r} ({described(error)})"
-        ) from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        got = f"{place!r} ({described(error)}, in {last.filename}:{last.lineno})"
+        raise ValueError(f"{role}: expected a module that can be imported, got {got}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{role}: expected a function {attribute!r} in {place}, got {type(function).__name__}")

@@ -184,8 +184,14 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         return self._with(ref=ref)
 
     def preferred(self) -> PreferenceDataset:
-        """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out."""
+        """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out.
+
+        Raises:
+            ValueError: there is none.
+        """
         chosen = self.units[self.labels].unique()
+        if not len(chosen):
+            raise ValueError(f"data: expected a preferred response to fine-tune on, got {len(self)} dispreferred ones")
         left = int((self.units.unique() >= 0).sum()) - len(chosen)
         counts = {**self.counts, "units": len(chosen), "responses": len(chosen), "left out as dispreferred": left}
         every = torch.ones(len(chosen), 1, dtype=torch.bool)
