@@ -297,7 +297,8 @@ class TestBeside:
     FIRST = CHATML.replace("{{ m['content'] }}", "{{ m.tool_calls[0].name if m.tool_calls else m['content'] }}")
     PARTS = CHATML.replace(
         "{{ m['content'] }}",
-        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %}",
     )
 
     def data(self, tmp_path, template, row, **options):

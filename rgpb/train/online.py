@@ -298,7 +298,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         asked = [self.asked[p] for p in which for _ in range(count)]
         try:
-            given = self.reward(copy.deepcopy(asked), [*texts])  # it may change what it gets
+            given = self.reward([copy.deepcopy(prompt) for prompt in asked], [*texts])  # it may change them
         except Exception as error:
             kind = type(error).__name__
             raise RuntimeError(
