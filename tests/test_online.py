@@ -54,6 +54,10 @@ def ascii_share(prompts: list[Any], completions: list[str]) -> list[float]:
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
 
 
+async def later(prompts: list[Any], completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def alike(prompts: list[Any], completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 
@@ -856,6 +860,7 @@ class TestRefusals:
             ({"reward": "math:fsum"}, ascii_share, "reward: expected a function, .* with online; got both"),
             ({**OFFLINE, "reward": "math:fsum"}, None, "reward: expected none without online, got 'math:fsum'"),
             (OFFLINE, ascii_share, "reward: expected none without online, got a function"),
+            ({}, later, "reward: expected a function, got a coroutine function"),
             (
                 {},
                 lambda completions, **more: [],

@@ -114,7 +114,9 @@ def sampler_of(config: TrainConfig, given: Sampler | None) -> Sampler | None:
 
 
 def _check_takes(function: Any, role: str, *names: str) -> None:
-    """Refuse a function of other arguments, before it is needed."""
+    """Refuse a function of other arguments, or one to be awaited, before it is needed."""
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{role}: expected a function, got a coroutine function (asyncio.run inside of one would do)")
     try:
         signature = inspect.signature(function)
     except ValueError:  # of a builtin that doesn't say
