@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 import sys
 
 import datasets
@@ -113,6 +116,32 @@ class TestRead:
         path.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 50)[:-12])
         with pytest.raises(ValueError, match=r"d\.jsonl\.gz:1: expected a complete gzip file"):
             read_preferences(path)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            (
+                "d.jsonl.zst",
+                b"\x28\xb5\x2f\xfd..",
+                r"data: expected JSON, .* got Zstandard in .*d\.jsonl\.zst' \(zstd -d",
+            ),
+            ("d.bz2", bz2.compress(b"{}"), r"got bzip2 in .* \(bunzip2"),
+            ("d.xz", lzma.compress(b"{}"), r"got xz in .* \(unxz"),
+            ("d.zip", b"PK\x03\x04..", r"got ZIP in .* \(unzip"),
+            ("d.csv", b"prompt,chosen,rejected\n", r"d\.csv:1: expected one JSON object, .*from_csv makes"),
+            ("d.TSV", b"prompt\tchosen\n", r"d\.TSV:1: expected one JSON object, .*from_csv makes"),
+        ],
+    )
+    def test_files_of_other_kinds_name_the_way(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_preferences(tmp_path / name)
+
+    def test_a_pipe_would_lose_its_first_rows(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        for read in (read_preferences, read_prompts):
+            with pytest.raises(ValueError, match=r"data: expected a file or folder, got .*pipe', a pipe or device"):
+                read(tmp_path / "pipe")
 
     def test_no_file_and_no_dataset(self, tmp_path):
         with pytest.raises(ValueError, match="data: expected a file or folder, got .*nothing"):
@@ -289,9 +318,35 @@ class TestLayouts:
         (shards / "train-00001-of-00002.parquet").unlink()
         with pytest.raises(ValueError, match="expected 2 shards in .*, got 1"):
             read_preferences(shards)
+        twice = shards / "train-00000-of-00002-0123456789abcdef.parquet"
+        datasets.Dataset.from_list([PAIR]).to_parquet(twice)
+        with pytest.raises(ValueError, match="expected each shard once in .*, got several numbered 0"):
+            read_preferences(shards)
+        twice.unlink()
+        (shards / "train-00001-of-00002.jsonl.zst").touch()
+        with pytest.raises(ValueError, match="expected the shards of one file in"):
+            read_preferences(shards)
+        (shards / "train-00001-of-00002.jsonl.zst").unlink()
         write(shards / "test.jsonl", PAIR)
         with pytest.raises(ValueError, match="expected the shards of one file in"):
             read_preferences(shards)
+
+    @pytest.mark.parametrize("save", ["to_parquet", "save_to_disk"])
+    @pytest.mark.parametrize(
+        ("names", "labels"), [(["desirable", "undesirable"], (0, 1)), (["0", "1"], (1, 0)), (["-1", "1"], (1, 0))]
+    )
+    def test_classes_of_a_table_are_their_names(self, tmp_path, names, labels, save):
+        """Whose numbers may say the opposite."""
+        table = datasets.Dataset.from_list([{**LABELLED, "label": label} for label in labels])
+        table = table.cast_column("label", datasets.ClassLabel(names=names))
+        getattr(table, save)(tmp_path / "d")
+        assert [row.rewards for row in read_preferences(tmp_path / "d").rows] == [(1.0,), (-1.0,)]
+
+    def test_classes_that_say_nothing_are_refused(self, tmp_path):
+        table = datasets.Dataset.from_list([{**LABELLED, "label": 1}])
+        table.cast_column("label", datasets.ClassLabel(names=["negative", "positive"])).to_parquet(tmp_path / "d")
+        with pytest.raises(ValueError, match="d:1: label: expected .*, got 'positive'"):
+            read_preferences(tmp_path / "d")
 
     def test_one_split(self, tmp_path):
         table = datasets.Dataset.from_list([PAIR])
@@ -552,6 +607,8 @@ class TestTokens:
         assert [r.label for (r,) in data] == [True, False]
         assert data.preferred().counts["left out as dispreferred"] == 1
         assert len(data.first(1)) == 1
+        with pytest.raises(ValueError, match="data: expected a preferred response to fine-tune on, got 1 dispreferred"):
+            self.data(tmp_path, tokenizer, {**LABELLED, "label": False}).preferred()
 
     def test_fingerprint_follows_the_tokens(self, tmp_path, tokenizer):
         one, same, other = (

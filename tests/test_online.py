@@ -54,6 +54,10 @@ def ascii_share(prompts: list[Any], completions: list[str]) -> list[float]:
     return [sum(c.isascii() for c in text) / max(len(text), 1) for text in completions]
 
 
+async def later(prompts: list[Any], completions: list[str]) -> list[float]:
+    return [0.0] * len(completions)
+
+
 def alike(prompts: list[Any], completions: list[str]) -> list[float]:
     return [1.0] * len(completions)
 
@@ -139,6 +143,13 @@ class TestReward:
         code += "    x: float = 2.0\n\n\ndef score(prompts, completions):\n    return [Judge().x] * len(completions)\n"
         (tmp_path / "judge.py").write_text(code)
         assert load_reward(f"{tmp_path / 'judge.py'}:score")(["a", "b"], ["", ""]) == [2.0, 2.0]
+
+    def test_a_file_that_raises_is_named_with_its_line(self, tmp_path: Path) -> None:
+        (tmp_path / "judge.py").write_text("import json\njson.loads('')\n")
+        with pytest.raises(
+            ValueError, match=r"reward: expected a module .*judge\.py' \(JSONDecodeError: .*, in .*:\d+\)"
+        ):
+            load_reward(f"{tmp_path / 'judge.py'}:score")
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -430,6 +441,22 @@ class TestGroups:
         with pytest.raises(ValueError, match=f"reward: .*{got}"):
             data.groups(untrained(), range(6), "some")
         assert not (tmp_path / "rollouts").exists()
+
+    def test_a_reward_may_change_what_it_is_given(self, tmp_path: Path) -> None:
+        seen = []
+
+        def reward(prompts: list[Any], completions: list[str]) -> list[int]:
+            for prompt, completion in zip(prompts, completions):
+                prompt.append({"role": "assistant", "content": completion})
+                seen.append(len(prompt))
+            completions[:] = [""] * len(completions)
+            return [*range(len(completions))]
+
+        data = rollouts(tmp_path, prompts=[CHAT], reward=reward)
+        (row,) = [data.judged(untrained(), [0], "some", 3) for _ in range(2)][1]
+        assert seen == [2] * 6
+        assert row["prompt"] == CHAT
+        assert row["completions"] == data.tokenizer.batch_decode(row["tokens"], skip_special_tokens=True) != [""] * 3
 
     def test_rewards_may_be_a_tensor(self, tmp_path: Path) -> None:
         data = rollouts(tmp_path, reward=lambda prompts, completions: torch.arange(len(completions)))
@@ -833,6 +860,12 @@ class TestRefusals:
             ({"reward": "math:fsum"}, ascii_share, "reward: expected a function, .* with online; got both"),
             ({**OFFLINE, "reward": "math:fsum"}, None, "reward: expected none without online, got 'math:fsum'"),
             (OFFLINE, ascii_share, "reward: expected none without online, got a function"),
+            ({}, later, "reward: expected a function, got a coroutine function"),
+            (
+                {},
+                lambda completions, **more: [],
+                r"reward: expected a function of \(prompts, completions\), got another",
+            ),
             ({**OFFLINE, "refresh": 3}, None, "refresh: expected none without online, got 3"),
             (
                 {"loss": "dpo", "pairing": "best-each"},

@@ -293,6 +293,13 @@ class TestBeside:
         "{{ c.function.arguments | tojson }}{% endfor %}",
     )
     TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    TWO = said("assistant", "", tool_calls=[{"name": "look"}, {"name": "find"}])
+    FIRST = CHATML.replace("{{ m['content'] }}", "{{ m.tool_calls[0].name if m.tool_calls else m['content'] }}")
+    PARTS = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %}",
+    )
 
     def data(self, tmp_path, template, row, **options):
         row = {"prompt": CHATS["turn"], "chosen": ANSWERS["words"][0], "rejected": ANSWERS["words"][1], **row}
@@ -316,6 +323,11 @@ class TestBeside:
             ({"chosen": [said("assistant", [{"type": "text", "text": "a"}])]}, CHATML, "takes lists of parts, got one"),
             ({"chosen": [said("assistant", [{"type": "image"}])]}, CHATML, "chosen: expected parts of text"),
             ({"chosen": [said("assistant", "")]}, CHATML, "chosen: expected some text"),
+            ({"chosen": [said("assistant", "", name="b")]}, CHATML, "expected a response with something that"),
+            ({"chosen": [said("assistant", " \n")]}, TEMPLATES["headers"], "expected a response with something that"),
+            ({"chosen": [said("assistant", [{"type": "text", "text": ""}])]}, PARTS, "expected a response with"),
+            ({"chosen": [TWO]}, FIRST, "tool_calls: expected a chat template that .* leaves out .*'find'"),
+            ({"chosen": [TWO]}, FIRST.replace("[0]", "[-1]"), "tool_calls: expected .* leaves out .*'look'"),
             ({"chosen": [{"role": "assistant", "content": None}]}, CHATML, "chosen: expected a string or a list of"),
             ({}, "{{ raise_exception('never') }}", "expected a chat that the template takes, got TemplateError: never"),
             ({"chosen": [{**CALL, "content": None}]}, "{{ '-' + messages[-1].content }}", "TypeError.* has no content"),
@@ -332,6 +344,27 @@ class TestBeside:
         assert data.counts["rows with name of messages left out by the template"] == 1
         with pytest.raises(ValueError, match="half of the rows affected, got rows with id of messages .*1 of 1"):
             check_counts("d", data.counts)
+
+    def test_what_is_false_is_something(self, tmp_path):
+        """As where a weight of 0 says that a turn isn't trained on."""
+        for value, count in ((0, 1), (False, 1), ("", 0), (None, 0)):
+            data = self.data(tmp_path, CHATML, {"chosen": [said("assistant", "a", weight=value)]})
+            assert data.counts.get("rows with weight of messages left out by the template", 0) == count
+
+    def test_content_beside_a_call(self, tmp_path):
+        name = "rows with content beside tool_calls left out by the template"
+        for template, count in ((self.FIRST, 1), (self.CALLS, 0)):
+            data = self.data(tmp_path, template, {"chosen": [{**self.CALL, "content": "I look."}]})
+            assert data.counts.get(name, 0) == count
+
+    @pytest.mark.parametrize("template", ["chatml", "marked"])
+    def test_turns_of_others_in_a_response(self, tmp_path, template):
+        """Counted where the template doesn't say that they aren't trained on."""
+        row = {"chosen": ANSWERS["turns"][0], "rejected": [said("bot", "no"), said("assistant", "yes")]}
+        counts = self.data(tmp_path, TEMPLATES[template], row).counts
+        found = {name: count for name, count in counts.items() if name.endswith("trained on")}
+        each = {f"responses with turns of {role}, trained on": 1 for role in ("user", "bot")}
+        assert found == ({} if template == "marked" else each)
 
     @pytest.mark.parametrize("role", ["system", "tool"])
     def test_turns_that_a_template_leaves_out_are_counted(self, tmp_path, role):
@@ -355,13 +388,11 @@ class TestBeside:
         assert of("bytes", template).decode(data[0][0].tokens).startswith("glad<|im_start|>")
 
     def test_parts_of_text(self, tmp_path):
-        template = CHATML.replace(
-            "{{ m['content'] }}",
-            "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}"
-            "{% endif %}",
-        )
-        data = self.data(tmp_path, template, {"chosen": [said("assistant", [{"type": "text", "text": "parts"}])]})
-        assert of("bytes", template).decode(data[0][0].tokens).endswith("parts<|im_end|>\n")
+        data = self.data(tmp_path, self.PARTS, {"chosen": [said("assistant", [{"type": "text", "text": "parts"}])]})
+        assert of("bytes", self.PARTS).decode(data[0][0].tokens).endswith("parts<|im_end|>\n")
+        assert data.counts["rows with an empty prompt"] == 0
+        nothing = {"prompt": [said("user", [{"type": "text", "text": ""}])]}
+        assert self.data(tmp_path, self.PARTS, nothing).counts["rows with an empty prompt"] == 1
 
 
 class TestMarked:
@@ -495,6 +526,8 @@ class TestCounts:
             ({"prompt": "2 + " * 9}, "prompts cut"),
             ({"chosen": " 4 " * 20}, "responses cut to max_length"),
             ({"chosen": "2 + 4", "rejected": "2 + 5"}, "rows with responses that begin with the prompt"),
+            ({"chosen": '[{"role": "assistant"}]'}, "rows with chats spelt out in a string"),
+            ({"prompt": "[{'content': 'a'}]"}, "rows with chats spelt out in a string"),
             ({"score_chosen": 1, "score_rejected": 1}, "rows with a score_chosen that is the score_rejected"),
             ({"score_chosen": 1, "score_rejected": 2}, "rows with a score_chosen below the score_rejected"),
         ],

@@ -6,6 +6,7 @@ The first whose keys a record has, none of them null, is taken; the three of `FO
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ RESERVED |= {"max_length", "chat_template"}
 GOOD = ("good", "chosen", "desirable", "true", "1", "+1")
 BAD = ("bad", "rejected", "undesirable", "false", "0", "-1")
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}  # roles by other names
+SPELT_CHAT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")  # as JSON, or as Python shows it
 ANTHROPIC = "\n\nAssistant:"  # where the last turn of a dialogue in one string begins
 
 
@@ -389,6 +391,9 @@ def read_layout(where: str, record: Any) -> tuple[Layout, Row, list[str]]:
     given = found.prompt if isinstance(found.prompt, str) else ""
     if given.strip() and all(isinstance(text, str) and text.startswith(given) for text in completions):
         notes.append("rows with responses that begin with the prompt")
+    given_texts = [text for text in (found.prompt, *found.texts.values()) if isinstance(text, str)]
+    if any(SPELT_CHAT.match(text) for text in given_texts):
+        notes.append("rows with chats spelt out in a string")
     for pair in BESIDE:
         scores = [record.get(key) for key in pair]
         if "chosen" in layout.keys and all(isinstance(s, int | float) and not isinstance(s, bool) for s in scores):

@@ -11,6 +11,7 @@ Dimensions: P prompts, K completions of a prompt, W of a unit.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import operator
@@ -297,7 +298,7 @@ class Rollouts(Dataset[tuple[Response, ...]]):
         texts = self.tokenizer.batch_decode(sampled, skip_special_tokens=True)
         asked = [self.asked[p] for p in which for _ in range(count)]
         try:
-            given = self.reward(asked, texts)
+            given = self.reward([copy.deepcopy(prompt) for prompt in asked], [*texts])  # it may change them
         except Exception as error:
             kind = type(error).__name__
             raise RuntimeError(

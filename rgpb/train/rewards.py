@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from rgpb.train.config import TrainConfig
+from rgpb.train.layouts import described
 
 
 class Prompt(NamedTuple):
@@ -56,10 +58,10 @@ def load_function(name: str, role: str) -> Any:
         raise ValueError(f"{role}: expected a file with its ending, {place}.py:{attribute}, got {name!r}")
     if not place or not attribute:
         raise ValueError(f"{role}: expected FILE.py:FUNCTION or MODULE:FUNCTION, got {name!r}")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"{role}: expected a file, got {place!r}, which does not exist")
     try:
         if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise ValueError(f"{role}: expected a file, got {place!r}, which does not exist")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
             sys.modules.setdefault(Path(place).stem, module)  # where dataclasses look themselves up
@@ -68,6 +70,10 @@ def load_function(name: str, role: str) -> Any:
             module = importlib.import_module(place)
     except (ImportError, SyntaxError, TypeError) as error:
         raise ValueError(f"{role}: expected a module that can be imported, got {place!r} ({error})") from error
+    except Exception as error:  # whatever a module does
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        got = f"{place!r} ({described(error)}, in {last.filename}:{last.lineno})"
+        raise ValueError(f"{role}: expected a module that can be imported, got {got}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{role}: expected a function {attribute!r} in {place}, got {type(function).__name__}")
@@ -87,7 +93,9 @@ def reward_of(config: TrainConfig, given: Reward | None) -> Reward | None:
     if (config.reward is None) == (given is None):
         got = "none" if given is None else "both"
         raise ValueError(f"reward: expected a function, or its name in the settings, with online; got {got}")
-    return given or load_reward(config.reward or "")
+    reward = given or load_reward(config.reward or "")
+    _check_takes(reward, "reward", "prompts", "completions")
+    return reward
 
 
 def sampler_of(config: TrainConfig, given: Sampler | None) -> Sampler | None:
@@ -101,10 +109,19 @@ def sampler_of(config: TrainConfig, given: Sampler | None) -> Sampler | None:
         raise ValueError(f"sampler: expected none {where}, got a function")
     sampler = load_function(config.sampler, "sampler") if config.sampler is not None else given
     if sampler is not None:
-        try:
-            inspect.signature(sampler).bind([], 1, None)
-        except TypeError as error:
-            raise ValueError(
-                f"sampler: expected a function of (prompts, count, model), got another ({error})"
-            ) from None
+        _check_takes(sampler, "sampler", "prompts", "count", "model")
     return sampler
+
+
+def _check_takes(function: Any, role: str, *names: str) -> None:
+    """Refuse a function of other arguments, or one to be awaited, before it is needed."""
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"{role}: expected a function, got a coroutine function (asyncio.run inside of one would do)")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin that doesn't say
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise ValueError(f"{role}: expected a function of ({', '.join(names)}), got another ({error})") from None

@@ -107,6 +107,10 @@ def read_prompts(path: str | Path) -> Preferences:
 def _existing(path: str | Path) -> Path:
     if not Path(path).exists():
         raise ValueError(f"data: expected a file or folder, got {str(path)!r}, which does not exist")
+    if not (Path(path).is_file() or Path(path).is_dir()):  # its beginning is read twice, and a run that goes on anew
+        raise ValueError(
+            f"data: expected a file or folder, got {str(path)!r}, a pipe or device; write it to a file first"
+        )
     return Path(path)
 
 
@@ -137,13 +141,19 @@ def _records(path: Path, unread: set[str]) -> Iterator[tuple[str, Any]]:
 
 SHARD = re.compile(r"(.*?)[-_.]?(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?")
 KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
+# How files begin that people have and that aren't read, and what unpacks them
+PACKED = {
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "zstd -d"), b"BZh": ("bzip2", "bunzip2"), b"\xfd7zXZ": ("xz", "unxz"),
+    b"PK\x03\x04": ("ZIP", "unzip"),
+}  # fmt: skip
+UNREAD = (".zst", ".bz2", ".xz", ".zip")
 
 
 def _shards(folder: Path) -> list[Path]:
     """The files of a folder that are parts of one."""
     found: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        kind = next((kind for kind in KINDS if file.name.endswith(kind)), None)
+        kind = next((kind for kind in (*KINDS, *UNREAD) if file.name.endswith(kind)), None)
         if kind is not None:
             found.setdefault(kind, []).append(file)
     if not found:
@@ -157,6 +167,9 @@ def _shards(folder: Path) -> list[Path]:
     if len(found) > 1 or (len(files) > 1 and len(names) > 1):
         names = {file.name for file in files}
         raise ValueError(f"data: expected the shards of one file in {str(folder)!r}, got {shown(sorted(names))}")
+    numbers = Counter(int(match[2]) for match in matches if match)
+    if twice := [number for number, count in numbers.items() if count > 1]:
+        raise ValueError(f"data: expected each shard once in {str(folder)!r}, got several numbered {twice[0]}")
     total = {int(match[3]) for match in matches if match and match[3]}
     if total and total != {len(files)}:
         raise ValueError(f"data: expected {max(total)} shards in {str(folder)!r}, got {len(files)}")
@@ -166,6 +179,9 @@ def _shards(folder: Path) -> list[Path]:
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of JSON lines, or of one JSON array."""
     number, first = 0, True
+    for magic, (kind, tool) in PACKED.items():
+        if _starts_with(path, magic):
+            raise ValueError(f"data: expected JSON, plain or gzipped, got {kind} in {str(path)!r} ({tool} unpacks it)")
     try:
         with gzip.open(path) if _starts_with(path, b"\x1f\x8b") else open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -176,6 +192,10 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
                     return
                 yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
                 first = False
+    except _NoJsonError as error:
+        table = first and path.suffix.lower() in (".csv", ".tsv")
+        remedy = "; datasets.Dataset.from_csv makes a table of it, whose to_parquet is read" if table else ""
+        raise ValueError(f"{error}{remedy}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: expected a complete gzip file, got {described(error)}") from None
 
@@ -193,6 +213,10 @@ class _TwiceError(ValueError):
     pass
 
 
+class _NoJsonError(ValueError):
+    pass
+
+
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
@@ -205,7 +229,7 @@ def _parsed(where: str, line: bytes) -> Any:
         raise ValueError(f"{where}: expected one JSON object, got one nested too deeply") from None
     except json.JSONDecodeError as error:
         start = text[:40].rstrip()
-        raise ValueError(
+        raise _NoJsonError(
             f"{where}: expected one JSON object, got {start!r} … ({error.msg}, column {error.colno})"
         ) from None
     except ValueError as error:  # a key that comes twice, an integer of thousands of digits
@@ -285,15 +309,23 @@ def _tables(path: Path, unread: set[str]) -> Iterator[dict[str, Any]]:
     if isinstance(table, datasets.DatasetDict):
         raise ValueError(f"data: expected one split of {str(path)!r}, such as a folder in it, got {sorted(table)}")
     media = [name for name, feature in table.features.items() if _is_media(feature)]
+    classes = {name: each for name, each in table.features.items() if isinstance(each, datasets.ClassLabel)}
     unread.update(media)
     number = 0
     try:
         for batch in table.remove_columns(media).with_format(None).iter(batch_size=1000):
-            for values in zip(*batch.values()):
+            named = {name: [_class_name(each, value) for value in batch[name]] for name, each in classes.items()}
+            for values in zip(*{**batch, **named}.values()):
                 yield {key: _without_nulls(value) for key, value in zip(batch, values)}
                 number += 1
     except Exception as error:
         raise ValueError(f"{path}:{number + 1}: expected a row, got {described(error)}") from error
+
+
+def _class_name(feature: Any, value: int | None) -> Any:
+    """What a number of a column of classes stands for: another number, where the class is named so."""
+    name = None if value is None else feature.int2str(value)
+    return int(name) if name in ("-1", "0", "1") else name
 
 
 def _is_media(feature: Any) -> bool:

@@ -184,8 +184,14 @@ class PreferenceDataset(Dataset[tuple[Response, ...]]):
         return self._with(ref=ref)
 
     def preferred(self) -> PreferenceDataset:
-        """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out."""
+        """Each preferred response once and by itself, for maximum likelihood. The others are counted as left out.
+
+        Raises:
+            ValueError: there is none.
+        """
         chosen = self.units[self.labels].unique()
+        if not len(chosen):
+            raise ValueError(f"data: expected a preferred response to fine-tune on, got {len(self)} dispreferred ones")
         left = int((self.units.unique() >= 0).sum()) - len(chosen)
         counts = {**self.counts, "units": len(chosen), "responses": len(chosen), "left out as dispreferred": left}
         every = torch.ones(len(chosen), 1, dtype=torch.bool)
@@ -547,11 +553,16 @@ def _together(part: Sequence[tuple[Row, list[int]]], tokenizer: Any, counts: Cou
     chats = [(row, [*row.prompt, *text]) for row, text in responses if isinstance(text, list)]  # type: ignore[list-item]
     lost = {(row.where, what) for row, chat in chats for what in _left_out(row, tokenizer, chat)}
     counts.update(f"rows with {what} left out by the template" for _, what in sorted(lost))
-    found = iter(_chat_ids(chats, tokenizer))
-    out = []
-    for (row, which), ids in zip(part, prompts):
-        out.append([_placed(row, tokenizer, ids, row.completions[c], *next(found)) for c in which])
-    return out
+    found = _chat_ids(chats, tokenizer)
+    for (row, text), (_, marks) in zip(responses, found):
+        _check_says(row, tokenizer, text)
+        roles = {turn["role"] for turn in text if isinstance(turn, dict)} if marks is None else set()
+        counts.update(f"responses with turns of {role}, trained on" for role in roles - {"assistant", "model"})
+    each = iter(found)
+    return [
+        [_placed(row, tokenizer, ids, row.completions[c], *next(each)) for c in which]
+        for (row, which), ids in zip(part, prompts)
+    ]
 
 
 PART = 1000  # rows that are tokenised at a time
@@ -562,7 +573,13 @@ def is_empty(prompt: Text) -> bool:
     """Whether a prompt says nothing."""
     if isinstance(prompt, str):
         return not prompt
-    return not any(value for turn in prompt for key, value in turn.items() if key != "role")
+    return not any(_said(turn) or any(turn[key] for key in turn.keys() - {"role", "content"}) for turn in prompt)
+
+
+def _said(turn: dict[str, Any]) -> str:
+    """The text of a message."""
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _prompts(rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
@@ -703,7 +720,12 @@ def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]
     Raises:
         ValueError: of tools, of a call, or of parts as they are, nothing is shown.
     """
-    beside = {key for turn in chat for key, value in turn.items() if value and key not in ("role", "content")}
+    beside = {
+        key
+        for turn in chat
+        for key, x in turn.items()
+        if x not in (None, "", [], {}) and key not in ("role", "content")
+    }
     parts = [turn["content"] for turn in chat if isinstance(turn.get("content"), list)]
     others = {turn["role"] for turn in chat if turn.get("content")} - {"user", "assistant", "model"}
     if not beside and not parts and not row.template and not others:
@@ -738,8 +760,31 @@ def _left_out(row: Row, tokenizer: Any, chat: list[dict[str, Any]]) -> list[str]
     ):
         if lost:
             raise ValueError(f"{row.where}: {key}: expected a chat template that shows them, got one that does not")
+    for place, turn in enumerate(chat):
+        calls = turn.get("tool_calls")
+        calls = calls if isinstance(calls, list) else []
+        for n in range(len(calls)):
+            if alike(row, [*chat[:place], {**turn, "tool_calls": calls[:n] + calls[n + 1 :]}, *chat[place + 1 :]]):
+                raise ValueError(
+                    f"{row.where}: tool_calls: expected a chat template that shows them, got one that leaves out "
+                    f"{shown(calls[n])}"
+                )
     unseen = [f"{key} of messages" for key in sorted(beside) if same(row, {key})]
+    talking = [turn if not turn.get("tool_calls") else {**turn, "content": ""} for turn in chat]
+    if any(_said(turn) and turn.get("tool_calls") for turn in chat) and alike(row, talking):
+        unseen.append("content beside tool_calls")
     return unseen + [f"turns of {role}" for role in sorted(others) if same(row, set(), role)]
+
+
+def _check_says(row: Row, tokenizer: Any, completion: Text) -> None:
+    """Refuse a response of which the template shows nothing but who speaks."""
+    turns: list[dict[str, Any]] = [turn for turn in completion if isinstance(turn, dict)]
+    if any(_said(turn).strip() for turn in turns):
+        return
+    nothing = [{"role": turn["role"], "content": ""} for turn in turns]
+    prompt: list[dict[str, Any]] = row.prompt  # type: ignore[assignment]
+    if _rendered(row, tokenizer, [*prompt, *turns]) == _rendered(row, tokenizer, [*prompt, *nothing]):
+        raise ValueError(f"{row.where}: expected a response with something that the template shows, got {shown(turns)}")
 
 
 def _cut(row: Row, ids: list[int], tokenizer: Any, keep: int, side: str) -> tuple[Row, list[int]]:
