@@ -6,6 +6,8 @@ What needs axolotl runs where it is installed: it pins its own TRL and transform
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -197,3 +199,115 @@ def test_settings_of_the_plugin():
     found = RgpbArgs.model_validate({"rgpb_objective": {"dpo": 1, "mle": 0.5}, "rl": "dpo", "rgpb_options": options})
     assert found.rgpb_objective == {"dpo": 1.0, "mle": 0.5}
     assert found.rgpb_options == options
+
+
+def axolotl_trainer(parts: Any, folder: Path, **changes: Any) -> Any:
+    """What axolotl makes of a configuration, by its own steps up to the training."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_preference_datasets
+    from axolotl.train import setup_model_and_trainer
+    from axolotl.utils.dict import DictDefault
+
+    tokenizer, model, rows = parts
+    folder.mkdir()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    if changes.get("rl") == "kto":
+        rows = [
+            {"prompt": r["prompt"], "completion": r[n], "label": n == "chosen"}
+            for r in rows
+            for n in r
+            if n != "prompt"
+        ]
+    fields = {f"field_{name}": name for name in rows[0]}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = load_cfg(
+        DictDefault(
+            {
+                "base_model": str(folder / "model"),
+                "tokenizer_config": str(folder / "model"),
+                "datasets": [{"path": str(folder / "rows.jsonl"), "split": "train", "type": fields}],
+                "dataset_prepared_path": str(folder / "prepared"),
+                "output_dir": str(folder / "out"),
+                "rl": "dpo",
+                "sequence_len": 64,
+                "micro_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "max_steps": 3,
+                "optimizer": "adamw_torch",
+                "lr_scheduler": "constant",
+                "warmup_steps": 0,
+                "learning_rate": 0.01,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "val_set_size": 0,
+                "bf16": False,
+                "fp16": False,
+                "tf32": False,
+                "attn_implementation": "sdpa",
+                "seed": 1,
+            }
+            | changes
+        )
+    )
+    return setup_model_and_trainer(cfg, load_preference_datasets(cfg=cfg))[0]
+
+
+PLUGIN: dict[str, Any] = {"plugins": ["rgpb.axolotl.Plugin"]}
+
+
+def test_axolotl_trains_dpo_as_its_own(parts, tmp_path):
+    pytest.importorskip("axolotl")
+    theirs = axolotl_trainer(parts, tmp_path / "theirs", rl_beta=0.1)
+    ours = axolotl_trainer(parts, tmp_path / "ours", rgpb_objective="dpo", rgpb_options={"beta": 0.1}, **PLUGIN)
+    assert type(ours).__module__ == "rgpb.axolotl.trainers"
+    wanted, found = steps_of(theirs), steps_of(ours)
+    assert len(wanted) == 3
+    for a, b in zip(wanted, found):
+        assert b["loss"] == pytest.approx(a["loss"], abs=2e-6)
+        assert b["rewards/margins"] == pytest.approx(a["rewards/margins"], abs=2e-6)
+    for a, b in zip(theirs.model.parameters(), ours.model.parameters()):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl": "dpo", "rgpb_objective": "bnf"},
+        {"rl": "kto", "rgpb_objective": "bnf", "remove_unused_columns": False},
+        {"rl": "dpo", "rgpb_objective": {"dpo": 1.0, "mle": 0.2}, "rgpb_options": {"dpo.beta": 0.2}},
+        {
+            "rl": "dpo",
+            "rgpb_objective": "bnf",
+            "adapter": "lora",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_modules": ["q_proj"],
+        },
+    ],
+)
+def test_axolotl_trains_other_losses(parts, tmp_path, changes):
+    pytest.importorskip("axolotl")
+    trainer = axolotl_trainer(parts, tmp_path / "run", **PLUGIN, **changes)
+    steps = steps_of(trainer)
+    assert len(steps) == 3
+    first, *_, last = ([step[n] for n in ("rewards/chosen", "rewards/rejected") if n in step] for step in steps)
+    assert first == pytest.approx([0] * len(first), abs=1e-6)  # the policy is still the reference
+    assert max(map(abs, last)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "rgpb_objective: expected a loss, such as bnf or dpo"),
+        (
+            {"rgpb_objective": "bnf", "trainer_cls": "a.B"},
+            "trainer_cls: expected none beside rgpb.axolotl.Plugin, got a.B",
+        ),
+        ({"rgpb_objective": "dpo", "rl_beta": 0.2}, "rl_beta: expected none beside rgpb_objective, got 0.2"),
+    ],
+)
+def test_axolotl_refuses(parts, tmp_path, changes, message):
+    pytest.importorskip("axolotl")
+    with pytest.raises(ValueError, match=message):
+        axolotl_trainer(parts, tmp_path / "run", **PLUGIN, **changes)
