@@ -1,6 +1,9 @@
-"""Other people's trainers on this package's losses: TRL's through the mixin, and axolotl's plug-in.
+"""Other people's trainers on this package's losses: TRL's through `TRLMixin`, and axolotl's plug-in.
 
-What needs axolotl runs where it is installed: it pins its own TRL and transformers. It last ran on axolotl 0.19.0.
+What needs axolotl runs where it is installed, and is skipped elsewhere: it pins its own TRL and transformers. It last
+ran on axolotl 0.21.0 (TRL 1.14.1, on Python 3.11, though it asks for 3.12) and 0.19.0 (TRL 1.9.0). It needs a
+copy of this file outside the checkout, whose folder kernels/ would hide the package of that name, and in the
+environment AXOLOTL_DO_NOT_TRACK=1 and HF_HUB_OFFLINE=1.
 """
 
 from __future__ import annotations
@@ -185,6 +188,8 @@ def test_a_copied_adapter_is_refused(parts, tmp_path):
             {"rgpb_objective": "bnf", "rl": "dpo", "context_parallel_size": 2},
             "context_parallel_size: expected 1, got 2",
         ),
+        ({"rgpb_objective": "mle", "rl": "dpo"}, "expected a loss that tells good from bad responses, got mle"),
+        ({"rgpb_objective": {"bnf": 1, "mle": 1}, "rl": "kto"}, "expected a loss that tells good from bad responses"),
         ({"rgpb_options": {"beta": 1}}, "rgpb_objective: expected a loss beside rgpb_options, got none"),
     ],
 )

@@ -45,6 +45,8 @@ class RgpbArgs(BaseModel):
         if spec.unit == "group" or (rl == "kto" and spec.unit == "pair"):
             wanted = "pairs or single responses" if rl == "dpo" else "single responses"
             raise ValueError(f"rgpb_objective: expected a loss of {wanted} with rl: {rl}, got {spec.name}")
+        if spec.unit == "response" and not all(part.label for part, _ in spec.parts or ((spec, 1.0),)):
+            raise ValueError(f"rgpb_objective: expected a loss that tells good from bad responses, got {spec.name}")
         for name in OTHERS:
             if data.get(name):
                 raise ValueError(f"{name}: expected none beside rgpb_objective, got {data[name]}; see rgpb_options")
