@@ -18,7 +18,7 @@ FLOORS = (
     ("rgpb.engine",),
     ("rgpb.validation",),
     ("rgpb.metrics", "rgpb.logprob", "rgpb.fused", "rgpb"),
-    ("rgpb.reference", "rgpb.analysis", "rgpb.hf", "rgpb.trl"),
+    ("rgpb.reference", "rgpb.analysis", "rgpb.hf", "rgpb.trl", "rgpb.axolotl"),
     ("rgpb.arguments", "rgpb.train", "rgpb.bench"),
     ("rgpb.cli", "rgpb.demo"),
     ("benchmarks",),

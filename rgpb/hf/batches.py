@@ -73,6 +73,34 @@ def pack(batch: Mapping[str, Any]) -> dict[str, Any]:
     return packed
 
 
+def from_trl(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of TRL's DPO or KTO collator, as at the top of `rgpb.hf`.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `completion_mask`, which says what counts, each [B, T]; what else the
+            model takes; `label` [B] of single responses; the reference's sums, where they are precomputed. What TRL
+            has for its estimate of the KL (`KL_…`) is left out.
+
+    Returns:
+        `labels` [B, T] in place of the mask, `label` [B] also of pairs, and `ref_logp` [B].
+
+    Raises:
+        ValueError: no `completion_mask`.
+    """
+    if "completion_mask" not in batch:
+        raise ValueError(f"batch: expected TRL's completion_mask, got {', '.join(map(repr, batch)) or 'nothing'}")
+    out = {name: value for name, value in batch.items() if not name.startswith(("KL_", "ref_", "completion_mask"))}
+    out["labels"] = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE)
+    size = len(out["labels"])
+    if "label" not in batch:
+        out["label"] = torch.arange(size) < size // 2
+    if "ref_chosen_logps" in batch:
+        out["ref_logp"] = torch.cat((batch["ref_chosen_logps"], batch["ref_rejected_logps"]))
+    elif "ref_logps" in batch:
+        out["ref_logp"] = batch["ref_logps"]
+    return out
+
+
 def _keywords(module: nn.Module) -> frozenset[str]:
     """What the forward of a module takes by name; one that hands everything on takes what its parent's does."""
     kind = type(module)
