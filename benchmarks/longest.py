@@ -12,7 +12,7 @@ longest L found is confirmed by a whole step. Beyond the last of --lengths atten
 tokens: the same memory, without work that grows with L². What these short cuts change shows in whole steps of
 --lengths, with full attention: the table has the peak of the search over that of the whole step for the last of them.
 
-Tries are kept as they end: the same command goes on where it ended. The picture has the peaks over L.
+Tries, DPO first, are kept as they end: the same command goes on where it ended. The picture has the peaks over L.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def next_try(way: str, loss: str, tries: Sequence[Try], a: argparse.Namespace) -
     if worst - best > STEP:
         guess = (best + worst) // 2
         if len(passed) > 1:
-            line = predicted(passed, a.limit)
+            line: float = predicted(passed, a.limit)
             line = best + 0.9 * (line - best) if line > 2 * best else line  # a far one rather short: it makes the next
             guess = int(line) if line < worst else guess
         return wanted(min(max(guess // STEP * STEP, best + STEP), worst - STEP), False)
@@ -251,7 +251,7 @@ def main(given: list[str] | None = None) -> None:
             wanted = [one for job in JOBS if (one := next_try(*job, tries, a)) is not None]
             if not wanted or time.monotonic() - start > 60 * a.minutes:
                 break
-            one = min(wanted, key=lambda one: (one.whole, one.length))
+            one = min(wanted, key=lambda one: (one.whole, one.loss != "dpo", one.length))
             attention = "sdpa" if one.length <= a.lengths[-1] else "windows"
             setting = Setting(Path(folder), "fp32", True, a.threads, attention)
             began = time.monotonic()

@@ -3,8 +3,9 @@
 One Llama of SmolLM2-135M's sizes with random weights, or MODEL, a folder or a GGUF file; the same pairs of random
 tokens, or of --pairs, for all; reference log-probabilities are computed before, so that a step is the policy's. Who
 takes part: TRL's DPOTrainer with its own fused head, and with the library's (`rgpb.trl.accelerate`); Liger's fused DPO
-loss on the model's hidden states, with π_ref = 1, since it takes no log-probabilities; naive PyTorch; and
-`rgpb.hf.loss`, with and without `grad_tolerance="auto"` and a `Workspace` that is kept, with DPO and with BNF.
+loss on the model's hidden states, with π_ref = 1, since it takes no log-probabilities; naive PyTorch; and, with DPO and
+with BNF, `rgpb.trl.PreferenceTrainer` and `rgpb.hf.loss`, also with `grad_tolerance="auto"` and with a `Workspace` that
+is kept.
 
 The whole step is forward, backward and AdamW, whose learning rate is 0, so that all see one model: they hold the same
 parameters. The loss part is the same code on a model whose layers are replaced by their result: from hidden states to
@@ -18,7 +19,6 @@ Dimensions: B responses, chosen before rejected, T tokens of each, V vocabulary,
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import math
 import multiprocessing
@@ -112,44 +112,58 @@ def liger(model: Any, pairs: Pairs, loss: str, **how: Any) -> Run:
 
 
 def trl(model: Any, pairs: Pairs, loss: str, accelerated: bool = False) -> Run:
-    """`DPOTrainer.training_step` on a batch of its collator; `accelerated`: with the library's head in place of its."""
-    import datasets
-    from trl import DPOConfig, DPOTrainer
+    """`DPOTrainer`; `accelerated`: with the library's head in place of its own."""
+    from trl import DPOTrainer
 
     import rgpb.trl
 
-    ref = pairs.ref.sum(1).chunk(2)
+    sums = (side.sum(1).tolist() for side in pairs.ref.chunk(2))
+    refs = [{"ref_chosen_logps": one, "ref_rejected_logps": other} for one, other in zip(*sums)]
+    run = training(DPOTrainer, model, pairs, "sigmoid", refs)
 
-    class Given(DPOTrainer):
-        """One whose reference is there already."""
+    def fast() -> Tensor:
+        with rgpb.trl.accelerate():
+            return run()
 
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            return dataset
+    return fast if accelerated else run
+
+
+def preference(model: Any, pairs: Pairs, loss: str, **options: Any) -> Run:
+    """`rgpb.trl.PreferenceTrainer`."""
+    from rgpb.trl import PreferenceTrainer
+
+    logp = pairs.ref[:, :-1].double()
+    sides = [(a.tolist(), b.tolist()) for a, b in zip(logp, logp - (-logp.expm1()).log())]
+    names = [f"ref_{side}_{score}" for side in ("chosen", "rejected") for score in ("logp", "log_odds")]
+    refs = [dict(zip(names, (*one, *other))) for one, other in zip(sides, sides[len(sides) // 2 :])]
+    return training(PreferenceTrainer, model, pairs, loss, refs, options=options)
+
+
+def training(kind: Any, model: Any, pairs: Pairs, loss: str, refs: list[dict[str, Any]], **more: Any) -> Run:
+    """A trainer's `training_step` on a batch of its collator, with a reference that is there: `refs`, of each pair."""
+    import datasets
+    from trl import DPOConfig
 
     datasets.disable_progress_bars()
-    chosen, rejected = (part.tolist() for part in pairs.ids.chunk(2))
-    examples = [
-        {
-            "prompt_ids": a[:1], "chosen_ids": a[1:], "rejected_ids": b[1:],
-            "ref_chosen_logps": r.item(), "ref_rejected_logps": s.item(),
-        }
-        for a, b, r, s in zip(chosen, rejected, *ref)
-    ]  # fmt: skip
+    given = type("Given", (kind,), {"_precompute_ref_logps": lambda self, dataset, name, batch_size: dataset})
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            folder, beta=BETA, precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False, bf16=False,
-            use_cpu=True, report_to=[], disable_tqdm=True,
+            folder, loss_type=[loss], beta=BETA, precompute_ref_log_probs=True, max_length=None, use_cpu=True,
+            gradient_checkpointing=False, bf16=False, report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        trainer = Given(
-            model, args=args, processing_class=train_tokenizer(["a"], 258),
+        trainer = given(
+            model, args=args, processing_class=train_tokenizer(["a"], 258), **more,
             train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer.data_collator(examples)
+    chosen, rejected = (side.tolist() for side in pairs.ids.chunk(2))
+    batch = trainer.data_collator([
+        {"prompt_ids": one[:1], "chosen_ids": one[1:], "rejected_ids": other[1:], **ref}
+        for one, other, ref in zip(chosen, rejected, refs)
+    ])  # fmt: skip
 
     def run() -> Tensor:
-        with rgpb.trl.accelerate() if accelerated else contextlib.nullcontext():
-            return trainer.training_step(trainer.model, inputs)
+        return trainer.training_step(trainer.model, batch)
 
     return run
 
@@ -178,6 +192,8 @@ for _loss in ("dpo", "bnf"):
     WAYS[f"naive, {_loss}"] = Way(_loss, naive)
     for _name, _how in OURS.items():
         WAYS[f"rgpb.hf.loss, {_loss}{_name}"] = Way(_loss, partial(fused, **_how()))
+    for _name in ("", ", kept, auto"):
+        WAYS[f"rgpb.trl.PreferenceTrainer, {_loss}{_name}"] = Way(_loss, partial(preference, **OURS[_name]()))
 
 
 # -- the model and its twins -------------------------------------------------------------------------------------------

@@ -522,12 +522,12 @@ def test_a_trainers_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_step, "apart", in_place)
     wrong = trainer_step.Way("dpo", lambda model, pairs, loss: trainer_step.naive(model, pairs._replace(ref=0), loss))
     monkeypatch.setitem(trainer_step.WAYS, "naive, wrong", wrong)
-    only = "TRL|accelerate|naive|bnf$|dpo, kept, auto"
+    only = "TRL|accelerate|naive|bnf$|loss, dpo, kept, auto"
     sizes = ["--rounds", "1", "--batch", "2", "--length", "8", "--threads", "1"]
     trainer_step.main(["--only", only, *sizes, "--out", str(tmp_path)])
     rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["table"]}
     assert rows.pop("naive, wrong")["status"] == "FAILED"
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows.values():
         assert row["status"] == "ok", row
         assert row["gradient off"] < 1e-5
