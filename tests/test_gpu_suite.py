@@ -534,6 +534,7 @@ def test_a_trainers_step(tmp_path, monkeypatch):
         assert min(row["step, ms"], row["loss part, ms"], row["step over TRL"], row["peak, MiB"]) > 0
 
 
+@pytest.mark.full
 def test_the_longest_pair(tmp_path, monkeypatch):
     """Up to the cap, where nothing is over the limit; the same command has nothing more to try."""
     monkeypatch.setattr(longest, "STEP", 8)
