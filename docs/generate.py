@@ -49,6 +49,8 @@ GROWTH = "cpu-2-threads/growth/results.json"
 CALLS = "cpu-2-threads/calls/results.json"
 TRAINED = "cpu-2-threads/trained/results.json"
 REAL = "cpu-2-threads/real/results.json"
+STEP = "cpu-2-threads/trainer-step/results.json"
+LONGEST = "cpu-2-threads/longest/results.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -334,6 +336,45 @@ def trained() -> str:
     return "\n\n".join([table(headers, lines), source])
 
 
+def trainer_step() -> str:
+    """A training step in a trainer, whole and from the hidden states on."""
+    lines = [
+        (
+            f"{row['way']}{', π_ref = 1' * row['way'].startswith('Liger')}",
+            *(
+                x
+                for part in ("step", "loss part")
+                for x in (f"{row[f'{part}, ms']:,.0f} ms", f"{row[f'{part} over TRL']:.2f}")
+            ),
+            f"{row['peak, MiB']:,} MiB",
+        )
+        for row in load(STEP)["table"]
+        if row["status"] == "ok"
+    ]
+    return "\n\n".join([table(("", "step", "over TRL", "loss part", "over TRL", "peak"), lines), conditions(STEP)])
+
+
+def longest() -> str:
+    """The longest pair within a limit, and the length that no longer fits."""
+    content = load(LONGEST)
+    made, ways = content["provenance"], dict.fromkeys(row["way"] for row in content["table"])
+    found = {(row["way"], row["loss"]): row for row in content["table"]}
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "–"
+        if row["longest"] is None:
+            return "not found yet"
+        return f"{row['longest']:,}, the cap" if row["capped"] else f"{row['longest']:,} (not {row['too long']:,})"
+
+    lines = [(way, *(cell(found.get((way, loss))) for loss in ("dpo", "bnf"))) for way in ways]
+    source = (
+        f"Measured {made['date'][:10]}, {made['model']}, {made['limit'] / 2**30:g} GiB, PyTorch {made['torch']}, "
+        f"commit `{made['commit'][:7]}`: [data](../benchmarks/results/{LONGEST})."
+    )
+    return "\n\n".join([table(("tokens of each response", "DPO", "BNF"), lines), source])
+
+
 def real() -> str:
     """What `make real` showed of held-out pairs."""
     content = load(REAL)
@@ -528,6 +569,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "calls": small,
     "trained": trained,
     "real": real,
+    "trainer-step": trainer_step,
+    "longest": longest,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
     "tally": tally,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installed
 
-from benchmarks import language
+from benchmarks import language, longest, trainer_step
 from benchmarks.gpu import calls, journal, peers, skipping
 from benchmarks.gpu.__main__ import PARTS, main, parse_case
 from rgpb import LMHead, bench, hf, reference
@@ -503,3 +505,73 @@ def test_small_calls_and_growth(tmp_path, capsys, monkeypatch):
     assert [(row["grows"], row["N"]) for row in grown] == [("N", 8), ("N", 16), ("V", 8)]
     assert all(row["over the products"] > 0 for row in grown)
     assert (tmp_path / "benchmarks.growth" / "results.png").stat().st_size > 0
+
+
+TINY = (320, 32, 48, 2, 4, 2, 64)
+
+
+def in_place(work, limit=None):
+    """`apart`, in this process."""
+    return trainer_step.Ended("ok", work())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*pin_memory.*:UserWarning")
+def test_a_trainers_step(tmp_path, monkeypatch):
+    """Who is right is timed, whole and from its hidden states; who isn't has a row that says so."""
+    monkeypatch.setattr(trainer_step, "SMOLLM2", TINY)
+    monkeypatch.setattr(trainer_step, "apart", in_place)
+    wrong = trainer_step.Way("dpo", lambda model, pairs, loss: trainer_step.naive(model, pairs._replace(ref=0), loss))
+    monkeypatch.setitem(trainer_step.WAYS, "naive, wrong", wrong)
+    only = "TRL|accelerate|naive|bnf$|loss, dpo, kept, auto"
+    sizes = ["--rounds", "1", "--batch", "2", "--length", "8", "--threads", "1"]
+    trainer_step.main(["--only", only, *sizes, "--out", str(tmp_path)])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "results.json").read_text())["table"]}
+    assert rows.pop("naive, wrong")["status"] == "FAILED"
+    assert len(rows) == 7
+    for row in rows.values():
+        assert row["status"] == "ok", row
+        assert row["gradient off"] < 1e-5
+        assert min(row["step, ms"], row["loss part, ms"], row["step over TRL"], row["peak, MiB"]) > 0
+
+
+@pytest.mark.full
+def test_the_longest_pair(tmp_path, monkeypatch):
+    """Up to the cap, where nothing is over the limit; the same command has nothing more to try."""
+    monkeypatch.setattr(longest, "STEP", 8)
+    monkeypatch.setattr(longest, "apart", in_place)
+    monkeypatch.setattr(longest, "JOBS", (("naive", "dpo"), ("rgpb, LoRA", "bnf")))
+    trainer_step.random_model(None, TINY).save_pretrained(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--lengths", "8", "16", "--cap", "32", "--threads", "1"]
+    for _ in range(2):
+        longest.main([*given, "--out", str(tmp_path)])
+        made = json.loads((tmp_path / "results.json").read_text())
+        assert [(row["longest"], row["capped"]) for row in made["table"]] == [(32, True)] * 2
+        assert {one["status"] for one in made["tries"]} == {"ok"}
+        assert len(made["tries"]) == 14
+    assert (tmp_path / "results.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("most", [900, 2300, 5000, 21000, 70000])
+def test_the_search_for_the_longest_pair(most):
+    """It ends at the last multiple of 256 that fits, confirmed by a whole step, though short tries see less."""
+    a = argparse.Namespace(lengths=(2048, 4096), cap=65536, limit=8 * 2**30)
+    each = (a.limit - 2**31) // most
+    tries = []
+    while (one := longest.next_try("rgpb", "dpo", tries, a)) is not None:
+        assert one.length % 256 == 0
+        peak = 2**31 + each * one.length - (0 if one.whole else 2**25)
+        over = peak > a.limit
+        tries.append(one._replace(status="over the limit" if over else "ok", peak=None if over else peak))
+    row = longest.row_of("rgpb", "dpo", tries, a)
+    assert row["longest"] == min(most // 256 * 256, a.cap)
+    assert row["capped"] == (most > a.cap)
+    assert len(tries) == len(set(tries)) <= 16
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_process_is_ended_over_its_limit():
+    times = partial(partial, operator.mul, b"x")
+    assert trainer_step.apart(times(3), 2**31) == ("ok", b"xxx")
+    assert trainer_step.apart(times(2**32), 2**30) == ("over the limit", None)
+    assert trainer_step.apart(times(None)).status.startswith("error: TypeError")

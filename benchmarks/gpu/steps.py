@@ -51,15 +51,27 @@ def scored(loss: str, log_p: Tensor, target: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def plain_loss(loss: str, logp: Tensor, others: Tensor | None, mask: Tensor, ref: Tensor) -> Tensor:
-    """The papers' equations, as in `rgpb.bench.contest`, of the tokens that `mask` leaves. All [2, T] → 0-d."""
+    """The papers' equations, as in `rgpb.bench.contest`, of the tokens that `mask` leaves. All [B, T], chosen before
+    rejected → 0-d."""
     if loss == "dpo":
         chosen, rejected = ((logp - ref) * mask).sum(-1).chunk(2)
         return -F.logsigmoid(BETA * (chosen - rejected)).mean()
     assert others is not None
     f_target = (logp.detach() - ref).exp().clamp(max=1)
     f_others = (1 - f_target) / (1 - logp.detach().exp()).clamp(min=torch.finfo(logp.dtype).eps)
-    mean = ((f_target * logp + f_others * others) * mask).sum(-1) / mask.sum(-1)
-    return -(mean * mean.new_tensor([1.0, -1.0])).mean()
+    chosen, rejected = (((f_target * logp + f_others * others) * mask).sum(-1) / mask.sum(-1)).chunk(2)
+    return -(chosen - rejected).mean() / 2
+
+
+def optimizer_of(model: Any, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW of a learning rate of 0, with its states, which a step with gradients of 0 makes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, fused=fused)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 class Llama:
@@ -84,13 +96,8 @@ class Llama:
 
     @cached_property
     def optimizer(self) -> torch.optim.AdamW:
-        """With its states, which a step with gradients of 0 makes."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=self.settings.device == "cuda")
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        return optimizer
+        """Of all parameters."""
+        return optimizer_of(self.model, fused=self.settings.device == "cuda")
 
     @torch.no_grad()
     def pair(self, length: int) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
