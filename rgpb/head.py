@@ -147,7 +147,8 @@ def read_head(model: nn.Module) -> LMHead:
         model: a transformers model with a plain linear LM head, or a PEFT model around one.
 
     Raises:
-        ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device.
+        ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device; or soft-cap or scale
+            are those of a text model inside another model, which may ignore them.
     """
     model = unwrap(model)
     linear, name = model.get_output_embeddings(), described(model)
@@ -164,7 +165,13 @@ def read_head(model: nn.Module) -> LMHead:
     if final is not None:
         final = final.to(weight).view(-1)
         bias = final if bias is None else bias + final
-    return LMHead(weight, bias, *declared_scaling(model))
+    scaling, config = declared_scaling(model), model.config
+    if scaling != (None, 1.0) and config.get_text_config() is not config and not config.is_encoder_decoder:
+        raise ValueError(
+            f"model: expected soft-cap and scale in the config of {name} itself, got them in that of its text model, "
+            "which may ignore them inside another; rgpb.hf.read_head(model) finds out"
+        )
+    return LMHead(weight, bias, *scaling)
 
 
 def declared_scaling(model: PreTrainedModel) -> tuple[float | None, float]:

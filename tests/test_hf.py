@@ -641,9 +641,15 @@ def test_what_would_mix_packed_responses_is_refused() -> None:
     with pytest.raises(ValueError, match="cu_seqlens: expected a causal LM"):
         hf.token_scores(t5, padded(t5) | {"cu_seqlens": torch.tensor([0, 21])})
     small = GROUPED | {"head_dim": 8, "intermediate_size_mlp": 24, "num_local_experts": 2}
-    chunked = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, attention_chunk_size=4))
-    with pytest.raises(ValueError, match="attends within chunks of the packed row"):
-        hf.token_scores(chunked, packed)
+    for limits in ({"attention_chunk_size": 14}, {"attention_chunk_size": 15, "floor_scale": 15}):
+        chunked = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, **limits))
+        with pytest.raises(ValueError, match="rows of at most 14 tokens, .* attends within chunks of the packed row"):
+            hf.token_scores(chunked, packed)
+    whole = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, attention_chunk_size=15)).eval()
+    batch = padded(whole)
+    kept, kept_packed = targets(whole, batch) != IGNORE, targets(whole, packed)[0] != IGNORE
+    scores = hf.token_scores(whole, packed).logp[kept_packed]
+    torch.testing.assert_close(scores, hf.token_scores(whole, batch).logp[kept], rtol=1e-5, atol=1e-5)
 
 
 def test_a_faint_leak_and_a_wrong_position_are_seen() -> None:
@@ -674,9 +680,32 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     for model in (t5, bart):
         with pytest.raises(ValueError, match="decoder_input_ids: expected them, or labels"):
             hf.hidden_states(model, batch["input_ids"])
-    bart_without = type("Bare", (type(bart),), {"prepare_decoder_input_ids_from_labels": None})(bart.config)
+    bare = type("Bare", (type(bart),), {"prepare_decoder_input_ids_from_labels": None})
     with pytest.raises(ValueError, match=r"Bare .*can't shift labels"):
-        hf.hidden_states(bart_without, batch["input_ids"], labels=batch["labels"])
+        config = copy.deepcopy(bart.config)
+        config.decoder_start_token_id = None
+        hf.hidden_states(bare(config), batch["input_ids"], labels=batch["labels"])
+
+
+def test_labels_that_a_forward_shifts_itself() -> None:
+    """As its module does, where that is what the forward does."""
+
+    class Bare(transformers.BartForConditionalGeneration):
+        prepare_decoder_input_ids_from_labels = None
+
+    class Mirrored(Bare):
+        def forward(self, labels: Tensor | None = None, **given: Any) -> Any:
+            return super().forward(labels=None if labels is None else labels.flip(1), **given)
+
+    model = build("bart")
+    batch = padded(model)
+    bare, mirrored = (kind(model.config).eval() for kind in (Bare, Mirrored))
+    bare.load_state_dict(model.state_dict())
+    torch.testing.assert_close(hf.token_scores(bare, batch).logp, hf.token_scores(model, batch).logp)
+    with pytest.raises(ValueError, match=r"Mirrored .* shifts labels in a way of its own"):
+        hf.token_scores(mirrored, batch)
+    with pytest.raises(ValueError, match=r"Mirrored .* shifts labels in a way of its own"):
+        hf.attach(Mirrored(model.config))
 
 
 def test_decoder_inputs_given_or_shifted() -> None:
@@ -847,6 +876,8 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
         batch = padded(model)
         ours = hf.token_scores(model, batch).logp[targets(model, batch) != IGNORE]
         torch.testing.assert_close(ours, own_logps(model, batch).float())
+        with pytest.raises(ValueError, match=r"which may ignore them inside another; rgpb.hf.read_head\(model\)"):
+            LMHead.from_model(model)
 
 
 def test_forwards_that_are_wrapped_after_attaching() -> None:

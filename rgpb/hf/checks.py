@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rgpb.head import LMHead, declared_scaling, described
 from rgpb.hf.attach import Attached, HeadForward, Results, Step, head_forward, run, through
-from rgpb.hf.batches import check_bounds, restarting_positions
+from rgpb.hf.batches import IGNORE, check_bounds, restarting_positions
 from rgpb.hf.heads import state, view
 from rgpb.hf.sharded import whole_output
 from rgpb.hf.wrappers import parts, sharded_by
@@ -91,7 +91,7 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
     with evaluating(model):
         for _ in range(2):
             probe = _Probe(model, gain)
-            own = whole_output(through(model, probe, partial(model._call_impl, **inputs, use_cache=False))["logits"])
+            own = whole_output(_probed(model, probe, inputs)["logits"])
             if probe.shard is not None and own.shape[-1] == probe.shard.vocab:
                 own = own[..., probe.shard.start :][..., : probe.linear.shape[-1]]
             if own.shape != probe.linear.shape:
@@ -114,6 +114,24 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
             gain = max(1.0, _LOUD / max(size, 1e-3))
     attached.passed[key] = next(iter(candidates))
     return attached.passed[key]
+
+
+def _probed(model: PreTrainedModel, probe: _Probe, inputs: dict[str, Tensor]) -> Any:
+    """A forward of a few tokens and nothing else. What needs more is refused, in the model's own words."""
+    try:
+        return through(model, probe, partial(model._call_impl, **inputs, use_cache=False))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        if at is not None and str(at.tb_frame.f_globals.get("__name__")).startswith("rgpb."):
+            raise
+        raise ValueError(
+            f"model: expected one that runs on {' and '.join(inputs)} alone, which its check gives it, got "
+            f"{described(model)}, whose forward raises {type(error).__name__}: {error}"
+        ) from error
 
 
 def _behaviour(model: PreTrainedModel, held: HeadForward) -> tuple[Any, ...]:
@@ -166,8 +184,53 @@ def check_packed(model: PreTrainedModel, inputs: dict[str, Any], cu_seqlens: Ten
             f"cu_seqlens: expected {name} attached before it is wrapped in {how}, since it can't be tried now whether "
             "it keeps packed responses apart; call rgpb.hf.attach(model) first, then wrap"
         )
+    if (longest := _longest_row(model)) is not None and int(cu_seqlens[-1]) > longest:
+        raise ValueError(
+            f"cu_seqlens: expected rows of at most {longest} tokens, since {name} attends within chunks of the packed "
+            f"row, not of each response, got {int(cu_seqlens[-1])}"
+        )
     if (wrong := try_packing(model, attached)) is not None:
         raise ValueError(f"cu_seqlens: {wrong}")
+
+
+def _longest_row(model: PreTrainedModel) -> int | None:
+    """Up to how many tokens a row is packed where what attention does depends on places in the row (Llama 4)."""
+    config = model.config.get_text_config()
+    if "chunked_attention" not in (getattr(config, "layer_types", None) or ()):
+        return None
+    limits = [config.attention_chunk_size]
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(config.floor_scale - 1)
+    return min(limits)
+
+
+def check_shift(model: PreTrainedModel, attached: Attached, shift: Callable[[Tensor], Tensor]) -> None:
+    """Compare what a model makes of labels, which its forward shifts itself, with what it makes of `shift`'s result.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    key, name = ("shift", type(model).forward), described(model)
+    if key in attached.passed:
+        return
+    if (how := sharded_by(model)) is not None:
+        raise ValueError(
+            f"decoder_input_ids: expected {name} attached before it is wrapped in {how}, since it can't be tried now "
+            "how it shifts labels; call rgpb.hf.attach(model) first, then wrap"
+        )
+    ids = probe_ids(model, 4)
+    labels = ids.flip(1)
+    labels[:, -1] = IGNORE
+    with evaluating(model):
+        own, ours = (
+            whole_output(model._call_impl(input_ids=ids, use_cache=False, **given)["logits"])[:, :-1]
+            for given in ({"labels": labels.clone()}, {"decoder_input_ids": shift(labels.clone())})
+        )
+    if not (own - ours).abs().max().item() <= 32 * torch.finfo(own.dtype).eps * own.abs().max().item():
+        raise ValueError(
+            f"decoder_input_ids: expected them for {name}, which shifts labels in a way of its own; got labels alone"
+        )
+    attached.passed[key] = None
 
 
 def check_left_padded(model: PreTrainedModel, inputs: dict[str, Any], attached: Attached) -> None:
@@ -215,8 +278,6 @@ def try_packing(model: PreTrainedModel, attached: Attached) -> str | None:
 
 def _tried_packing(model: PreTrainedModel, attached: Attached) -> str | None:
     name, attention = described(model), model.config._attn_implementation
-    if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
-        return f"{name} attends within chunks of the packed row, not of each response"
     tokens, other = probe_ids(model, 5), probe_ids(model, 5)
     positions = torch.tensor([[0, 1, 2, 0, 1]], device=tokens.device)
     other[:, :3] = tokens[:, :3].flip(1)
@@ -291,6 +352,11 @@ def probe_ids(model: PreTrainedModel, count: int) -> Tensor:
     given = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]  # eos may be several
     special = {token for own in given for token in (own if isinstance(own, list | tuple) else [own])}
     ids = [token for token in range(count + len(special)) if token not in special][:count]
-    embedding: Any = model.get_input_embeddings()
-    device = embedding.weight.device
+    try:
+        embedding: Any = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if not isinstance(weight := getattr(embedding, "weight", None), Tensor):
+        raise ValueError(f"model: expected one embedding of tokens in {described(model)}, got {described(embedding)}")
+    device = weight.device
     return torch.tensor([ids], device="cpu" if device.type == "meta" else device)  # meta: offloaded, moved by hooks

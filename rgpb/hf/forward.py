@@ -287,7 +287,7 @@ class _Call:
             self.target = shifted
         else:
             self.target = wanted if self.base.config.is_encoder_decoder else aligned_targets(wanted, self.cu_seqlens)
-        self.inputs = {"use_cache": False, **model_inputs(self.base, inputs)}
+        self.inputs = {"use_cache": False, **model_inputs(self.base, self.attached, inputs)}
         check_keys(self.inputs, model)
 
     @property

@@ -5,17 +5,22 @@ Dimensions: B responses, T positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rgpb.head import LMHead, described
-from rgpb.hf.attach import head_forward, install
+from rgpb.hf.attach import Attached, head_forward, install
 from rgpb.hf.checks import check_head as _check_head
-from rgpb.hf.checks import head_input, try_left_padding, try_packing
+from rgpb.hf.checks import check_shift, head_input, try_left_padding, try_packing
 from rgpb.hf.heads import view, without_adapters
 from rgpb.hf.wrappers import around, base_of, inner, sharded_by
+
+
+_SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
 def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
@@ -44,9 +49,12 @@ def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
         with without_adapters(head_forward(base).head) as there:  # for ref="base", once something is wrapped around
             if there:
                 _check_head(base, attached)
-    if not base.config.is_encoder_decoder and sharded_by(base) is None:
-        try_packing(base, attached)
-        try_left_padding(base, attached)
+    if sharded_by(base) is None:
+        if not base.config.is_encoder_decoder:
+            try_packing(base, attached)
+            try_left_padding(base, attached)
+        elif (shift := _shift_in_forward(base)) is not None:
+            check_shift(base, attached, shift)
     return model
 
 
@@ -82,8 +90,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids: expected a tensor (a batch goes in as **batch), got {type(input_ids).__name__}")
     base = _bare(model)
-    inputs = model_inputs(base, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
     attached = install(base)
+    inputs = model_inputs(base, attached, {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs})
     return head_input(base, attached, inputs)
 
 
@@ -114,19 +122,36 @@ def _bare(model: nn.Module) -> PreTrainedModel:
     return base
 
 
-def model_inputs(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, attached: Attached, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch as the model's forward takes it: without labels, which would make it compute a loss of its own."""
     inputs = dict(batch)
     labels = inputs.pop("labels", None)
     if model.config.is_encoder_decoder and inputs.get("decoder_input_ids") is None:
-        inputs["decoder_input_ids"] = _shift_right(model, labels)
+        inputs["decoder_input_ids"] = _shift_right(model, attached, labels)
     return inputs
 
 
-def _shift_right(model: PreTrainedModel, labels: Tensor | None) -> Tensor:
+def _shift_right(model: PreTrainedModel, attached: Attached, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError(f"decoder_input_ids: expected them, or labels, for {described(model)}, got neither")
-    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    own: Any = getattr(model, _SHIFT, None)
+    if own is not None:
+        return own(labels=labels)
+    shift = _shift_in_forward(model)
     if shift is None:
         raise ValueError(f"decoder_input_ids: expected them for {described(model)}, which can't shift labels")
-    return shift(labels=labels)
+    check_shift(model, attached, shift)
+    return shift(labels)
+
+
+def _shift_in_forward(model: PreTrainedModel) -> Callable[[Tensor], Tensor] | None:
+    """What a forward that shifts labels itself does so with, by its name in the family's module.
+
+    None where the model has a method for that, or nothing is known of it.
+    """
+    config, modules = model.config.get_text_config(), [sys.modules.get(cls.__module__) for cls in type(model).__mro__]
+    pad, start = (getattr(config, f"{name}_token_id", None) for name in ("pad", "decoder_start"))
+    found: Any = next((f for module in modules if (f := getattr(module, "shift_tokens_right", None)) is not None), None)
+    if getattr(model, _SHIFT, None) is not None or found is None or pad is None or start is None:
+        return None
+    return lambda labels: found(labels, pad, start)
