@@ -105,7 +105,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **{f"VibeVoiceAcousticTokenizer{name}Config": _FEW_FILTERS for name in ("", "Encoder", "Decoder")},
     "VibeVoiceDiffusionHeadConfig": {"latent_size": 32},
     "XLMConfig": {"causal": True},
-    "XLNetConfig": {"attn_type": "uni"},
     "XmodConfig": {"default_language": "en_XX"},
     "xLSTMConfig": {"chunk_size": 64, "max_inference_chunksize": 64},
     "ZambaConfig": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},

@@ -48,9 +48,14 @@ REFUSED = {
         "KyutaiSpeechToTextForConditionalGeneration MusicgenForCausalLM MusicgenMelodyForCausalLM "
         "PPFormulaNetForConditionalGeneration",
     ),
+    # causal by name
+    **_named(
+        "attends to earlier tokens alone",
+        "BigBirdForCausalLM CpmAntForCausalLM DiffusionGemmaForBlockDiffusion DogeForCausalLM MegatronBertForCausalLM "
+        "RemBertForCausalLM RoFormerForCausalLM XLNetLMHeadModel",
+    ),
     "FSMTForConditionalGeneration": "expected a plain nn.Linear as head",  # an embedding
     **_named("expected logits", "ProphetNetForCausalLM ProphetNetForConditionalGeneration"),  # of several tokens at once
-    "DiffusionGemmaForBlockDiffusion": "labels: expected",  # a block of noise behind the tokens
 }
 CANNOT = {
     **_named(
@@ -74,7 +79,7 @@ COVERING = {
     "MBartForConditionalGeneration",  # begins with the last label
     "MllamaForConditionalGeneration",  # rows of the embedding that the head hasn't
     "MuseGlimmerForConditionalGeneration",  # cap and multiplier
-    "PaliGemmaForConditionalGeneration",  # looks ahead in what it takes for the prompt
+    "PaliGemmaForConditionalGeneration",  # looks ahead in the prompt, as token types say
     "ReformerModelWithLMHead",  # a head of 2 H columns; gradients in training alone
     "RobertaForCausalLM",  # a head inside a head, with two names for one bias
     "RwkvForCausalLM",  # no attention
@@ -108,6 +113,8 @@ def batch_for(model: PreTrainedModel) -> dict[str, Tensor]:
     batch = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels}
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         del batch["attention_mask"]
+    if model.config.model_type == "paligemma":
+        batch["token_type_ids"] = (torch.arange(8) > 1).long().expand(3, 8)
     return batch
 
 

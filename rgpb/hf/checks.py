@@ -21,6 +21,10 @@ from rgpb.parallel import VocabShard
 
 _LOUD = 50.0  # the size that logits are raised to, so that any soft-cap in use bends them visibly
 
+# Keys of a batch that say nothing of who sees what, where attention is causal
+_TOKENS = {"input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"}
+_TOKENS |= {"max_length_q", "max_length_k", "labels", "output_router_logits"}
+
 # Hooks and forwards from here move, gather or cast weights and leave what the head computes as it is.
 _NEUTRAL = ("accelerate.", "deepspeed.", "torch.", "transformers.distributed.", "rgpb.")
 
@@ -260,6 +264,36 @@ def try_left_padding(model: PreTrainedModel, attached: Attached) -> bool:
         alone, behind = alone[:, -3:], behind[:, -3:]
         size = alone.abs().max().item()
         attached.passed[key] = (alone - behind).abs().max().item() <= max(32 * eps, 1e-3) * size
+    return attached.passed[key]
+
+
+def check_ahead(model: PreTrainedModel, inputs: dict[str, Any], attached: Attached) -> None:
+    """Refuse a decoder that looks ahead: its log-probs would be of tokens that it has seen.
+
+    What else a batch holds beside tokens (token types, a permutation) may say who sees what, and isn't looked into.
+    """
+    if model.config.is_encoder_decoder or torch.compiler.is_compiling() or not set(inputs) <= _TOKENS:
+        return
+    if sharded_by(model) is None and try_ahead(model, attached):
+        raise ValueError(
+            f"model: expected one that attends to earlier tokens alone, got {described(model)}, whose hidden states "
+            "change with the token behind them; where that can be chosen, it is by is_decoder=True in its config, by "
+            "another attn_implementation, or by token_type_ids in the batch"
+        )
+
+
+def try_ahead(model: PreTrainedModel, attached: Attached) -> bool:
+    """Whether what comes later changes a hidden state; tried once for each kind of attention."""
+    key = ("ahead", type(model).forward, model.config._attn_implementation)
+    if key not in attached.passed:
+        ids = probe_ids(model, 4)
+        with evaluating(model):
+            one, other = (
+                head_input(model, attached, {"input_ids": tokens})[:, :-1]
+                for tokens in (ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
+            )
+        moved, size = (one - other).abs().max().item(), one.abs().max().item()
+        attached.passed[key] = moved > max(16 * torch.finfo(one.dtype).eps, 1e-4) * size
     return attached.passed[key]
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, head_forward, install
 from rgpb.hf.checks import check_head as _check_head
-from rgpb.hf.checks import check_shift, head_input, try_left_padding, try_packing
+from rgpb.hf.checks import check_shift, head_input, try_ahead, try_left_padding, try_packing
 from rgpb.hf.heads import view, without_adapters
 from rgpb.hf.wrappers import around, base_of, inner, sharded_by
 
@@ -53,6 +53,7 @@ def attach(model: nn.Module, *, sync_elsewhere: bool = False) -> nn.Module:
         if not base.config.is_encoder_decoder:
             try_packing(base, attached)
             try_left_padding(base, attached)
+            try_ahead(base, attached)
         elif (shift := _shift_in_forward(base)) is not None:
             check_shift(base, attached, shift)
     return model
