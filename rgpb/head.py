@@ -147,8 +147,8 @@ def read_head(model: nn.Module) -> LMHead:
         model: a transformers model with a plain linear LM head, or a PEFT model around one.
 
     Raises:
-        ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device; or soft-cap or scale
-            are those of a text model inside another model, which may ignore them.
+        ValueError: the head is missing, wrapped (LoRA), quantised, sharded or not on a real device; or soft-cap or
+            scale are those of a text model inside another model, which may ignore them.
     """
     model = unwrap(model)
     linear, name = model.get_output_embeddings(), described(model)

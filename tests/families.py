@@ -1,7 +1,7 @@
 """Every causal LM, encoder–decoder and image-text class of transformers, made tiny from its own config.
 
-A config's numbers are replaced by what their names say they are (`SIZES`), in all configs inside it too; what is left is
-in `SPECIAL`. What a class's config derives from other numbers it derives anew.
+A config's numbers are replaced by what their names say they are (`SIZES`), in all configs inside it too. What names
+can't say is in `SPECIAL`. What a config derives from other numbers it derives anew.
 
 Dimensions: V vocabulary.
 """
@@ -110,13 +110,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ZambaConfig": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"]},
 }
-# Those of the family of BERT, which look ahead until they are told that they are decoders
-_ENCODERS = """
-    BertGenerationDecoder BertLMHeadModel BigBirdForCausalLM CamembertForCausalLM Data2VecTextForCausalLM
-    ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM ReformerModelWithLMHead RemBertForCausalLM
-    RoCBertForCausalLM RoFormerForCausalLM RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM
-    XLMRobertaXLForCausalLM XmodForCausalLM
-""".split()
 # Configs that have no parts of their own to begin with
 _BERT_DECODER = {"is_decoder": True, "add_cross_attention": True}
 _NO_LAYER_INPUT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
@@ -194,7 +187,7 @@ def tiny(name: str, text: str | None = None) -> PreTrainedModel:
     """
     kind: Any = getattr(transformers, name)
     more, tokens = dict[str, Any](), dict[str, int]()
-    if name in _ENCODERS:
+    if classes()[name] == ["CAUSAL_LM"] and "is_decoder" in {f.name for f in dataclasses.fields(kind.config_class)}:
         more["is_decoder"] = True
     if text is not None:
         more["text_config"] = shrunk(getattr(transformers, text), tokens)

@@ -201,13 +201,13 @@ def test_the_head_is_read_not_copied() -> None:
 
 
 def test_no_logits_are_formed() -> None:
-    """Past the one check, the head's module gives the model logits of no position."""
+    """Past the checks, the head's module gives the model logits of no position."""
     for name in ("llama", "t5", "bart"):
         model = build(name)
         batch = padded(model)
         sizes: list[int] = []
         model.get_output_embeddings().register_forward_hook(lambda *call, sizes=sizes: sizes.append(call[2].numel()))
-        hf.check_head(model)
+        hf.attach(model)
         sizes.clear()
         hf.token_scores(model, batch).logp.sum().backward()
         assert sizes == [0]
@@ -681,9 +681,9 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="decoder_input_ids: expected them, or labels"):
             hf.hidden_states(model, batch["input_ids"])
     bare = type("Bare", (type(bart),), {"prepare_decoder_input_ids_from_labels": None})
+    config = copy.deepcopy(bart.config)
+    config.decoder_start_token_id = None
     with pytest.raises(ValueError, match=r"Bare .*can't shift labels"):
-        config = copy.deepcopy(bart.config)
-        config.decoder_start_token_id = None
         hf.hidden_states(bare(config), batch["input_ids"], labels=batch["labels"])
 
 
@@ -874,6 +874,10 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
         with torch.no_grad():
             model.eval().get_output_embeddings().weight.normal_(0, 0.5)
         batch = padded(model)
+        if "token_type_ids" in inspect.signature(model.forward).parameters:
+            with pytest.raises(ValueError, match=r"attends to earlier tokens alone, .* token_type_ids in the batch"):
+                hf.token_scores(model, batch)
+            batch["token_type_ids"] = (torch.arange(7) > 1).long().expand(3, 7)
         ours = hf.token_scores(model, batch).logp[targets(model, batch) != IGNORE]
         torch.testing.assert_close(ours, own_logps(model, batch).float())
         with pytest.raises(ValueError, match=r"which may ignore them inside another; rgpb.hf.read_head\(model\)"):

@@ -19,7 +19,15 @@ from rgpb.fused import fused_loss
 from rgpb.head import LMHead, described
 from rgpb.hf.attach import Attached, Results, Step, install
 from rgpb.hf.batches import IGNORE, aligned_targets, check_keys, packed_bounds, rows_of, shapes_of
-from rgpb.hf.checks import check_ahead, check_head, check_left_padded, check_offloaded, check_packed, evaluating, head_inside
+from rgpb.hf.checks import (
+    check_ahead,
+    check_head,
+    check_left_padded,
+    check_offloaded,
+    check_packed,
+    evaluating,
+    head_inside,
+)
 from rgpb.hf.models import model_inputs
 from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat

@@ -19,7 +19,6 @@ from rgpb.hf.checks import check_shift, head_input, try_ahead, try_left_padding,
 from rgpb.hf.heads import view, without_adapters
 from rgpb.hf.wrappers import around, base_of, inner, sharded_by
 
-
 _SHIFT = "prepare_decoder_input_ids_from_labels"
 
 
