@@ -288,12 +288,12 @@ def try_ahead(model: PreTrainedModel, attached: Attached) -> bool:
     if key not in attached.passed:
         ids = probe_ids(model, 4)
         with evaluating(model):
-            one, other = (
-                head_input(model, attached, {"input_ids": tokens})[:, :-1]
+            (one, eps), (other, _) = (
+                rounded(model, attached, {"input_ids": tokens})
                 for tokens in (ids, torch.cat([ids[:, :-1], ids[:, :1]], dim=1))
             )
-        moved, size = (one - other).abs().max().item(), one.abs().max().item()
-        attached.passed[key] = moved > max(16 * torch.finfo(one.dtype).eps, 1e-4) * size
+        moved, size = (one - other)[:, :-1].abs().max().item(), one.abs().max().item()
+        attached.passed[key] = moved > max(16 * eps, 1e-4) * size
     return attached.passed[key]
 
 
