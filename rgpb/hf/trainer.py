@@ -73,6 +73,9 @@ class PreferenceMixin(Trainer):
         **keywords: Any,
     ) -> None:
         spec = resolve(objective)
+        for name in ("label", "ref", "reduction", "return_metrics"):
+            if name in (options or {}):
+                raise ValueError(f"options: expected no {name}, which the trainer gives; got {sorted(options or {})}")
         if isinstance(ref, str) and ref != "base":
             raise ValueError(f"ref: expected a model, 'base' or None, got {ref!r}")
         super().__init__(*args, **keywords)
@@ -151,7 +154,8 @@ class PreferenceMixin(Trainer):
         if units:
             weights = self.weights_of(inputs, units)
             for name, value in metrics.items():
-                self.add(name, value, weights.get(name.rpartition("/")[2], units))
+                if not value.dim():  # what was skipped at each token isn't logged
+                    self.add(name, value, weights.get(name.rpartition("/")[2], units))
         if whole:
             loss = loss / num_items_in_batch
         elif units:
