@@ -317,8 +317,8 @@ class UnpairedTrainer(Shared, KTOTrainer):
 
     `KTOConfig(loss_type=…)` takes TRL's names and every objective of single responses: `"bnf"`, `"bco"`, or a sum such
     as `"bnf + 0.1*mle"`. An objective without labels sees the completions with the label True alone; the others are
-    taken out of the dataset. `"kto"` has TRL's estimate of the KL divergence, from completions behind prompts that they don't belong to.
-    Else as `PreferenceTrainer`.
+    taken out of the dataset. `"kto"` has TRL's estimate of the KL divergence, from completions behind prompts that they
+    don't belong to. Else as `PreferenceTrainer`.
 
     `KTOConfig` goes through the data in order, and TRL makes pairs a thousand chosen ones, then their rejected ones:
     `train_sampling_strategy="random"` mixes them, for every objective but `kto`.
@@ -343,9 +343,7 @@ class UnpairedTrainer(Shared, KTOTrainer):
         with global_then_local_main_first():
             dataset = dataset.filter(_good)
         if next(iter(dataset), None) is None:
-            raise ValueError(
-                f"dataset: expected a label True, since loss_type {self.args.loss_type} sees those alone; got none"
-            )
+            raise ValueError(f"dataset: expected a label True, since {self.spec.name} sees those alone; got none")
         return dataset
 
 
