@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl_trainers import LOSSES, MARKS, SIZES, away, make, trainer_of
 
 from rgpb import hf
+from rgpb.objectives import RunningMean
 from rgpb.trl import PreferenceTrainer, UnpairedTrainer, accelerate
 
 pytestmark = MARKS
@@ -219,6 +220,33 @@ def test_evaluation(parts, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "settings", "mean"),
+    [
+        (PreferenceTrainer, {"loss_type": "bnf", "padding_free": True, "precompute_ref_log_probs": True}, False),
+        (UnpairedTrainer, {"loss_type": "kto"}, False),
+        (UnpairedTrainer, {"loss_type": "bco"}, True),
+    ],
+)
+def test_resumed(parts, tmp_path, kind, settings, mean):
+    """A run that goes on from a checkpoint, in the middle of an epoch, ends as one that was never interrupted."""
+    data = parts if kind is PreferenceTrainer else unpaired(parts)
+    settings |= {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    ends = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        given = {"options": {"delta": RunningMean()}} if mean else {}
+        trainer = trainer_of(data, tmp_path, kind, given, save_strategy="no" if resumed else "steps", **settings)
+        trainer.train(resume_from_checkpoint=resumed)
+        ends.append([p.detach() for p in trainer.model.parameters()])
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
+    if mean:
+        (tmp_path / "checkpoint-2" / "running_means.pt").unlink()
+        with pytest.raises(ValueError, match="options: expected the running mean delta in .*running_means.pt, got"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.full
 def test_router_loss(parts, tmp_path):
     """Of a mixture of experts: TRL's, with the model's coefficient or the given one."""
     torch.manual_seed(0)
@@ -268,6 +296,11 @@ def test_what_is_refused(parts, tmp_path, settings, message):
 def test_smoothing_reaches_our_dpo(parts, tmp_path):
     assert ours(parts, tmp_path, loss_type="dpo", label_smoothing=0.2).options["label_smoothing"] == 0.2
     assert ours(parts, tmp_path, {"options": {"tau": 0.7}}, loss_type="ipo").options == {"tau": 0.7}
+    given = {"options": {"beta": 0.5, "hinge.beta": 0.2}}
+    assert ours(parts, tmp_path, given, loss_type=["robust", "hinge"]).options == {
+        "robust.label_smoothing": 0.0,
+        **given["options"],
+    }
 
 
 def test_further_refusals(parts, tmp_path):

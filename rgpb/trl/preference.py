@@ -141,14 +141,16 @@ class Shared(PreferenceMixin):
         options: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> None:
-        for given, place in (("ref", "ref_model"), ("objective", "args.loss_type")):
-            if given in keywords:
-                raise ValueError(f"{given}: expected none, since here it is {place}; got {described(keywords[given])}")
+        for other, place in (("ref", "ref_model"), ("objective", "args.loss_type")):
+            if other in keywords:
+                raise ValueError(f"{other}: expected none, since here it is {place}; got {described(keywords[other])}")
         if args is None:
             name: str = model if isinstance(model, str) else get_config_model_id(model.config)  # type: ignore[arg-type]
             args = self.default(f"{name.split('/')[-1]}-{self._name}")
         objective, spec = objective_of(args, self.sides)
-        options = {**options_of(args, spec), **(options or {})}
+        given = dict(options or {})  # also where it names an option of all terms of a sum
+        found = options_of(args, spec)
+        options = {name: value for name, value in found.items() if name.rpartition(".")[2] not in given} | given
         check_settings(args, spec, ref_model)
         self.spec, self.packed = spec, bool(getattr(args, "padding_free", False))
         self._how = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
