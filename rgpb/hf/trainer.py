@@ -180,7 +180,7 @@ class PreferenceMixin(Trainer):
             options["rewards"] = given.get("rewards")
         elif self.spec.unit == "group" and "rewards" in given:
             options["group_size"] = given["rewards"].shape[1]
-        for mean in self.running.values():
+        for mean in self.running_means.values():
             mean.train(torch.is_grad_enabled())
         return loss_of(
             model,
@@ -251,23 +251,23 @@ class PreferenceMixin(Trainer):
         super().log(logs, start_time)
 
     @property
-    def running(self) -> dict[str, RunningMean]:
+    def running_means(self) -> dict[str, RunningMean]:
         """The options that the batches change."""
         return {name: option for name, option in self.options.items() if isinstance(option, RunningMean)}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.running and self.args.should_save:
-            states = {name: mean.state_dict() for name, mean in self.running.items()}
+        if self.running_means and self.args.should_save:
+            states = {name: mean.state_dict() for name, mean in self.running_means.items()}
             torch.save(states, os.path.join(output_dir, RUNNING))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.running:
+        if checkpoint is None or not self.running_means:
             return
         path = os.path.join(checkpoint, RUNNING)
         states = torch.load(path, weights_only=True) if os.path.exists(path) else {}
-        for name, mean in self.running.items():
+        for name, mean in self.running_means.items():
             if name not in states:
                 raise ValueError(f"options: expected the running mean {name} in {path}, got {sorted(states)}")
             mean.load_state_dict(states[name])
