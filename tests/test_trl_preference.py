@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from trl_trainers import LOSSES, MARKS, SIZES, away, make, trainer_of
 
 from rgpb import hf
+from rgpb.objectives import RunningMean
 from rgpb.trl import PreferenceTrainer, UnpairedTrainer, accelerate
 
 pytestmark = MARKS
@@ -219,6 +220,33 @@ def test_evaluation(parts, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("kind", "settings", "mean"),
+    [
+        (PreferenceTrainer, {"loss_type": "bnf", "padding_free": True, "precompute_ref_log_probs": True}, False),
+        (UnpairedTrainer, {"loss_type": "kto"}, False),
+        (UnpairedTrainer, {"loss_type": "bco"}, True),
+    ],
+)
+def test_resumed(parts, tmp_path, kind, settings, mean):
+    """A run that goes on from a checkpoint, in the middle of an epoch, ends as one that was never interrupted."""
+    data = parts if kind is PreferenceTrainer else unpaired(parts)
+    settings |= {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    ends = []
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        given = {"options": {"delta": RunningMean()}} if mean else {}
+        trainer = trainer_of(data, tmp_path, kind, given, save_strategy="no" if resumed else "steps", **settings)
+        trainer.train(resume_from_checkpoint=resumed)
+        ends.append([p.detach() for p in trainer.model.parameters()])
+    for a, b in zip(*ends):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=0)
+    if mean:
+        (tmp_path / "checkpoint-2" / "running_means.pt").unlink()
+        with pytest.raises(ValueError, match="options: expected the running mean delta in .*running_means.pt, got"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.full
 def test_router_loss(parts, tmp_path):
     """Of a mixture of experts: TRL's, with the model's coefficient or the given one."""
     torch.manual_seed(0)
@@ -226,14 +254,16 @@ def test_router_loss(parts, tmp_path):
         vocab_size=258, num_local_experts=2, num_key_value_heads=1, tie_word_embeddings=False, **SIZES
     )
     model = MixtralForCausalLM(config)
-    for coefficient in (None, 0.5, 0.0):
+    for coefficient, asked in ((None, False), (0.5, False), (0.0, False), (0.0, True)):
         results = []
+        model.config.output_router_logits = asked
         for kind in (trl.DPOTrainer, PreferenceTrainer):
             trainer = trainer_of(
                 (parts[0], model, parts[2]), tmp_path, kind, max_steps=3, gradient_accumulation_steps=2,
                 router_aux_loss_coef=coefficient, optim="sgd", learning_rate=0.1,
             )  # fmt: skip
             trainer.train()
+            assert trainer.model.config.router_aux_loss_coef == config.router_aux_loss_coef  # it is saved
             results.append(
                 (
                     torch.tensor([line["loss"] for line in history(trainer)]),
@@ -266,14 +296,74 @@ def test_what_is_refused(parts, tmp_path, settings, message):
 def test_smoothing_reaches_our_dpo(parts, tmp_path):
     assert ours(parts, tmp_path, loss_type="dpo", label_smoothing=0.2).options["label_smoothing"] == 0.2
     assert ours(parts, tmp_path, {"options": {"tau": 0.7}}, loss_type="ipo").options == {"tau": 0.7}
+    given = {"options": {"beta": 0.5, "hinge.beta": 0.2}}
+    assert ours(parts, tmp_path, given, loss_type=["robust", "hinge"]).options == {
+        "robust.label_smoothing": 0.0,
+        **given["options"],
+    }
 
 
 def test_further_refusals(parts, tmp_path):
     with pytest.raises(ValueError, match="compute_metrics: expected None"):
         ours(parts, tmp_path, {"compute_metrics": lambda found: {}})
+    with pytest.raises(ValueError, match="ref: expected none, since here it is ref_model; got"):
+        ours(parts, tmp_path, {"ref": parts[1]})
+    with pytest.raises(ValueError, match="options: expected no reduction, which the trainer gives"):
+        ours(parts, tmp_path, {"options": {"reduction": "sum"}})
     streamed = parts[2].to_iterable_dataset()
     with pytest.raises(ValueError, match="precompute_ref_log_probs: expected a Dataset"):
         ours(parts, tmp_path, {"train_dataset": streamed}, max_steps=1, precompute_ref_log_probs=True)
+
+
+def test_options_of_the_engine(parts, tmp_path):
+    """What is skipped at each token stays out of the log; the reference is scored as the model is."""
+    trainer = ours(parts, tmp_path, {"options": {"grad_tolerance": "auto"}}, loss_type="bnf", max_steps=1)
+    trainer.train()
+    (line,) = history(trainer)
+    assert 0 <= line["skipped/share"] <= 1
+    assert "skipped/bound" not in line
+    trainer = ours(parts, tmp_path, {"options": {"impl": "nothing"}})
+    with pytest.raises(ValueError, match="impl: expected"):
+        trainer.reference(trainer.model, first_batch(trainer))
+
+
+def test_scores_from_another_trainer(parts, tmp_path):
+    """Stored scores of another reference are left out, TRL's sums too; missing ones are refused."""
+    first = ours(parts, tmp_path, precompute_ref_log_probs=True)
+    given = {"ref_model": away(parts[1]), "train_dataset": first.train_dataset}
+    given["train_dataset"] = given["train_dataset"].add_column("ref_chosen_logps", [0.0] * 20)
+    for stores in (False, True):
+        trainer = ours(parts, tmp_path, given, precompute_ref_log_probs=stores)
+        value, _ = gradients(trainer, first_batch(trainer))
+        assert abs(float(value) - math.log(2)) < 1e-5  # the model is its own reference
+    with pytest.raises(ValueError, match="precompute_ref_log_probs: expected rows with ref_chosen_logp"):
+        trainer.data_collator(
+            [{name: first.train_dataset[0][name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}]
+        )
+
+
+def test_own_collators(parts, tmp_path):
+    """Another trainer's is taken apart; one without a mask is refused."""
+    first = ours(parts, tmp_path, {"ref_model": None}, loss_type="mle")
+    again = ours(parts, tmp_path, {"data_collator": first.data_collator}, loss_type="sigmoid")
+    assert len(first_batch(again)["input_ids"]) == 8
+    wrong = ours(parts, tmp_path, {"data_collator": lambda rows: {"input_ids": torch.ones(2, 3)}})
+    with pytest.raises(ValueError, match="data_collator: expected batches with .*completion_mask"):
+        first_batch(wrong)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "words", "tags"),
+    [
+        (["sigmoid"], "trained with DPO, a method introduced in", ["dpo", "trl"]),
+        (["bnf", "sft"], "trained with bnf + sft.", ["bnf", "sft", "trl"]),
+    ],
+)
+def test_model_card(parts, tmp_path, loss_type, words, tags):
+    trainer = ours(parts, tmp_path, loss_type=loss_type)
+    trainer.create_model_card(model_name="m")
+    assert words in (tmp_path / "README.md").read_text()
+    assert sorted(trainer.model.model_tags) == tags
 
 
 def unpaired(parts):
@@ -333,8 +423,16 @@ def test_own_objectives_of_single_responses(parts, tmp_path, loss_type, precompu
 
 
 def test_only_good_responses_count_for_mle(parts, tmp_path):
-    trainer = trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, {"ref_model": None}, loss_type="mle")
-    assert len(trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["input_ids"]) == 3
+    """Also where many bad ones follow one another: no batch is without a good one."""
+    given = {"ref_model": None, "train_dataset": parts[2]}  # pairs: TRL puts all chosen before all rejected
+    trainer = trainer_of(parts, tmp_path, UnpairedTrainer, given, loss_type="mle", num_train_epochs=1)
+    assert len(trainer.train_dataset) == 20
+    assert all(trainer.train_dataset["label"])
+    trainer.train()
+    assert [math.isfinite(line["loss"]) for line in history(trainer)] == [True] * 5
+    given["train_dataset"] = Dataset.from_list([{"prompt": "a", "completion": "b", "label": False}])
+    with pytest.raises(ValueError, match="dataset: expected a label True, since mle sees those alone"):
+        trainer_of(parts, tmp_path, UnpairedTrainer, given, loss_type="mle")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +441,7 @@ def test_only_good_responses_count_for_mle(parts, tmp_path):
         ({"loss_type": "dpo"}, "loss_type: expected objectives of single responses, got 'dpo', one of pairs"),
         ({"loss_type": "ktoo"}, "loss_type: expected names of .*, got 'ktoo'; did you mean 'kto'"),
         ({"loss_type": "kto + mle"}, "loss_type: expected kto by itself"),
+        ({"loss_type": "0.5*kto"}, "loss_type: expected kto by itself"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs: expected False with kto"),
         ({"loss_type": "bnf", "desirable_weight": 2.0}, "desirable_weight: expected 1.0, since none of loss_type bnf"),
     ],
@@ -350,6 +449,9 @@ def test_only_good_responses_count_for_mle(parts, tmp_path):
 def test_what_is_refused_of_single_responses(parts, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, **settings)
+
+
+PLAIN = {"optim": "sgd", "learning_rate": 0.1}  # Adam divides a gradient of rounding errors by its own size
 
 
 def on_a_rank(kind, accelerated, folder, settings):
@@ -376,8 +478,8 @@ def on_a_rank(kind, accelerated, folder, settings):
     [
         (trl.DPOTrainer, PreferenceTrainer, {}),
         (trl.DPOTrainer, PreferenceTrainer, {"precompute_ref_log_probs": True}),
-        (None, PreferenceTrainer, {"loss_type": "bnf", "padding_free": True, "precompute_ref_log_probs": True}),
-        (trl.KTOTrainer, UnpairedTrainer, {"optim": "sgd", "learning_rate": 0.1}),
+        (None, PreferenceTrainer, {"loss_type": "bnf", "padding_free": True, "precompute_ref_log_probs": True} | PLAIN),
+        (trl.KTOTrainer, UnpairedTrainer, PLAIN),
         (trl.DPOTrainer, None, {}),
         (trl.SFTTrainer, None, {}),
     ],
@@ -388,7 +490,8 @@ def test_two_processes(theirs, kind, settings, ranks, tmp_path):
     run = ranks(2)
     found = run(on_a_rank, kind or theirs, kind is None, str(tmp_path / "ours"), half)
     same(found[1], found[0])
-    if theirs is not None:
+    if theirs is not None:  # TRL stores scores of a dataset in memory where the other rank has no access
+        half["precompute_ref_log_probs"] = False
         same(found[0], run(on_a_rank, theirs, False, str(tmp_path / "theirs"), half)[0])
     if kind is PreferenceTrainer:
         same(found[0], on_a_rank(kind, False, str(tmp_path / "one"), settings))

@@ -5,6 +5,7 @@ Dimensions: B responses, T positions of a padded batch, N of a packed one, G gro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
+RUNNING = "running_means.pt"  # in a checkpoint
 BESIDE = ("label", "rewards", "ref_logp", "ref_log_odds")  # keys of a batch that only the objective reads
 
 
@@ -56,7 +58,7 @@ class PreferenceMixin(Trainer):
         ref: a reference model, or "base" for the model without its PEFT adapters; default None: none, or what the
             batches have.
         options: further arguments of `rgpb.hf.loss`: the objective's options, `group_size`, `temperature`,
-            `workspace`, ….
+            `workspace`, …. A `RunningMean` among them is saved with checkpoints.
         **keywords: Trainer's own.
 
     Raises:
@@ -73,6 +75,9 @@ class PreferenceMixin(Trainer):
         **keywords: Any,
     ) -> None:
         spec = resolve(objective)
+        for name in ("label", "ref", "reduction", "return_metrics"):
+            if name in (options or {}):
+                raise ValueError(f"options: expected no {name}, which the trainer gives; got {sorted(options or {})}")
         if isinstance(ref, str) and ref != "base":
             raise ValueError(f"ref: expected a model, 'base' or None, got {ref!r}")
         super().__init__(*args, **keywords)
@@ -151,7 +156,8 @@ class PreferenceMixin(Trainer):
         if units:
             weights = self.weights_of(inputs, units)
             for name, value in metrics.items():
-                self.add(name, value, weights.get(name.rpartition("/")[2], units))
+                if not value.dim():  # what was skipped at each token isn't logged
+                    self.add(name, value, weights.get(name.rpartition("/")[2], units))
         if whole:
             loss = loss / num_items_in_batch
         elif units:
@@ -174,9 +180,8 @@ class PreferenceMixin(Trainer):
             options["rewards"] = given.get("rewards")
         elif self.spec.unit == "group" and "rewards" in given:
             options["group_size"] = given["rewards"].shape[1]
-        for mean in options.values():
-            if isinstance(mean, RunningMean):
-                mean.train(torch.is_grad_enabled())
+        for mean in self.running_means.values():
+            mean.train(torch.is_grad_enabled())
         return loss_of(
             model,
             batch,
@@ -244,6 +249,28 @@ class PreferenceMixin(Trainer):
         if "loss" in logs:
             logs.update(self.averages())
         super().log(logs, start_time)
+
+    @property
+    def running_means(self) -> dict[str, RunningMean]:
+        """The options that the batches change."""
+        return {name: option for name, option in self.options.items() if isinstance(option, RunningMean)}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.running_means and self.args.should_save:
+            states = {name: mean.state_dict() for name, mean in self.running_means.items()}
+            torch.save(states, os.path.join(output_dir, RUNNING))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.running_means:
+            return
+        path = os.path.join(checkpoint, RUNNING)
+        states = torch.load(path, weights_only=True) if os.path.exists(path) else {}
+        for name, mean in self.running_means.items():
+            if name not in states:
+                raise ValueError(f"options: expected the running mean {name} in {path}, got {sorted(states)}")
+            mean.load_state_dict(states[name])
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

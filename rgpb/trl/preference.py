@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
+from rgpb.head import described
 from rgpb.hf import PreferenceMixin, aligned_targets, attach, evaluating, pack, token_scores
-from rgpb.hf.batches import IGNORE, packed_bounds
+from rgpb.hf.batches import IGNORE, packed_bounds, shapes_of
 from rgpb.hf.wrappers import base_of
 from rgpb.layout import TokenScores
 from rgpb.objectives import OBJECTIVES, Objective, resolve
@@ -40,6 +41,8 @@ OPTION = {("ipo", "beta"): "tau", ("exo", "label_smoothing"): "epsilon", ("disco
 GIVEN = {"beta": 0.1, "label_smoothing": 0.0, "discopop_tau": 0.05, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 # What only TRL's own losses know: name → the value that leaves it out
 THEIRS = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
+# Keys of TRL's batches that no model takes: its mask, and reference scores that it has stored itself
+LEFT_OUT = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"}
 MISMATCHED = "KL_"  # of the keys of a batch's completions behind prompts that they don't belong to
 
 
@@ -54,29 +57,39 @@ class Collator:
         spec: the objective. One of single responses without labels sees the first side alone; None: all rows, without
             labels.
         packed: leave the padding out.
+        stored: take the reference's scores from the examples.
     """
 
     def __init__(
         self, collate: Callable[[list[Any]], Mapping[str, Any]], sides: tuple[str, ...], spec: Objective | None,
-        packed: bool,
+        packed: bool, stored: bool = False,
     ) -> None:  # fmt: skip
-        self.collate, self.sides, self.packed = collate, sides, packed
+        self.collate, self.sides, self.packed, self.stored = collate, sides, packed, stored
         self.whole = spec is None or spec.unit != "response" or spec.label
         self.labelled = spec is not None and spec.label
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = dict(self.collate(examples))
+        if "completion_mask" not in batch:
+            raise ValueError(
+                f"data_collator: expected batches with input_ids, attention_mask and completion_mask, as TRL's make "
+                f"them, got {shapes_of(batch)}"
+            )
         other = {name: batch.pop(name) for name in list(batch) if name.startswith(MISMATCHED)}
         label, rows, sides = batch.pop("label", None), len(batch["input_ids"]), self.sides
         if not self.whole:
-            keep = torch.arange(rows) < len(examples) if label is None else label > 0
-            batch = {n: x[keep] if isinstance(x, Tensor) and len(x) == rows else x for n, x in batch.items()}
+            kept = len(examples)
+            batch = {n: x[:kept] if isinstance(x, Tensor) and len(x) == rows else x for n, x in batch.items()}
             sides = sides[:1]
-            examples = [row for row, kept in zip(examples, keep.tolist()) if kept]
         batch = _labelled(batch)
         if self.packed:
             batch = pack(batch)
-        if stored(examples[:1], sides[0]):
+        if self.stored:
+            if (needed := column(sides[0], SCORES[0])) not in examples[0]:
+                raise ValueError(
+                    f"precompute_ref_log_probs: expected rows with {needed}, got {sorted(examples[0])}; the trainer "
+                    "stores them for the datasets that it is made with, and in evaluate(dataset)"
+                )
             counted = aligned_targets(batch["labels"], packed_bounds(batch)) != IGNORE
             for score in SCORES:
                 parts = [torch.tensor(row[column(side, score)]) for side in sides for row in examples]
@@ -98,16 +111,11 @@ class Collator:
 def _labelled(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch of TRL's with labels in place of its mask."""
     ids, mask = batch["input_ids"], batch["completion_mask"]
-    return {n: x for n, x in batch.items() if n != "completion_mask"} | {"labels": ids.masked_fill(mask == 0, IGNORE)}
+    return {n: x for n, x in batch.items() if n not in LEFT_OUT} | {"labels": ids.masked_fill(mask == 0, IGNORE)}
 
 
 def column(side: str, score: str) -> str:
     return f"ref_{side}_{score}"
-
-
-def stored(rows: Sequence[Any], side: str) -> bool:
-    """Whether rows have the reference's scores."""
-    return bool(rows) and column(side, SCORES[0]) in rows[0]
 
 
 class Shared(PreferenceMixin):
@@ -118,9 +126,10 @@ class Shared(PreferenceMixin):
     args: Any
     model: Any
     if TYPE_CHECKING:  # TRL's
-        _name: ClassVar[str]
+        _name: str
         _precompute_model_hash: str | None
         aux_loss_enabled: bool
+        router_aux_loss_coef: float
         ref_model: Any
 
     def __init__(
@@ -132,27 +141,33 @@ class Shared(PreferenceMixin):
         options: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> None:
+        for other, place in (("ref", "ref_model"), ("objective", "args.loss_type")):
+            if other in keywords:
+                raise ValueError(f"{other}: expected none, since here it is {place}; got {described(keywords[other])}")
         if args is None:
             name: str = model if isinstance(model, str) else get_config_model_id(model.config)  # type: ignore[arg-type]
             args = self.default(f"{name.split('/')[-1]}-{self._name}")
         objective, spec = objective_of(args, self.sides)
-        options = {**options_of(args, spec), **(options or {})}
+        given = dict(options or {})  # also where it names an option of all terms of a sum
+        found = options_of(args, spec)
+        options = {name: value for name, value in found.items() if name.rpartition(".")[2] not in given} | given
         check_settings(args, spec, ref_model)
         self.spec, self.packed = spec, bool(getattr(args, "padding_free", False))
-        self._scaled = {name: options[name] for name in ("temperature",) if name in options}
+        self._how = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
+        self._stores = bool(args.precompute_ref_log_probs and spec.ref is not None)
         self._trained_tokens = 0
+        names = [term.name for term in terms_of(spec)]
+        if names not in (["dpo"], ["kto"]):  # the model's card and tags say what it was trained with
+            vars(self).update(_name=" + ".join(names), _paper={}, _tag_names=["trl", *names])
         with _as_trl_takes_it(args, spec), _attaching(type(self)):
             super().__init__(model, ref_model, args, *rest, objective=objective, options=options, **keywords)
-        stores = args.precompute_ref_log_probs and spec.ref is not None
-        vars(self).update(padding_free=self.packed, precompute_ref_logps=stores)
+        vars(self).update(padding_free=self.packed, precompute_ref_logps=self._stores)
         if self.compute_metrics is not None:
             raise ValueError("compute_metrics: expected None, since there are no logits to compute any from")
         self._take_collator()
-        if self.aux_loss_enabled and args.router_aux_loss_coef is not None:
+        if self.aux_loss_enabled:  # not in the model's config, which is saved
             base: Any = base_of(self.model)
-            base.config.get_text_config().router_aux_loss_coef = args.router_aux_loss_coef
-            if hasattr(base, "router_aux_loss_coef"):
-                base.router_aux_loss_coef = args.router_aux_loss_coef
+            base.router_aux_loss_coef = self.router_aux_loss_coef
 
     @property
     def routed(self) -> bool:
@@ -160,8 +175,9 @@ class Shared(PreferenceMixin):
 
     def _take_collator(self) -> None:
         """Around TRL's collator, or the user's, once it is there."""
-        if not isinstance(self.data_collator, Collator):
-            self.data_collator = Collator(self.data_collator, self.sides, self.spec, self.packed)  # type: ignore[arg-type]
+        given: Any = self.data_collator
+        theirs = given.collate if isinstance(given, Collator) else given
+        self.data_collator = Collator(theirs, self.sides, self.spec, self.packed, self._stores)  # type: ignore[assignment]
 
     def objective_loss(
         self, model: nn.Module, inputs: dict[str, Any], reduction: str
@@ -171,12 +187,13 @@ class Shared(PreferenceMixin):
             self._trained_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         inputs = dict(inputs)
         mismatched = inputs.pop(MISMATCHED, None)
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
+        config = base_of(model).config.get_text_config()
+        if self.aux_loss_enabled or getattr(config, "output_router_logits", False):
+            inputs["output_router_logits"] = self.routed
         if mismatched is None:
             return super().objective_loss(model, inputs, reduction)
         with torch.no_grad():
-            policy = token_scores(model, mismatched, **self._scaled)
+            policy = token_scores(model, mismatched, **self._how)
             ref = self.reference_tokens(model, mismatched)
         kept, self.options = self.options, {**self.options, "z0": (policy.logp - ref.logp).double().sum(1)}
         try:
@@ -197,11 +214,11 @@ class Shared(PreferenceMixin):
             peft: Any = self.accelerator.unwrap_model(self.model)
             adapter = adapter_of(peft, "ref" if "ref" in peft.peft_config else None)
         with evaluating(model), adapter, self.accelerator.autocast():
-            return token_scores(model, batch, **self._scaled)
+            return token_scores(model, batch, **self._how)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """The dataset with the reference's scores of each token. TRL calls it at the end of its constructor."""
-        if self.spec.ref is None or column(self.sides[0], SCORES[0]) in (getattr(dataset, "column_names", None) or ()):
+        if self.spec.ref is None:
             return dataset
         self._take_collator()
         if not isinstance(dataset, Dataset):
@@ -216,13 +233,16 @@ class Shared(PreferenceMixin):
             )
         precision = self.args.bf16, self.args.fp16
         cut = self.args.max_length, getattr(self.args, "truncation_mode", None)
-        of = self._precompute_model_hash, tokens_of(dataset, self.sides), precision, cut, self._scaled, SCORES
+        scale = {name: self._how[name] for name in ("temperature",) if name in self._how}
+        of = self._precompute_model_hash, tokens_of(dataset, self.sides), precision, cut, scale, SCORES
         key = [Hasher.hash(of)]  # the dataset's own fingerprint is another for each β
         broadcast_object_list(key, from_process=0)
         path = dataset._get_cache_file_path(key[0])
         if not all(self.gather(os.path.exists(path))):
             self._score(dataset, name, batch_size, key[0], path)
-        return concatenate_datasets([dataset, Dataset.from_file(path)], axis=1)
+        names = {column(side, score) for side in self.sides for score in SCORES}  # perhaps those of another model
+        others = dataset.remove_columns([name for name in dataset.column_names if name in names])
+        return concatenate_datasets([others, Dataset.from_file(path)], axis=1)
 
     def _score(self, dataset: Dataset, name: str, batch_size: int, key: str, path: str) -> None:
         """Write the reference's scores of a dataset's rows."""
@@ -268,11 +288,15 @@ class PreferenceTrainer(Shared, DPOTrainer):
       Where batches are equally full that is TRL's.
     * `padding_free=True` packs each batch. Attention has to keep packed responses apart: see `rgpb.hf`.
     * `precompute_ref_log_probs=True` stores the reference's scores of each token, in the cache of the dataset, for the
-      model, data, tokens and precision that they are of; they serve every loss, β and batch size.
+      model, data, tokens and precision that they are of; they serve every loss, β and batch size. Scores that the
+      dataset has from another trainer are left out.
     * The log has the metrics of `fused_loss`: `rewards/…`, `logps/…`, `perplexity`, `agility/…`, and TRL's
       `num_tokens`; not TRL's `entropy`, `mean_token_accuracy` and `logits/…`, which would cost further sweeps over the
-      vocabulary. Rewards are β (S − R) with the β of the objective, so of `ipo`
-      S − R; a tie in `rewards/accuracies` counts ½, in TRL's 0.
+      vocabulary, nor its `kl`. Rewards are β (S − R) with the β of the objective, so of `ipo`
+      S − R; a tie in `rewards/accuracies` counts ½, in TRL's 0. Responses without a token count in no metric.
+    * `ipo` and `sigmoid_norm` divide by the tokens that are predicted. TRL's also count the first one of a row that
+      begins with its completion, behind an empty prompt or a cut at the start.
+    * The model's card and tags have the name of the objective where that isn't `dpo` (`kto`).
     * There are no logits, so `compute_metrics` is refused.
 
     Args:
@@ -294,9 +318,12 @@ class UnpairedTrainer(Shared, KTOTrainer):
     """TRL's `KTOTrainer`, with any objective of single responses, and the loss without logits.
 
     `KTOConfig(loss_type=…)` takes TRL's names and every objective of single responses: `"bnf"`, `"bco"`, or a sum such
-    as `"bnf + 0.1*mle"`. Only the completions with the label True pass through the model for an objective without
-    labels. `"kto"` has TRL's estimate of the KL divergence, from completions behind prompts that they don't belong to.
-    Else as `PreferenceTrainer`.
+    as `"bnf + 0.1*mle"`. An objective without labels sees the completions with the label True alone; the others are
+    taken out of the dataset. `"kto"` has TRL's estimate of the KL divergence, from completions behind prompts that they
+    don't belong to. Else as `PreferenceTrainer`.
+
+    `KTOConfig` goes through the data in order, and TRL makes pairs a thousand chosen ones, then their rejected ones:
+    `train_sampling_strategy="random"` mixes them, for every objective but `kto`.
 
     Args:
         model, ref_model, args, further arguments: `KTOTrainer`'s.
@@ -309,6 +336,17 @@ class UnpairedTrainer(Shared, KTOTrainer):
 
     sides = ("completion",)
     default = KTOConfig
+
+    def _prepare_dataset(self, dataset: Any, *rest: Any, **keywords: Any) -> Any:
+        """TRL's, without the completions that the objective doesn't see."""
+        dataset = super()._prepare_dataset(dataset, *rest, **keywords)
+        if self.spec.label:
+            return dataset
+        with global_then_local_main_first():
+            dataset = dataset.filter(_good)
+        if next(iter(dataset), None) is None:
+            raise ValueError(f"dataset: expected a label True, since {self.spec.name} sees those alone; got none")
+        return dataset
 
 
 def objective_of(args: Any, sides: tuple[str, ...]) -> tuple[str | dict[str, float], Objective]:
@@ -391,7 +429,7 @@ def check_settings(args: Any, spec: Objective, ref_model: Any) -> None:
             "precompute_ref_log_probs: expected False with kto, whose mismatched completions have no stored scores, "
             "got True; KTOTrainer under rgpb.trl.accelerate() stores both"
         )
-    if isinstance(args, KTOConfig) and "kto" in names and len(names) > 1:
+    if isinstance(args, KTOConfig) and "kto" in names and spec.name != "kto":
         raise ValueError(f"loss_type: expected kto by itself, as TRL prepares its data, got {args.loss_type!r}")
 
 
@@ -468,3 +506,7 @@ def tokens_of(dataset: Dataset, sides: tuple[str, ...]) -> str:
 
 def _taken(columns: Mapping[str, tuple[Any, ...]], batch: Any, indices: list[int]) -> dict[str, list[Any]]:
     return {name: [values[i] for i in indices] for name, values in columns.items()}
+
+
+def _good(row: Mapping[str, Any]) -> bool:
+    return bool(row["label"])
