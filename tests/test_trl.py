@@ -11,9 +11,9 @@ import torch.distributed as dist
 import trl
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer import utils
-from trl_trainers import LOSSES, MARKS, make, trainer_of
+from trl_trainers import LOSSES, MARKS, SIZES, make, trainer_of
 
 import rgpb.trl as own
 from rgpb.trl import head
@@ -67,6 +67,31 @@ def test_no_position_with_a_label():
     found = head.LogProbs.apply(torch.ones(0, 4), torch.ones(6, 4), None, torch.ones(0, dtype=torch.long), 1.0, 64)
     assert found[0].shape == (0,)
     assert found[1:] == (None,) * 4
+
+
+@pytest.mark.parametrize("case", ["shifted", "frozen head", "no label"])
+def test_through_the_models_forward(case):
+    """Labels that are shifted already, a head without a gradient, and no position with a label: as TRL's own."""
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=False, **SIZES))
+        utils.add_fused_lm_head(model, outputs=ALL)
+        model.lm_head.weight.requires_grad_(case != "frozen head")
+        ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(1))
+        labels = ids.masked_fill(torch.arange(7) < 3, -100) if case != "no label" else torch.full_like(ids, -100)
+        with own.accelerate() if fast else nullcontext():
+            given = {"shift_labels" if case == "shifted" else "labels": labels}
+            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), fused_lm_head=True, **given)
+        (found.log_probs.sum() + 0.1 * found.entropy.sum()).backward()
+        assert (model.lm_head.weight.grad is None) == (case == "frozen head")
+        results.append((found, [p.grad for p in model.parameters() if p.grad is not None]))
+    (theirs, grads), (ours, others) = results
+    for name in ALL:
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=2e-6, rtol=1e-5, msg=name)
+    assert len(grads) == len(others) > 5
+    for a, b in zip(grads, others):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
 
 
 def test_it_is_undone():

@@ -348,7 +348,7 @@ def test_own_collators(parts, tmp_path):
     again = ours(parts, tmp_path, {"data_collator": first.data_collator}, loss_type="sigmoid")
     assert len(first_batch(again)["input_ids"]) == 8
     wrong = ours(parts, tmp_path, {"data_collator": lambda rows: {"input_ids": torch.ones(2, 3)}})
-    with pytest.raises(ValueError, match="data_collator: expected batches with .*completion_mask"):
+    with pytest.raises(ValueError, match="batch: expected TRL.s completion_mask, got"):
         first_batch(wrong)
 
 

@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from rgpb.head import described
 from rgpb.hf import PreferenceMixin, aligned_targets, attach, evaluating, pack, token_scores
-from rgpb.hf.batches import IGNORE, packed_bounds, shapes_of
+from rgpb.hf.batches import IGNORE, from_trl, packed_bounds
 from rgpb.hf.wrappers import base_of
 from rgpb.layout import TokenScores
 from rgpb.objectives import OBJECTIVES, Objective, resolve
@@ -41,8 +41,6 @@ OPTION = {("ipo", "beta"): "tau", ("exo", "label_smoothing"): "epsilon", ("disco
 GIVEN = {"beta": 0.1, "label_smoothing": 0.0, "discopop_tau": 0.05, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 # What only TRL's own losses know: name → the value that leaves it out
 THEIRS = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
-# Keys of TRL's batches that no model takes: its mask, and reference scores that it has stored itself
-LEFT_OUT = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"}
 MISMATCHED = "KL_"  # of the keys of a batch's completions behind prompts that they don't belong to
 
 
@@ -69,19 +67,14 @@ class Collator:
         self.labelled = spec is not None and spec.label
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = dict(self.collate(examples))
-        if "completion_mask" not in batch:
-            raise ValueError(
-                f"data_collator: expected batches with input_ids, attention_mask and completion_mask, as TRL's make "
-                f"them, got {shapes_of(batch)}"
-            )
-        other = {name: batch.pop(name) for name in list(batch) if name.startswith(MISMATCHED)}
-        label, rows, sides = batch.pop("label", None), len(batch["input_ids"]), self.sides
+        made = {n: x for n, x in self.collate(examples).items() if not n.startswith("ref_")}  # sums that TRL has stored
+        other = {name.removeprefix(MISMATCHED): made.pop(name) for name in list(made) if name.startswith(MISMATCHED)}
+        batch = from_trl(made)
+        label, rows, sides = batch.pop("label"), len(batch["input_ids"]), self.sides
         if not self.whole:
             kept = len(examples)
             batch = {n: x[:kept] if isinstance(x, Tensor) and len(x) == rows else x for n, x in batch.items()}
             sides = sides[:1]
-        batch = _labelled(batch)
         if self.packed:
             batch = pack(batch)
         if self.stored:
@@ -102,16 +95,10 @@ class Collator:
                 placed = torch.zeros(counted.shape).masked_scatter(counted, values)
                 batch[f"ref_{score}"] = placed[0] if self.packed else placed
         if self.labelled:
-            batch["label"] = torch.arange(rows) < len(examples) if label is None else label
+            batch["label"] = label
         if other:
-            batch[MISMATCHED] = _labelled({name.removeprefix(MISMATCHED): x for name, x in other.items()})
+            batch[MISMATCHED] = {name: x for name, x in from_trl(other).items() if name != "label"}
         return batch
-
-
-def _labelled(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch of TRL's with labels in place of its mask."""
-    ids, mask = batch["input_ids"], batch["completion_mask"]
-    return {n: x for n, x in batch.items() if n not in LEFT_OUT} | {"labels": ids.masked_fill(mask == 0, IGNORE)}
 
 
 def column(side: str, score: str) -> str:
@@ -234,7 +221,8 @@ class Shared(PreferenceMixin):
         precision = self.args.bf16, self.args.fp16
         cut = self.args.max_length, getattr(self.args, "truncation_mode", None)
         scale = {name: self._how[name] for name in ("temperature",) if name in self._how}
-        of = self._precompute_model_hash, tokens_of(dataset, self.sides), precision, cut, scale, SCORES
+        config = {**base_of(self.ref_model or self.model).config.to_dict(), "_name_or_path": ""}
+        of = self._precompute_model_hash, config, tokens_of(dataset, self.sides), precision, cut, scale, SCORES
         key = [Hasher.hash(of)]  # the dataset's own fingerprint is another for each β
         broadcast_object_list(key, from_process=0)
         path = dataset._get_cache_file_path(key[0])
