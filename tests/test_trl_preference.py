@@ -277,7 +277,8 @@ def test_router_loss(parts, tmp_path):
     ("settings", "message"),
     [
         ({"loss_type": "sigmoyd"}, "loss_type: expected names of .*, got 'sigmoyd'; did you mean 'sigmoid'"),
-        ({"loss_type": "swepo"}, "loss_type: expected objectives of pairs or single responses, got 'swepo'"),
+        ({"loss_type": "swepo"}, "loss_type: expected objectives of pairs .*, got 'swepo', .* GroupTrainer takes it"),
+        ({"loss_type": "bnf + mle"}, "loss_type: expected names of .*; of a sum give the names as a list, and loss_w"),
         ({"loss_type": ["sigmoid", "dpo"]}, "loss_type: expected each loss once, got 'dpo' twice"),
         ({"loss_type": "exmate", "beta": 2.5}, "beta: expected 0.1, since none of loss_type .*exmate.* takes it"),
         ({"label_smoothing": 0.1}, "label_smoothing: expected 0.0, since none of loss_type .*sigmoid"),
@@ -295,7 +296,12 @@ def test_what_is_refused(parts, tmp_path, settings, message):
 
 def test_smoothing_reaches_our_dpo(parts, tmp_path):
     assert ours(parts, tmp_path, loss_type="dpo", label_smoothing=0.2).options["label_smoothing"] == 0.2
-    assert ours(parts, tmp_path, {"options": {"tau": 0.7}}, loss_type="ipo").options == {"tau": 0.7}
+    for name in ("tau", "ipo.tau"):
+        assert ours(parts, tmp_path, {"options": {name: 0.7}}, loss_type="ipo").options == {"tau": 0.7}
+    with pytest.raises(ValueError, match="options of ipo: expected a subset of .*, got .'tua'.*did you mean 'tau'"):
+        ours(parts, tmp_path, {"options": {"tua": 0.7}}, loss_type="ipo")
+    with pytest.raises(ValueError, match="args: expected a DPOConfig, got KTOConfig"):
+        PreferenceTrainer(parts[1], args=trl.KTOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=parts[2])
     given = {"options": {"beta": 0.5, "hinge.beta": 0.2}}
     assert ours(parts, tmp_path, given, loss_type=["robust", "hinge"]).options == {
         "robust.label_smoothing": 0.0,

@@ -19,8 +19,9 @@ from rgpb.hf.models import attach
 from rgpb.hf.wrappers import base_of, batch_group
 from rgpb.layout import Responses
 from rgpb.metrics import with_differences
-from rgpb.objectives import RunningMean, resolve
+from rgpb.objectives import RunningMean, check_options, resolve
 from rgpb.objectives import units as units_of
+from rgpb.objectives.registry import RESERVED
 from rgpb.parallel import all_sum
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class PreferenceMixin(Trainer):
                 raise ValueError(f"options: expected no {name}, which the trainer gives; got {sorted(options or {})}")
         if isinstance(ref, str) and ref != "base":
             raise ValueError(f"ref: expected a model, 'base' or None, got {ref!r}")
+        check_options(spec, {name: value for name, value in (options or {}).items() if name not in RESERVED})
         super().__init__(*args, **keywords)
         # Trainer then leaves it to `compute_loss` to divide by what `get_batch_samples` counted.
         self.model_accepts_loss_kwargs = True
@@ -98,6 +100,8 @@ class PreferenceMixin(Trainer):
 
     def _check_settings(self) -> None:
         """Refuse what would change the loss without a word."""
+        if self.compute_metrics is not None:
+            raise ValueError("compute_metrics: expected None, since there are no logits to compute any from")
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: expected none beside an objective, got a function")
         if self.args.label_smoothing_factor:

@@ -134,8 +134,11 @@ class Shared(PreferenceMixin):
         if args is None:
             name: str = model if isinstance(model, str) else get_config_model_id(model.config)  # type: ignore[arg-type]
             args = self.default(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.default):
+            raise ValueError(f"args: expected a {self.default.__name__}, got {type(args).__name__}")
         objective, spec = objective_of(args, self.sides)
-        given = dict(options or {})  # also where it names an option of all terms of a sum
+        own = "" if spec.parts else f"{spec.name}."
+        given = {name.removeprefix(own): value for name, value in (options or {}).items()}
         found = options_of(args, spec)
         options = {name: value for name, value in found.items() if name.rpartition(".")[2] not in given} | given
         check_settings(args, spec, ref_model)
@@ -149,8 +152,6 @@ class Shared(PreferenceMixin):
         with _as_trl_takes_it(args, spec), _attaching(type(self)):
             super().__init__(model, ref_model, args, *rest, objective=objective, options=options, **keywords)
         vars(self).update(padding_free=self.packed, precompute_ref_logps=self._stores)
-        if self.compute_metrics is not None:
-            raise ValueError("compute_metrics: expected None, since there are no logits to compute any from")
         self._take_collator()
         if self.aux_loss_enabled:  # not in the model's config, which is saved
             base: Any = base_of(self.model)
@@ -350,18 +351,20 @@ def objective_of(args: Any, sides: tuple[str, ...]) -> tuple[str | dict[str, flo
         names = [NAMES.get(name, name) for name in args.loss_type]
         for given, name in zip(args.loss_type, names):
             if find(name) is None:
-                raise ValueError(f"loss_type: expected names of {known}, got {given!r}{suggest(given, known)}")
+                how = "; of a sum give the names as a list, and loss_weights" if set(given) & set("+*") else ""
+                raise ValueError(f"loss_type: expected names of {known}, got {given!r}{suggest(given, known)}{how}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"loss_type: expected each loss once, got {twice[0]!r} twice in {args.loss_type}")
-        weights = dict(zip(names, map(float, args.loss_weights or [1.0] * len(names))))
+        weights = dict(zip(names, map(float, getattr(args, "loss_weights", None) or [1.0] * len(names))))
         objective = names[0] if weights == {names[0]: 1.0} else weights
     spec = resolve(objective)
     for term in terms_of(spec):
         if term.unit not in (unit, "response"):
             raise ValueError(
                 f"loss_type: expected objectives of {'pairs or ' * (unit == 'pair')}single responses, "
-                f"got {term.name!r}, one of {term.unit}s"
+                f"got {term.name!r}, one of {term.unit}s; "
+                f"{'GroupTrainer' if term.unit == 'group' else 'PreferenceTrainer'} takes it"
             )
     return objective, spec
 
