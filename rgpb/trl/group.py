@@ -245,5 +245,6 @@ def _check_settings(spec: Objective, args: GRPOConfig) -> None:
     if args.per_device_train_batch_size % size:
         raise ValueError(
             f"per_device_train_batch_size: expected a multiple of num_generations, {size}, since a "
-            f"group has one loss, got {args.per_device_train_batch_size}; gradient_accumulation_steps may be fewer"
+            f"group has one loss, got {args.per_device_train_batch_size}; raise it, and divide "
+            "gradient_accumulation_steps"
         )
