@@ -236,6 +236,14 @@ def test_completions_are_taken_again(saved, tmp_path):
     check_steps(trainer, saved["Llama"], states, [[(inputs, loss)] for _, inputs, loss in trainer.kept])
 
 
+def test_what_each_token_skips_is_not_logged(saved, tmp_path):
+    trainer = trainer_of(saved, tmp_path, options={"grad_tolerance": 1e-2}, settings={"max_steps": 1})
+    trainer.train()
+    found = trainer.state.log_history[0]
+    assert 0 <= found["skipped/share"] <= 1
+    assert "skipped/bound" not in found
+
+
 @pytest.mark.full
 def test_bf16_and_checkpointing(saved, tmp_path):
     """Under autocast the model is still its own reference at the first step; and what is saved goes on."""

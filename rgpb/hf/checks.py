@@ -274,7 +274,9 @@ def check_ahead(model: PreTrainedModel, inputs: dict[str, Any], attached: Attach
     """
     if model.config.is_encoder_decoder or torch.compiler.is_compiling() or not set(inputs) <= _TOKENS:
         return
-    if sharded_by(model) is None and try_ahead(model, attached):
+    if _ahead(model) not in attached.passed and sharded_by(model) is not None:
+        return
+    if try_ahead(model, attached):
         raise ValueError(
             f"model: expected one that attends to earlier tokens alone, got {described(model)}, whose hidden states "
             "change with the token behind them; where that can be chosen, it is by is_decoder=True in its config, by "
@@ -282,9 +284,14 @@ def check_ahead(model: PreTrainedModel, inputs: dict[str, Any], attached: Attach
         )
 
 
+def _ahead(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What `try_ahead` keeps its finding by."""
+    return "ahead", type(model).forward, model.config._attn_implementation
+
+
 def try_ahead(model: PreTrainedModel, attached: Attached) -> bool:
     """Whether what comes later changes a hidden state; tried once for each kind of attention."""
-    key = ("ahead", type(model).forward, model.config._attn_implementation)
+    key = _ahead(model)
     if key not in attached.passed:
         ids = probe_ids(model, 4)
         with evaluating(model):

@@ -195,6 +195,7 @@ class GroupTrainer(GRPOTrainer):
             model, batch, self.objective, ref=ref, temperature=self.temperature, return_metrics=True, **how,
             **self.options,
         )  # fmt: skip
+        metrics = {name: value for name, value in metrics.items() if not value.dim()}  # not what each token skipped
         mode, _ = self._mode()
         if mode == "eval":  # TRL's own mean of losses takes fewer of the last batch
             metrics["loss"] = loss

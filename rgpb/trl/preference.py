@@ -145,7 +145,7 @@ class Shared(PreferenceMixin):
         self.spec, self.packed = spec, bool(getattr(args, "padding_free", False))
         self._how = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
         self._stores = bool(args.precompute_ref_log_probs and spec.ref is not None)
-        self._trained_tokens = 0
+        self._trained_tokens: Any = 0
         names = [term.name for term in terms_of(spec)]
         if names not in (["dpo"], ["kto"]):  # the model's card and tags say what it was trained with
             vars(self).update(_name=" + ".join(names), _paper={}, _tag_names=["trl", *names])
@@ -172,7 +172,7 @@ class Shared(PreferenceMixin):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.model.training:
             mask = inputs.get("attention_mask")
-            self._trained_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._trained_tokens = self._trained_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
         inputs = dict(inputs)
         mismatched = inputs.pop(MISMATCHED, None)
         config = base_of(model).config.get_text_config()
@@ -254,7 +254,7 @@ class Shared(PreferenceMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs["num_tokens"] = sum(self.gather(self._trained_tokens))
+            logs["num_tokens"] = sum(self.gather(int(self._trained_tokens)))
         super().log(logs, start_time)
 
 
