@@ -237,7 +237,7 @@ def test_completions_are_taken_again(saved, tmp_path):
 
 
 def test_what_each_token_skips_is_not_logged(saved, tmp_path):
-    trainer = trainer_of(saved, tmp_path, options={"grad_tolerance": 1e-2}, settings={"max_steps": 1})
+    trainer = trainer_of(saved["Llama"], tmp_path, options={"grad_tolerance": 1e-2}, settings={"max_steps": 1})
     trainer.train()
     found = trainer.state.log_history[0]
     assert 0 <= found["skipped/share"] <= 1
