@@ -80,6 +80,17 @@ def steps_of(trainer: Any) -> list[dict[str, float]]:
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
+def test_sums_of_another_reference_are_left_out(parts, tmp_path):
+    """Those that the dataset has, unless the trainer is told to store them itself."""
+    tokenizer, model, rows = parts
+    rows = [{**row, "ref_chosen_logps": -1.0, "ref_rejected_logps": -9.0} for row in rows]
+    found = [
+        steps_of(trainer_of((tokenizer, model, data), tmp_path, DPOTrainer, objective="dpo"))[0]["loss"]
+        for data in (rows, parts[2])
+    ]
+    assert found[0] == found[1]
+
+
 def test_a_batch_of_pairs_of_trl():
     ids, mask = torch.arange(12).view(4, 3), torch.tensor([[0, 1, 1], [0, 1, 0], [0, 0, 1], [0, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask, "ref_chosen_logps": -ids[0, :2].float()}

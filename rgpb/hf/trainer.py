@@ -339,8 +339,11 @@ class TRLMixin(PreferenceMixin):
             self.ref = self.ref_model
         elif adapters:
             self.ref = "base"
-        self.data_collator = partial(_translated, self.data_collator)
+        stored = bool(getattr(self.args, "precompute_ref_log_probs", False))
+        self.data_collator = partial(_translated, self.data_collator, stored)
 
 
-def _translated(collate: Callable[[list[Any]], Mapping[str, Any]], rows: list[Any]) -> dict[str, Any]:
-    return from_trl(collate(rows))
+def _translated(collate: Callable[[list[Any]], Mapping[str, Any]], stored: bool, rows: list[Any]) -> dict[str, Any]:
+    """A batch of TRL's collator; the dataset's sums of a reference, perhaps another's, only where they are asked for."""
+    batch = from_trl(collate(rows))
+    return batch if stored else {name: x for name, x in batch.items() if name != "ref_logp"}
