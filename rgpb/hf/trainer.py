@@ -344,6 +344,6 @@ class TRLMixin(PreferenceMixin):
 
 
 def _translated(collate: Callable[[list[Any]], Mapping[str, Any]], stored: bool, rows: list[Any]) -> dict[str, Any]:
-    """A batch of TRL's collator; the dataset's sums of a reference, perhaps another's, only where they are asked for."""
+    """A batch of TRL's collator; sums of a reference that the dataset has count only where they are asked for."""
     batch = from_trl(collate(rows))
     return batch if stored else {name: x for name, x in batch.items() if name != "ref_logp"}
