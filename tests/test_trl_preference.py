@@ -164,6 +164,10 @@ def test_stored_scores_are_of_model_and_tokens(parts, tmp_path):
     assert first.cache_files[-1]["filename"] == second.cache_files[-1]["filename"]
     cut, _ = stored(loss_type="bnf", max_length=8, truncation_mode="keep_end")
     assert sum(map(len, cut["ref_rejected_logp"])) < sum(map(len, first["ref_rejected_logp"]))
+    turned = copy.deepcopy(parts[1])
+    turned.config.rope_parameters = {**turned.config.rope_parameters, "rope_theta": 7.0}  # with the same weights
+    third, _ = stored({"ref_model": turned}, loss_type="bnf")
+    assert first.cache_files[-1]["filename"] != third.cache_files[-1]["filename"]
     other, _ = stored({"ref_model": away(parts[1])}, loss_type="bnf")
     assert other["ref_chosen_logp"] != first["ref_chosen_logp"]
     row = {name: first[3][name] for name in ("prompt_ids", "chosen_ids")}
