@@ -187,6 +187,15 @@ def test_every_source_is_in_the_bibliography():
     assert not [number for number in numbers if f"https://arxiv.org/abs/{number}" not in listed]
 
 
+def test_every_finding_has_its_line():
+    page = (ROOT / "docs" / "surprises.md").read_text(encoding="utf-8")
+    listed = re.findall(r"\]\(\.\./findings/([\w.]+)\)", page)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "findings").iterdir())
+    tests = re.findall(r"\[(tests/[\w/.]+)\]\(\.\./\1\)", page)
+    assert len(tests) > 10
+    assert not [name for name in tests if not (ROOT / name).is_file()]
+
+
 @pytest.mark.full
 def test_site_builds_and_asks_nothing_of_the_network(tmp_path):
     pytest.importorskip("mkdocs")
