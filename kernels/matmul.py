@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgpb.kernels import devices
+
 
 def mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = A B, or out += A B. 16-bit operands may have a float32 result: on CUDA, and on a CPU for bfloat16 where
     `cpp_rows.BF16_PRODUCTS`."""
-    if a.dtype == torch.bfloat16 and a.device.type == "cpu":
+    if a.dtype == torch.bfloat16 and devices.kind(a.device) == "cpu":
         if out.stride(1) != 1:
             a, b, out = b.t(), a.t(), out.t()  # gradients lie as their tensors do
         torch.ops.rgpb.mm_bf16(with_unit_stride(a), with_unit_stride(b), out, accumulate)

@@ -40,7 +40,7 @@ from rgpb.engine.plan import (
 )
 from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
-from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
+from rgpb.kernels import IMPLEMENTATIONS, devices, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
@@ -206,7 +206,7 @@ def plan_call(
         width,
         head.weight.dtype,
         dtype,
-        hidden.device.type,
+        devices.kind(hidden.device),
         impls[0],
         architecture(hidden.device),
         strided,
@@ -284,7 +284,7 @@ def make_call(
         entropy=entropy,
         accumulate=not single and grad and hidden.requires_grad and not entropy_grad,
         tolerance=tolerance if skip else None,
-        tile=mass_tile(hidden.device.type) if skip else 0,
+        tile=mass_tile(devices.kind(hidden.device)) if skip else 0,
         by_row=how.by_row,
         kept=how.kept,
         sort_vocab=how.sort_vocab and skip,

@@ -38,7 +38,7 @@ from rgpb.engine.products import (
     split_rows,
     times,
 )
-from rgpb.kernels import matmul
+from rgpb.kernels import devices, matmul
 from rgpb.kernels.torch_rows import TorchRows, apply_
 from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
 from rgpb.objectives import resolve
@@ -72,7 +72,7 @@ def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Ke
     # NaN and infinity pass through a sum; so does what overflows in it, hence the second look
     low, high = (target if kept.index is None else target[kept.index]).aminmax()
     found = low, high, hidden.sum()
-    if hidden.device.type == "cpu":
+    if devices.kind(hidden.device) == "cpu":
         least, most, total = (x.item() for x in found)
     else:
         least, most, total = torch.stack([x.double() for x in found]).tolist()  # one synchronisation for all
@@ -439,7 +439,7 @@ def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
     """Times the upstream scalar: in place, on a CPU not at all for the usual 1; out of place in a traced graph."""
     if is_traced(gradient):
         return gradient * g.to(gradient.dtype)
-    if gradient.device.type == "cpu" and g.item() == 1:
+    if devices.kind(gradient.device) == "cpu" and g.item() == 1:
         return gradient
     return gradient.mul_(g)
 

@@ -1,0 +1,132 @@
+"""Host waits and launches of a call, counted without a GPU.
+
+Tensors lie on the CPU and Triton's kernels run in its interpreter, but the engine is told that they lie on a GPU:
+`rgpb.kernels.devices.kind` says "cuda", so it takes the branches of CUDA, and products of 16-bit operands with float32
+results, which only CUDA has, are made here. Every operator is looked at from below autograd:
+
+    wait     the host needs a number from the device before it can go on: `.item()`, `.tolist()`, `nonzero`, indexing by
+             a mask, a copy to the host, `segment_reduce`'s own two checks
+    launch   an operator that computes or copies, or a Triton kernel: at least one kernel on a GPU. Views and
+             allocations are none
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+from rgpb.engine import operator
+from rgpb.kernels import devices
+
+# Operators that read a number back: one wait each
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
+# Neither: they make or reshape a tensor without touching its elements
+FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "resize_", "set_"}
+ALIASES = {"detach", "_reshape_alias", "_unsafe_view", "view_as", "reshape", "contiguous"}
+# Python methods that copy to the host and are no operator for a tensor that lies there already
+TO_HOST = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+
+
+class Count:
+    """Names of what was counted, in order.
+
+    Attributes:
+        waits, launches: operators and kernels by name, once for each time.
+        paused: above 0 while something runs that a GPU wouldn't run as it does here.
+    """
+
+    def __init__(self):
+        self.waits, self.launches, self.paused = [], [], 0
+
+    def __str__(self):
+        return "\n".join(
+            f"{len(found)} {what}: {', '.join(f'{name} × {n}' for name, n in Counter(found).items())}"
+            for what, found in (("waits", self.waits), ("launches", self.launches))
+        )
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
+        if self.count.paused or name in FREE | ALIASES or is_view(func):
+            return func(*args, **kwargs)
+        masks = masks_of(name, args)
+        if name in READS:
+            self.count.waits.append(name)
+        elif name == "repeat_interleave" and kwargs.get("output_size") is None:
+            self.count.waits.append("repeat_interleave without its size")
+        elif masks:
+            self.count.waits += [f"{name} by a mask"] * masks
+        elif name == "segment_reduce" and not kwargs.get("unsafe"):
+            self.count.waits += ["segment_reduce's check"] * 2
+        if name != "_local_scalar_dense":
+            self.count.launches.append(name)
+        if name in ("mm", "addmm") and "out_dtype" in {a.name for a in func._schema.arguments}:
+            return wide_product(name, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class Methods(TorchFunctionMode):
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in TO_HOST and not self.count.paused:
+            self.count.waits.append(TO_HOST[func])
+        return func(*args, **(kwargs or {}))
+
+
+def is_view(func):
+    """Whether results lie in an argument's memory that isn't written to."""
+    returned = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in returned)
+
+
+def masks_of(name, args):
+    """How many of an index's tensors are masks, which a GPU turns into positions. Filling by a mask needs none."""
+    if name not in ("index", "index_put", "index_put_"):
+        return 0
+    if name != "index" and args[2].numel() == 1:
+        return 0
+    return sum(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+
+
+def wide_product(name, args, kwargs):
+    """`mm` and `addmm` of 16-bit operands with a float32 result."""
+    out, *given = kwargs.get("out"), *(x for x in args if isinstance(x, torch.Tensor))
+    a, b = (x.float() for x in given[-2:])
+    made = a @ b if name == "mm" else given[0].float() + a @ b
+    return made if out is None else out.copy_(made)
+
+
+@contextmanager
+def counted(monkeypatch):
+    """Count what runs inside, as on a GPU."""
+    count = Count()
+    launch = interpreter.GridExecutor.__call__
+
+    def launched(self, *args, **kwargs):
+        count.launches.append(f"{self.fn.__name__} (Triton)")
+        count.paused += 1
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            count.paused -= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        patch.setattr(devices, "kind", lambda device: "cuda")
+        patch.setattr(operator, "is_intercepted", lambda tensors: False)  # the counter's mode isn't there on a GPU
+        patch.setattr("rgpb.engine.sweeps.is_intercepted", lambda tensors: False)
+        with Operators(count), Methods(count):
+            yield count
