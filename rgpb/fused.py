@@ -33,9 +33,7 @@ from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve
 from rgpb.objectives.registry import RESERVED, units
 from rgpb.parallel import all_sum, from_first, gradient_times, ranks_of
 from rgpb.validation import (
-    Reference as Reference,  # public from here, also for type checkers
-)
-from rgpb.validation import (
+    Checks,
     check_groups,
     check_how,
     check_ignore_index,
@@ -48,6 +46,9 @@ from rgpb.validation import (
     make_layout,
     reference_scores,
     tokens_of_units,
+)
+from rgpb.validation import (
+    Reference as Reference,  # public from here, also for type checkers
 )
 
 if TYPE_CHECKING:
@@ -159,11 +160,13 @@ def fused_loss(
     )
     layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
     check_units(spec, layout, reduction)
-    label = check_label(spec, label, layout.responses, hidden)
-    group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-    ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, scored)
+    checks = Checks()
+    label = check_label(spec, label, layout.responses, hidden, checks)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, hidden, checks)
+    ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, scored, checks)
     responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward, data_group)  # type: ignore[arg-type]
     if _draws(spec, options, group_size):
+        checks.read()
         with torch.no_grad():
             candidates = scored(hidden, given, target).flat()
         keep = drawn(spec, responses._replace(policy=candidates), options)
@@ -176,7 +179,7 @@ def fused_loss(
     reduced = "sum" if reduction == "mean" and data_group is not None else reduction
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, group_size=group_size,
-        unit_tokens=tokens_of_units(spec, layout, group_size), split=sequence_group is not None,
+        unit_tokens=tokens_of_units(spec, layout, group_size, checks), split=sequence_group is not None,
     )  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":
@@ -274,12 +277,14 @@ def coefficients(
             f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves the "
             "entropy; use fused_loss"
         )
-    policy = check_scores("scores", scores, target, logp, ignore_index).flat().detached()
+    checks = Checks()
+    policy = check_scores("scores", scores, target != ignore_index, logp, checks).flat().detached()
     layout = make_layout(target, cu_seqlens, ignore_index)
     check_units(spec, layout, reduction)
-    label = check_label(spec, label, layout.responses, logp)
-    group_size, reward = check_groups(spec, group_size, rewards, layout, logp)
-    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, ignore_index, None)
+    label = check_label(spec, label, layout.responses, logp, checks)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, logp, checks)
+    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, None, checks)
+    checks.read()
     mask = target.reshape(-1) != ignore_index
     with torch.enable_grad():
         known = [

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -409,14 +410,18 @@ def _is_number(x: object) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None:
-    """What gives the tokens of each pair or group, reading them from the device when it is first asked; None where the
-    objective couples something else, or tensors have no values yet."""
+def tokens_of_units(
+    spec: Objective, layout: Layout, group_size: int | None, checks: Checks
+) -> Callable[[], list[int]] | None:
+    """What gives the tokens of each pair or group; None where the objective couples something else, or tensors have no
+    values yet. They are read from the device with the checks, or without any when they are first asked for."""
     count = layout.tokens
     if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(count):
+        checks.read()
         return None
     members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
-    return cache(lambda: members.sum(0).tolist())
+    found = checks.read(members.sum(0))
+    return cache(lambda: members.sum(0).tolist() if found is None else found)
 
 
 def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | None) -> None:
@@ -452,15 +457,14 @@ def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, le
         )
     if cu_seqlens.device != target.device:
         raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
-    lengths = cu_seqlens.long().diff()
+    lengths, positions = cu_seqlens.long().diff(), None
     if not torch.compiler.is_compiling():
-        ends = [int(cu_seqlens[0]), min(lengths.tolist(), default=0), int(cu_seqlens[-1])]
-        if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
+        ends, positions = cu_seqlens.tolist(), len(target)
+        if ends[0] != 0 or ends[-1] != positions or any(before > after for before, after in pairwise(ends)):
             raise ValueError(
-                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
-                f"got {cu_seqlens.tolist()[:8]} … {ends[2]}"
+                f"cu_seqlens: expected not decreasing from 0 to N={positions}, got {ends[:8]} … {ends[-1]}"
             )
-    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths), mask)
+    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths, positions), mask, positions=positions)
 
 
 def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
@@ -474,7 +478,45 @@ def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
         )
 
 
-def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
+class Checks:
+    """What the door can only refuse by reading tensors, read at once: on a GPU each read waits for all before it."""
+
+    def __init__(self) -> None:
+        self._wrong: list[Tensor] = []
+        self._refuse: list[Callable[[], None]] = []
+
+    def add(self, wrong: Tensor, refuse: Callable[[], None]) -> None:
+        """Where `wrong`, bool 0-d, holds, `refuse` is called. Nothing is looked at while a compiler traces."""
+        if not torch.compiler.is_compiling():
+            self._wrong.append(wrong)
+            self._refuse.append(refuse)
+
+    def read(self, more: Tensor | None = None) -> list[int] | None:
+        """Refuse what is wrong, in the order in which it was added.
+
+        Args:
+            more: int64 [n], read along with the checks.
+
+        Returns:
+            The values of `more`; None where there was nothing to read beside.
+
+        Raises:
+            ValueError: of the first check that fails.
+        """
+        wrong, refuse, self._wrong, self._refuse = self._wrong, self._refuse, [], []
+        if not wrong:
+            return None
+        flags = torch.stack(wrong) if len(wrong) > 1 else wrong[0].view(1)
+        found = (flags if more is None else torch.cat([flags.long(), more])).tolist()
+        for failed, refused in zip(found, refuse):
+            if failed:
+                refused()
+        return None if more is None else found[len(wrong) :]
+
+
+def check_label(
+    spec: Objective, label: Tensor | None, responses: int, hidden: Tensor, checks: Checks
+) -> Tensor | None:  # fmt: skip
     """The label as float64 ±1 [B]."""
     if label is None:
         if spec.label:
@@ -492,15 +534,19 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
     if label.dtype == torch.bool:
-        return torch.where(label, 1.0, -1.0).double()
-    if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
-        wrong = label[label.abs() != 1][:4].tolist()
+        return label.double() * 2 - 1
+    given = label
+
+    def refuse() -> None:
+        wrong = given[given.abs() != 1][:4].tolist()
         raise ValueError(f"label: expected bool or values of ±1, got {wrong}; for labels of 0 and 1 give label.bool()")
+
+    checks.add((label.abs() != 1).any(), refuse)
     return label.double()
 
 
 def check_groups(
-    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor
+    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor, checks: Checks
 ) -> tuple[int | None, Tensor | None]:
     """(K, rewards as float64 [B] with 0 for responses without tokens)."""
     if spec.unit != "group" and is_registered(spec):
@@ -537,15 +583,18 @@ def check_groups(
     if rewards is None:
         return group_size, None
     reward = torch.where(layout.tokens > 0, rewards.reshape(-1).double(), 0.0)
-    if not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
+
+    def refuse() -> None:
         at = int((~reward.isfinite()).nonzero()[0])
         raise ValueError(f"rewards: expected finite numbers, got {reward[at].item()} for response {at}")
+
+    checks.add(~reward.isfinite().all(), refuse)
     return group_size, reward
 
 
 def reference_scores(
-    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
-    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None,
+    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout,
+    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None, checks: Checks,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
     """Per-token scores [P] of the reference, or where only sums came these, float64 [B].
 
@@ -565,10 +614,11 @@ def reference_scores(
             )
         _check_ref("ref", ref, ref.shape, hidden)
         there = layout.tokens > 0
-        _check_logp("ref", ref, there)
+        _check_logp("ref", ref, there, checks)
         return None, torch.where(there, _plain(ref).double(), 0.0)
     if isinstance(ref, Tensor | TokenScores):
-        scores = check_scores("ref", ref, target, hidden, ignore_index)
+        assert layout.mask is not None  # the door's layouts have one
+        scores = check_scores("ref", ref, layout.mask.view(target.shape), hidden, checks)
     elif isinstance(ref, tuple) and len(ref) == 2 and score is not None:
         with torch.no_grad():
             scores = score(*ref, target)
@@ -579,22 +629,29 @@ def reference_scores(
 
 
 def check_scores(
-    name: str, given: TokenScores | Tensor, target: Tensor, hidden: Tensor, ignore_index: int
-) -> TokenScores:
-    """Scores of each token; of log-probabilities alone the log-odds are made from them."""
-    counts = target != ignore_index
+    name: str, given: TokenScores | Tensor, counts: Tensor, hidden: Tensor, checks: Checks
+) -> TokenScores:  # fmt: skip
+    """Scores of each token; of log-probabilities alone the log-odds are made from them.
+
+    counts: which tokens have one, bool.
+    """
     if isinstance(given, Tensor):
-        _check_ref(name, given, target.shape, hidden)
-        _check_logp(name, given, counts)
+        _check_ref(name, given, counts.shape, hidden)
+        _check_logp(name, given, counts, checks)
         logp = given.clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
         # log(1 − p) from log p, each branch where it is exact
         complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
         return TokenScores(logp, logp - complement, torch.zeros_like(logp))
     for field in ("logp", "log_odds", "lse"):
-        _check_ref(f"{name}.{field}", getattr(given, field), target.shape, hidden)
-    if torch.compiler.is_compiling() or not bool(((given.logp < 0) | ~counts).all()):
+        _check_ref(f"{name}.{field}", getattr(given, field), counts.shape, hidden)
+
+    def look_again() -> None:  # 0 also stands for a position that was never scored
         scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
-        _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
+        again = Checks()
+        _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts, again)
+        again.read()
+
+    checks.add(((given.logp < 0) < counts).any(), look_again)
     return given
 
 
@@ -605,16 +662,19 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
+def _check_logp(name: str, given: Tensor, mask: Tensor, checks: Checks) -> None:
     """Log-probabilities wherever the mask says; NaN stands for a position that was never scored."""
-    wrong = mask & ~(given <= 1e-3)
-    if not torch.compiler.is_compiling() and bool(wrong.any()):
+    wrong = (given <= 1e-3) < mask
+
+    def refuse() -> None:
         at = int(wrong.reshape(-1).nonzero()[0])
         value = given.reshape(-1)[at].item()
         raise ValueError(
             f"{name}: expected a log-probability, at most 0, wherever target isn't ignored, "
             f"got {value:.4g} at flat position {at}"
         )
+
+    checks.add(wrong.any(), refuse)
 
 
 def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:

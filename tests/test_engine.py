@@ -31,7 +31,7 @@ from rgpb.engine.plan import plan, single_chunk, sizes
 from rgpb.engine.products import even_spans
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows
-from rgpb.validation import How, make_layout, plan_call, tokens_of_units
+from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 impls = pytest.mark.parametrize("impl", IMPLS)
@@ -330,7 +330,7 @@ def test_pairs_longer_than_the_chunk(lengths, path, impl):
     ref, spec = ref_scores(ref_logits, target), OBJECTIVES["dpo"]
     head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", impl)
     workspace = next(w for w in range(1 << 10, 1 << 16, 8) if fits(head_sizes, w, 90) == 16)
-    counts = tokens_of_units(spec, make_layout(target, None, -100), None)
+    counts = tokens_of_units(spec, make_layout(target, None, -100), None, Checks())
     assert counts() == [*lengths]
     chosen, _ = plan_call(hidden, head, How(impl, workspace=workspace), spec=spec, unit_tokens=counts)
     assert chosen.path == path
