@@ -149,7 +149,7 @@ class Problem(NamedTuple):
 
     def kept(self) -> Kept:
         """The positions that aren't ignored."""
-        return Kept(self.target, self.call.ignore_index)
+        return Kept.of(self.target, self.call.ignore_index)
 
 
 class Share(NamedTuple):
@@ -163,11 +163,17 @@ class Share(NamedTuple):
 class Kept:
     """The positions that aren't ignored, in order. Where all are kept nothing is gathered: rows are views."""
 
-    def __init__(self, target_P: Tensor, ignore_index: int):
-        self.device = target_P.device
-        index = (target_P != ignore_index).nonzero().squeeze(1)
-        self.count = index.shape[0]
-        self.index = None if self.count == target_P.shape[0] else index
+    def __init__(self, upto_P: Tensor, count: int):
+        """upto_P: how many are kept up to each position, int64, which ends with `count`: nothing is read back."""
+        self.device, self.count = upto_P.device, count
+        place = torch.arange(1, count + 1, device=self.device) if count < len(upto_P) else None
+        self.index = None if place is None else torch.searchsorted(upto_P, place)
+
+    @staticmethod
+    def of(target_P: Tensor, ignore_index: int) -> Kept:
+        """The same from the targets. One wait for a GPU."""
+        upto = (target_P != ignore_index).cumsum(0)
+        return Kept(upto, int(upto[-1]) if len(upto) else 0)
 
     def rows(self, *ranges: tuple[int, int]) -> Rows:
         """The positions of the kept rows start … stop of each range, one after the other."""

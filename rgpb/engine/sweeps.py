@@ -13,7 +13,6 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,33 +60,36 @@ def empty_rows(p: Problem, kept: Kept) -> Tensor:
     return torch.empty_like(p.hidden) if kept.index is None else torch.zeros_like(p.hidden)
 
 
-def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Kept) -> None:
-    """Refuse what would turn into a finite but wrong loss. hidden [P, H], target [P]
+def checked_rows(
+    hidden: Tensor, target: Tensor, vocab: int, ignore: int, counts: Tensor | None = None
+) -> tuple[Kept, list[int]]:
+    """The positions that aren't ignored, and `counts` on the host, read back at once; refuses what would turn into a
+    finite but wrong loss. hidden [P, H], target [P], counts int64 [n]
 
     Raises:
         ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
     """
-    if not kept.count:
-        return
+    if not len(target):
+        return Kept(target, 0), [0] * (0 if counts is None else len(counts))
+    kept = target != ignore
+    upto = kept.cumsum(0)
+    low, high = (target * kept).aminmax()  # 0, which is in every vocabulary, for those that are ignored
     # NaN and infinity pass through a sum; so does what overflows in it, hence the second look
-    low, high = (target if kept.index is None else target[kept.index]).aminmax()
-    found = low, high, hidden.sum()
-    if devices.kind(hidden.device) == "cpu":
-        least, most, total = (x.item() for x in found)
-    else:
-        least, most, total = torch.stack([x.double() for x in found]).tolist()  # one synchronisation for all
+    bits = hidden.detach().sum().double().view(torch.int64)
+    facts = (upto[-1:], low[None], high[None], bits[None])
+    count, least, most, total, *rest = torch.cat(facts if counts is None else (*facts, counts)).tolist()
     if least < 0 or most >= vocab:
-        outside = ((target < 0) | (target >= vocab)) & (target != ignore)
-        at = int(outside.nonzero()[0])
+        at = int((((target < 0) | (target >= vocab)) & kept).nonzero()[0])
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
             f"got {int(target[at])} at flat position {at}"
         )
-    if not math.isfinite(total):
+    if total >> 52 & 0x7FF == 0x7FF:  # the exponent of what isn't finite
         low, high = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
-        wrong = ((target != ignore) & ~((low > -torch.inf) & (high < torch.inf))).nonzero()
+        wrong = (kept & ~((low > -torch.inf) & (high < torch.inf))).nonzero()
         if len(wrong):
             raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {int(wrong[0])}")
+    return Kept(upto, count), rest
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -120,8 +122,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     """The statistics of each position, and what the backward will ask for."""
     p = Problem.of(tensors, call)
     with p.running():
-        kept = p.kept()
-        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
+        kept, _ = checked_rows(p.hidden, p.target, p.vocab, call.ignore_index)
         p, order = in_order(p, kept)
         skip = call.tolerance is not None
         statistics, accumulated = None, empty_rows(p, kept) if call.accumulate else p.hidden.new_empty(0)
@@ -344,8 +345,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     """
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
-        kept = p.kept()
-        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
+        kept, counts = checked_rows(p.hidden, p.target, p.vocab, call.ignore_index, objective.asks)
         entropy, tile = objective.spec.entropy, call.tile or None
         p, _ = in_order(p, kept)
         report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
@@ -354,7 +354,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         dhidden = empty_rows(p, kept) if call.needs[0] else None
         products = Products(p, most)
         head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
-        for rows, lengths, coefficients in objective.chunks(kept, most):
+        for rows, lengths, coefficients in objective.chunks(kept, most, counts):
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
                 objective.total.add_(value.double().sum())
