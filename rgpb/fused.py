@@ -180,11 +180,12 @@ def fused_loss(
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, group_size=group_size,
         unit_tokens=tokens_of_units(spec, layout, group_size, checks), split=sequence_group is not None,
+        scored=return_metrics,
     )  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
-        value, statistics, report = made.loss, made[1:4], made.report
+        value, statistics, report = made.loss, made[1:4], made.report  # statistics only with `return_metrics`
     else:
         found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report

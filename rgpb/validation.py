@@ -249,11 +249,13 @@ def make_call(
     group_size: int | None = None,
     unit_tokens: Callable[[], Sequence[int]] | None = None,
     split: bool = False,
+    scored: bool = True,
 ) -> Call:
     """The `Call` of checked arguments. Args and errors as `plan_call`.
 
     Args:
         entropy: of scores alone, whether H_o is asked for, with its gradient; an objective says so itself.
+        scored: whether the statistics of a single pass are asked for.
         group_size: K, or None.
     """
     entropy, entropy_grad = (entropy, entropy) if spec is None else (spec.entropy, spec.entropy_grad)
@@ -293,6 +295,7 @@ def make_call(
         options=tuple((name, options[name]) for name in sorted(options)) if single else (),
         mean=reduction == "mean",
         group_size=group_size or 0,
+        scored=scored,
         needs=(hidden.requires_grad, parts.base.requires_grad, bias is not None and bias.requires_grad),
         needs_more=parts.more is not None and parts.more.requires_grad,
         stored=() if how_stored is None else how_stored.named,
@@ -486,7 +489,7 @@ class Checks:
         self._refuse: list[Callable[[], None]] = []
 
     def add(self, wrong: Tensor, refuse: Callable[[], None]) -> None:
-        """Where `wrong`, bool 0-d, holds, `refuse` is called. Nothing is looked at while a compiler traces."""
+        """Where any of `wrong`, bool, holds, `refuse` is called. Nothing is looked at while a compiler traces."""
         if not torch.compiler.is_compiling():
             self._wrong.append(wrong)
             self._refuse.append(refuse)
@@ -506,12 +509,12 @@ class Checks:
         wrong, refuse, self._wrong, self._refuse = self._wrong, self._refuse, [], []
         if not wrong:
             return None
-        flags = torch.stack(wrong) if len(wrong) > 1 else wrong[0].view(1)
-        found = (flags if more is None else torch.cat([flags.long(), more])).tolist()
-        for failed, refused in zip(found, refuse):
-            if failed:
+        some = (wrong[0] if len(wrong) == 1 else torch.cat([x.reshape(-1) for x in wrong])).any().view(1)
+        failed, *found = (some if more is None else torch.cat([some.long(), more])).tolist()
+        for which, refused in zip(wrong, refuse) if failed else ():
+            if bool(which.any()):
                 refused()
-        return None if more is None else found[len(wrong) :]
+        return None if more is None else found
 
 
 def check_label(
@@ -534,14 +537,14 @@ def check_label(
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
     if label.dtype == torch.bool:
-        return label.double() * 2 - 1
+        return label.double().mul_(2).sub_(1)
     given = label
 
     def refuse() -> None:
         wrong = given[given.abs() != 1][:4].tolist()
         raise ValueError(f"label: expected bool or values of ±1, got {wrong}; for labels of 0 and 1 give label.bool()")
 
-    checks.add((label.abs() != 1).any(), refuse)
+    checks.add(label.abs() != 1, refuse)
     return label.double()
 
 
@@ -588,7 +591,7 @@ def check_groups(
         at = int((~reward.isfinite()).nonzero()[0])
         raise ValueError(f"rewards: expected finite numbers, got {reward[at].item()} for response {at}")
 
-    checks.add(~reward.isfinite().all(), refuse)
+    checks.add(~reward.isfinite(), refuse)
     return group_size, reward
 
 
@@ -651,7 +654,7 @@ def check_scores(
         _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts, again)
         again.read()
 
-    checks.add(((given.logp < 0) < counts).any(), look_again)
+    checks.add((given.logp < 0) < counts, look_again)
     return given
 
 
@@ -674,7 +677,7 @@ def _check_logp(name: str, given: Tensor, mask: Tensor, checks: Checks) -> None:
             f"got {value:.4g} at flat position {at}"
         )
 
-    checks.add(wrong.any(), refuse)
+    checks.add(wrong, refuse)
 
 
 def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:

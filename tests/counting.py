@@ -1,13 +1,13 @@
 """Host waits and launches of a call, counted without a GPU.
 
-Tensors lie on the CPU and Triton's kernels run in its interpreter, but the engine is told that they lie on a GPU:
-`rgpb.kernels.devices.kind` says "cuda", so it takes the branches of CUDA, and products of 16-bit operands with float32
-results, which only CUDA has, are made here. Every operator is looked at from below autograd:
+Tensors lie on the CPU, but the engine is told that they lie on a GPU: `rgpb.kernels.devices.kind` says "cuda", so it
+takes the branches of CUDA. Triton's kernels are only noted, or run in its interpreter; products of 16-bit operands with
+float32 results, which only CUDA has, are made here. Every operator is looked at from below autograd:
 
     wait     the host needs a number from the device before it can go on: `.item()`, `.tolist()`, `nonzero`, indexing by
              a mask, a copy to the host, `segment_reduce`'s own two checks
     launch   an operator that computes or copies, or a Triton kernel: at least one kernel on a GPU. Views and
-             allocations are none
+             allocations are none, nor is what has no element
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Count:
     def __init__(self):
         self.waits, self.launches, self.paused = [], [], 0
 
-    def __str__(self):
+    def __repr__(self):
         return "\n".join(
             f"{len(found)} {what}: {', '.join(f'{name} × {n}' for name, n in Counter(found).items())}"
             for what, found in (("waits", self.waits), ("launches", self.launches))
@@ -68,11 +68,12 @@ class Operators(TorchDispatchMode):
             self.count.waits += [f"{name} by a mask"] * masks
         elif name == "segment_reduce" and not kwargs.get("unsafe"):
             self.count.waits += ["segment_reduce's check"] * 2
-        if name != "_local_scalar_dense":
+        wide = name in ("mm", "addmm") and "out_dtype" in {a.name for a in func._schema.arguments}
+        made = wide_product(name, args, kwargs) if wide else func(*args, **kwargs)
+        results = [x for x in (made if isinstance(made, tuple | list) else [made]) if isinstance(x, torch.Tensor)]
+        if name != "_local_scalar_dense" and any(x.numel() for x in results):
             self.count.launches.append(name)
-        if name in ("mm", "addmm") and "out_dtype" in {a.name for a in func._schema.arguments}:
-            return wide_product(name, args, kwargs)
-        return func(*args, **kwargs)
+        return made
 
 
 class Methods(TorchFunctionMode):
@@ -110,13 +111,15 @@ def wide_product(name, args, kwargs):
 
 
 @contextmanager
-def counted(monkeypatch):
-    """Count what runs inside, as on a GPU."""
+def counted(monkeypatch, interpreted=False):
+    """Count what runs inside, as on a GPU. interpreted: run the kernels, too; else their results are not written."""
     count = Count()
     launch = interpreter.GridExecutor.__call__
 
     def launched(self, *args, **kwargs):
         count.launches.append(f"{self.fn.__name__} (Triton)")
+        if not interpreted:
+            return None
         count.paused += 1
         try:
             return launch(self, *args, **kwargs)

@@ -28,17 +28,21 @@ class Coefficients:
     """The objective of a single pass, chunk by chunk.
 
     Attributes:
-        total: the loss so far, float64 0-d.
+        total: the loss so far, float64 0-d; None before the first chunk.
         asks: tokens of each response, int64 [B], where chunks are made of whole units; they are wanted on the host.
     """
 
     def __init__(self, tensors: Tensors, call: Call):
-        weight, target, self.count = tensors.need("weight", "target", "tokens")
+        weight, self.count = tensors.need("weight", "tokens")
         self.t, self.call, self.spec, self.options = tensors, call, resolve(call.objective), dict(call.options)
         self.units = units(self.spec, len(self.count), call.group_size)
-        self.total = target.new_zeros((), dtype=torch.float64)
+        self.total: Tensor | None = None
         self.asks = None if self.spec.couples == "token" else self.count
         self.acc_dtype = acc_dtype(call.weight_dtype(weight))
+
+    def add(self, value: Tensor) -> None:
+        """Of a chunk to the loss, float64 0-d."""
+        self.total = value if self.total is None else self.total + value
 
     def chunks(
         self, kept: Kept, rows: int, counts: list[int]
@@ -112,7 +116,7 @@ class Coefficients:
                 g_zy, g_lo = torch.autograd.grad(
                     part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True
                 )
-            self.total.add_(part_value.detach().double())
+            self.add(part_value.detach().double())
             return Upstream(g_zy, g_lo)
 
         return coefficients
@@ -123,7 +127,8 @@ class Coefficients:
         ref = None
         if self.t.ref_logp is not None and self.t.ref_log_odds is not None:
             ref = self.t.ref_logp[rows].to(self.acc_dtype), self.t.ref_log_odds[rows].to(self.acc_dtype)
-        factor = (factor / self.units if self.call.mean else factor).to(self.acc_dtype)
+        # divided as float64, and rounded as it is written
+        factor = torch.div(factor, self.units if self.call.mean else 1, out=factor.new_empty(0, dtype=self.acc_dtype))
         return TokenTerms(name, torch.repeat_interleave(factor, inside, output_size=tokens), ref, self.spec.entropy)
 
 

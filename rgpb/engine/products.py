@@ -472,7 +472,8 @@ def split_rows(rows: Rows, step: int) -> list[Rows]:
     return [slice(rows.start + s.start, rows.start + s.stop) for s in spans(rows.stop - rows.start, step)]
 
 
-def empty_statistics(p: Problem, entropy: bool) -> Statistics:
-    """0 at every position [P]."""
-    some = (p.hidden.new_zeros(p.target.shape, dtype=p.acc_dtype) for _ in range(2 + entropy))
+def empty_statistics(p: Problem, entropy: bool, positions: int | None = None) -> Statistics:
+    """0 at every position [P], or at so many."""
+    count = len(p.target) if positions is None else positions
+    some = (p.hidden.new_zeros(count, dtype=p.acc_dtype) for _ in range(2 + entropy))
     return Statistics(*some) if entropy else Statistics(*some, None)

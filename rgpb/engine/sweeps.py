@@ -322,7 +322,7 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: 0-d.
-        z_y, lse_other, h_o: [P].
+        z_y, lse_other, h_o: [P], with `Call.scored`.
         dhidden, dweight, dbias, dmore: [P, H], [V, H], [V], [V, r].
         report: float32 [P + 1], of skipping (`skipping.Skipped.read`).
     """
@@ -357,8 +357,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         for rows, lengths, coefficients in objective.chunks(kept, most, counts):
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
-                objective.total.add_(value.double().sum())
-                statistics = filled(statistics, found, rows, p)
+                objective.add(value.double().sum())
+                statistics = filled(statistics, found, rows, p) if call.scored else None
                 products.pull_back(rows, e, None, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
@@ -384,7 +384,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     pairs += int(active.sum())
                 e, r = products.set.pull_back(chunk, weighed, *given)
                 products.pull_back(block, e, r, active, dhidden, head)
-        statistics = statistics or empty_statistics(p, entropy)
+        if statistics is None or not call.scored:
+            statistics = empty_statistics(p, entropy, len(p.target) if call.scored else 0)
         found_head = head.finished()
         if tile and kept.count:
             share = pairs / (kept.count * tiles_of(p.weight, call))
@@ -394,13 +395,15 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
     gradients = [p.hidden.new_empty(0) if g is None else g for g in made]
-    value = objective.total.to(statistics.z_y.dtype)
+    value = p.hidden.new_zeros(()) if objective.total is None else objective.total
+    value = value.to(p.acc_dtype)
     return Loss(value, statistics.z_y, statistics.lse_other, h_o, *[*gradients, report])
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
     hidden, weight, target = t.need("hidden", "weight", "target")
-    statistic = hidden.new_empty(target.shape, dtype=acc_dtype(call.weight_dtype(weight)))
+    positions = target.shape if call.scored else (0,)
+    statistic = hidden.new_empty(positions, dtype=acc_dtype(call.weight_dtype(weight)))
     nothing = [hidden.new_empty(0) for _ in range(4)]
     need_hidden, need_weight, need_bias = call.needs
     return Loss(
