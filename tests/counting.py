@@ -1,8 +1,8 @@
 """Host waits and launches of a call, counted without a GPU.
 
 Tensors lie on the CPU, but the engine is told that they lie on a GPU: `rgpb.kernels.devices.kind` says "cuda", so it
-takes the branches of CUDA. Triton's kernels are only noted, or run in its interpreter; products of 16-bit operands with
-float32 results, which only CUDA has, are made here. Every operator is looked at from below autograd:
+takes the branches of CUDA. Triton's kernels are only noted, or run in its interpreter; CUDA's products are those of
+`cuda_products`. Every operator is looked at from below autograd:
 
     wait     the host needs a number from the device before it can go on: `.item()`, `.tolist()`, `nonzero`, indexing by
              a mask, a copy to the host, `segment_reduce`'s own two checks
@@ -16,12 +16,12 @@ from collections import Counter
 from contextlib import contextmanager
 
 import torch
+from cuda_products import is_wide, product
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
 
 from rgpb.engine import operator
-from rgpb.kernels import devices
+from rgpb.kernels import HAS_TRITON, devices, matmul
 
 # Operators that read a number back: one wait each
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
@@ -51,9 +51,9 @@ class Count:
 
 
 class Operators(TorchDispatchMode):
-    def __init__(self, count):
+    def __init__(self, count, one_dtype=False):
         super().__init__()
-        self.count = count
+        self.count, self.one_dtype = count, one_dtype
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.split("::")[1]
@@ -68,8 +68,7 @@ class Operators(TorchDispatchMode):
             self.count.waits += [f"{name} by a mask"] * masks
         elif name == "segment_reduce" and not kwargs.get("unsafe"):
             self.count.waits += ["segment_reduce's check"] * 2
-        wide = name in ("mm", "addmm") and "out_dtype" in {a.name for a in func._schema.arguments}
-        made = wide_product(name, args, kwargs) if wide else func(*args, **kwargs)
+        made = product(func, args, kwargs, self.one_dtype) if is_wide(func) else func(*args, **kwargs)
         results = [x for x in (made if isinstance(made, tuple | list) else [made]) if isinstance(x, torch.Tensor)]
         if name != "_local_scalar_dense" and any(x.numel() for x in results):
             self.count.launches.append(name)
@@ -102,19 +101,15 @@ def masks_of(name, args):
     return sum(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
 
 
-def wide_product(name, args, kwargs):
-    """`mm` and `addmm` of 16-bit operands with a float32 result."""
-    out, *given = kwargs.get("out"), *(x for x in args if isinstance(x, torch.Tensor))
-    a, b = (x.float() for x in given[-2:])
-    made = a @ b if name == "mm" else given[0].float() + a @ b
-    return made if out is None else out.copy_(made)
-
-
 @contextmanager
-def counted(monkeypatch, interpreted=False):
-    """Count what runs inside, as on a GPU. interpreted: run the kernels, too; else their results are not written."""
+def counted(monkeypatch, interpreted=False, one_dtype=False):
+    """Count what runs inside, as on a GPU.
+
+    Args:
+        interpreted: run Triton's kernels, too; else their results are not written.
+        one_dtype: of `cuda_products.product`.
+    """
     count = Count()
-    launch = interpreter.GridExecutor.__call__
 
     def launched(self, *args, **kwargs):
         count.launches.append(f"{self.fn.__name__} (Triton)")
@@ -127,9 +122,14 @@ def counted(monkeypatch, interpreted=False):
             count.paused -= 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        if HAS_TRITON:
+            from triton.runtime import interpreter
+
+            launch = interpreter.GridExecutor.__call__
+            patch.setattr(interpreter.GridExecutor, "__call__", launched)
         patch.setattr(devices, "kind", lambda device: "cuda")
         patch.setattr(operator, "is_intercepted", lambda tensors: False)  # the counter's mode isn't there on a GPU
         patch.setattr("rgpb.engine.sweeps.is_intercepted", lambda tensors: False)
-        with Operators(count), Methods(count):
+        patch.setattr(matmul, "adds_wide", lambda device, dtype: not one_dtype)  # asked once, before all that counts
+        with Operators(count, one_dtype), Methods(count):
             yield count
