@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # what changes how a loss is computed, not what
-HOW = ("impl", "engine", "path", "grad_tolerance", "tolerance_per", "sort_vocab", "workspace")
+HOW = ("impl", "engine", "path", "grad_tolerance", "tolerance_per", "sort_vocab", "workspace", "validate")
 
 
 def fused_loss(
@@ -82,6 +82,7 @@ def fused_loss(
     tolerance_per: str = "response",
     sort_vocab: bool | None = None,
     workspace: int | str | Workspace | None = None,
+    validate: bool = True,
     **options: Any,
 ) -> Any:
     """Any objective over the token scores, with gradients for hidden, weight and bias.
@@ -136,6 +137,7 @@ def fused_loss(
             whose memory is kept between calls; or "auto" (default): 512 MiB, on a GPU the largest of 1, 2 and 4 GiB
             that is at most half of what is free. Chunks, and with them rounding, depend on it: give a number where
             runs on a GPU have to agree bitwise. Ranks that share a head or a response take 512 MiB.
+        validate: see `linear_logprob`. Pairs and groups then take two passes.
         **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 
     Returns:
@@ -149,18 +151,23 @@ def fused_loss(
     given, head = head, check_inputs(hidden, head, target, temperature)
     how = check_how(
         hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, tolerance_per,
-        shared=head.shard is not None or sequence_group is not None,
+        shared=head.shard is not None or sequence_group is not None, validate=validate,
     )  # fmt: skip
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
     check_ranks(data_group, sequence_group)
     scored = partial(
-        linear_logprob, ignore_index=ignore_index, temperature=temperature, impl=how.impl, workspace=workspace
+        linear_logprob,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        impl=how.impl,
+        workspace=workspace,
+        validate=validate,
     )
-    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
+    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, data_group is not None, validate)
     check_units(spec, layout, reduction)
-    checks = Checks()
+    checks = Checks(validate)
     label = check_label(spec, label, layout.responses, hidden, checks)
     group_size, reward = check_groups(spec, group_size, rewards, layout, hidden, checks)
     ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, scored, checks)
@@ -180,8 +187,7 @@ def fused_loss(
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, group_size=group_size,
         unit_tokens=tokens_of_units(spec, layout, group_size, checks), split=sequence_group is not None,
-        scored=return_metrics,
-    )  # fmt: skip
+    )._replace(scored=return_metrics)  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)

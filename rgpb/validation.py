@@ -31,6 +31,7 @@ from rgpb.engine.plan import (
     PATHS,
     SHARDED,
     SPLIT,
+    UNREAD,
     Plan,
     Sizes,
     chunks,
@@ -41,7 +42,7 @@ from rgpb.engine.plan import (
 )
 from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
-from rgpb.kernels import IMPLEMENTATIONS, devices, resolve_impl, why_not
+from rgpb.kernels import IMPLEMENTATIONS, devices, kernel_set, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
@@ -71,18 +72,26 @@ class How(NamedTuple):
     workspace: int = DEFAULT_WORKSPACE
     kept: int = 0
     by_row: bool = False
+    validate: bool = True
 
 
 def check_how(
     device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
     sort_vocab: bool | None, workspace: int | str | Workspace | None, tolerance_per: str = "response",
-    *, shared: bool = False,
+    *, shared: bool = False, validate: bool = True,
 ) -> How:  # fmt: skip
     """`How` on a device, with the old `engine` translated. `shared` as for `settled`.
 
     Raises:
-        ValueError: a value that doesn't exist, or an engine that contradicts `impl`.
+        ValueError: a value that doesn't exist, an engine that contradicts `impl`, or what can't do without a read.
     """
+    if not isinstance(validate, bool):
+        raise ValueError(f"validate: expected True or False, got {validate!r}")
+    if not validate and grad_tolerance is not None:
+        raise ValueError(
+            "grad_tolerance: expected None with validate=False, since what is left out is read from the device, "
+            f"got {grad_tolerance!r}"
+        )
     for name, given, known in (("impl", impl, IMPLEMENTATIONS), ("path", path, PATHS)):
         if given not in known:
             raise ValueError(f"{name}: expected one of {known}, got {given!r}")
@@ -92,10 +101,11 @@ def check_how(
         raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
     if tolerance_per == "row" and grad_tolerance is None:
         raise ValueError("tolerance_per: expected 'response' without grad_tolerance, got 'row'")
-    size, kept = settled(workspace, device, shared)
+    size, kept = settled(workspace, device, shared or not validate)
     if sort_vocab is None:  # an order that is estimated once is worth it
         sort_vocab = bool(kept) and grad_tolerance is not None
-    return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row")
+    kept = kept if validate else 0  # whoever replays a call would write into memory that others hold by then
+    return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row", validate)
 
 
 def _without_engine(device: torch.device, impl: str, engine: str) -> str:
@@ -198,7 +208,10 @@ def plan_call(
     vocab, width = head.weight.shape
     grad, bias = torch.is_grad_enabled(), head.bias
     dtype = compute_dtype(hidden)
-    impls = resolve_impl(how.impl, hidden.device)
+    impls = _without_reads(head, resolve_impl(how.impl, hidden.device), how.validate)
+    late = SHARDED if head.shard is not None else SPLIT if split else ""
+    if not how.validate and spec is not None and not (spec.terms and kernel_set(impls[0]).token_losses):
+        late = UNREAD
     registered = spec is not None and is_registered(spec) and encodable(options or {})
     plain = not isinstance(head.weight, HeadWeight)
     strided = plain and width > 1 and head.weight.stride(1) != 1
@@ -226,7 +239,7 @@ def plan_call(
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
         kept=how.kept > 0,
-        split=SHARDED if head.shard is not None else SPLIT if split else "",
+        split=late,
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
@@ -234,6 +247,19 @@ def plan_call(
     shape = shape.skipping(how.sort_vocab, how.kept > 0) if how.grad_tolerance is not None else shape
     shape = of_impl(shape, made.impl)
     return made, shape
+
+
+def _without_reads(head: LMHead, impls: tuple[str, ...], validate: bool) -> tuple[str, ...]:
+    """The kernel sets to choose from; without `validate` those that read nothing from the device."""
+    if validate:
+        return impls
+    if head.shard is not None:
+        raise ValueError("head.shard: expected None with validate=False, got a VocabShard")
+    if impls == ("tiled",):
+        raise ValueError(
+            "impl: expected another with validate=False, since the tile kernels read a flag of each chunk, got 'tiled'"
+        )
+    return tuple(impl for impl in impls if impl != "tiled")
 
 
 def make_call(
@@ -249,13 +275,11 @@ def make_call(
     group_size: int | None = None,
     unit_tokens: Callable[[], Sequence[int]] | None = None,
     split: bool = False,
-    scored: bool = True,
 ) -> Call:
     """The `Call` of checked arguments. Args and errors as `plan_call`.
 
     Args:
         entropy: of scores alone, whether H_o is asked for, with its gradient; an objective says so itself.
-        scored: whether the statistics of a single pass are asked for.
         group_size: K, or None.
     """
     entropy, entropy_grad = (entropy, entropy) if spec is None else (spec.entropy, spec.entropy_grad)
@@ -295,7 +319,7 @@ def make_call(
         options=tuple((name, options[name]) for name in sorted(options)) if single else (),
         mean=reduction == "mean",
         group_size=group_size or 0,
-        scored=scored,
+        validate=how.validate,
         needs=(hidden.requires_grad, parts.base.requires_grad, bias is not None and bias.requires_grad),
         needs_more=parts.more is not None and parts.more.requires_grad,
         stored=() if how_stored is None else how_stored.named,
@@ -416,10 +440,12 @@ def _is_number(x: object) -> bool:
 def tokens_of_units(
     spec: Objective, layout: Layout, group_size: int | None, checks: Checks
 ) -> Callable[[], list[int]] | None:
-    """What gives the tokens of each pair or group; None where the objective couples something else, or tensors have no
-    values yet. They are read from the device with the checks, or without any when they are first asked for."""
+    """What gives the tokens of each pair or group; None where the objective couples something else, where tensors have
+    no values yet, or where nothing is read. They are read with the checks, or, without any, when they are first asked
+    for."""
     count = layout.tokens
-    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(count):
+    unknown = torch.compiler.is_compiling() or is_traced(count) or not checks.validate
+    if spec.couples not in ("pair", "group") or unknown:
         checks.read()
         return None
     members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
@@ -436,14 +462,21 @@ def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | 
 
 def make_layout(
     target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, sequence_group: ProcessGroup | None = None,
-    empty: bool = False,
+    empty: bool = False, validate: bool = True,
 ) -> Layout:  # fmt: skip
-    """The grouping of a padded [B, T] or packed [N] target; `empty`: packed, B may be 0 as it may be padded."""
-    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2)
+    """The grouping of a padded [B, T] or packed [N] target.
+
+    Args:
+        empty: packed, B may be 0 as it may be padded.
+        validate: read `cu_seqlens` to check them.
+    """
+    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2, validate)
     return layout._replace(tokens=all_sum(layout.tokens, sequence_group), group=sequence_group)
 
 
-def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int) -> Layout:
+def _own_layout(
+    target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int, validate: bool
+) -> Layout:  # fmt: skip
     """That of this rank's tokens alone."""
     mask = target != ignore_index
     if cu_seqlens is None:
@@ -460,9 +493,10 @@ def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, le
         )
     if cu_seqlens.device != target.device:
         raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
-    lengths, positions = cu_seqlens.long().diff(), None
-    if not torch.compiler.is_compiling():
-        ends, positions = cu_seqlens.tolist(), len(target)
+    lengths = cu_seqlens.long().diff()
+    positions = None if torch.compiler.is_compiling() else len(target)
+    if positions is not None and validate:
+        ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != positions or any(before > after for before, after in pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens: expected not decreasing from 0 to N={positions}, got {ends[:8]} … {ends[-1]}"
@@ -482,15 +516,19 @@ def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
 
 
 class Checks:
-    """What the door can only refuse by reading tensors, read at once: on a GPU each read waits for all before it."""
+    """What the door can only refuse by reading tensors, read at once: on a GPU each read waits for all before it.
 
-    def __init__(self) -> None:
+    validate: False where nothing is read, and so nothing refused.
+    """
+
+    def __init__(self, validate: bool = True) -> None:
+        self.validate = validate
         self._wrong: list[Tensor] = []
         self._refuse: list[Callable[[], None]] = []
 
     def add(self, wrong: Tensor, refuse: Callable[[], None]) -> None:
         """Where any of `wrong`, bool, holds, `refuse` is called. Nothing is looked at while a compiler traces."""
-        if not torch.compiler.is_compiling():
+        if self.validate and not torch.compiler.is_compiling():
             self._wrong.append(wrong)
             self._refuse.append(refuse)
 

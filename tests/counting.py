@@ -30,6 +30,8 @@ FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"
 ALIASES = {"detach", "_reshape_alias", "_unsafe_view", "view_as", "reshape", "contiguous"}
 # Python methods that copy to the host and are no operator for a tensor that lies there already
 TO_HOST = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+# What makes a tensor of the host's numbers: a copy to the device, which a CUDA graph doesn't take
+FROM_HOST = {torch.tensor: "tensor", torch.as_tensor: "as_tensor", torch.Tensor.new_tensor: "new_tensor"}
 
 
 class Count:
@@ -37,16 +39,17 @@ class Count:
 
     Attributes:
         waits, launches: operators and kernels by name, once for each time.
+        copies: of the host's numbers to the device.
         paused: above 0 while something runs that a GPU wouldn't run as it does here.
     """
 
     def __init__(self):
-        self.waits, self.launches, self.paused = [], [], 0
+        self.waits, self.launches, self.copies, self.paused = [], [], [], 0
 
     def __repr__(self):
         return "\n".join(
             f"{len(found)} {what}: {', '.join(f'{name} × {n}' for name, n in Counter(found).items())}"
-            for what, found in (("waits", self.waits), ("launches", self.launches))
+            for what, found in (("waits", self.waits), ("launches", self.launches), ("copies", self.copies))
         )
 
 
@@ -83,6 +86,8 @@ class Methods(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in TO_HOST and not self.count.paused:
             self.count.waits.append(TO_HOST[func])
+        if func in FROM_HOST and not self.count.paused:
+            self.count.copies.append(FROM_HOST[func])
         return func(*args, **(kwargs or {}))
 
 

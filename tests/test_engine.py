@@ -472,6 +472,36 @@ def test_sixteen_bit_operands_as_on_cuda(monkeypatch, how, path, head):
         assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
 
 
+@impls
+@pytest.mark.parametrize("workspace", [1 << 29, small(SHAPES["V and H off every tile"])], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("name", ["mle", "nll_pll", "unlikelihood", "bnf", "dpo", "simpo", "swepo", "kto"])
+def test_without_validation_the_results_are_the_same(name, workspace, impl):
+    """Ignored positions are computed, and count as little."""
+    hidden, head, target, ref_logits = batch(SHAPES["V and H off every tile"], head="bias")
+    ours, _ = arguments(name, ref_logits, target)
+    runs = []
+    for validate in (True, False):
+        loss, metrics = fused_loss(
+            hidden, head, target, objective=name, impl=impl, workspace=workspace, validate=validate,
+            return_metrics=True, **ours,
+        )  # fmt: skip
+        runs.append([loss, *metrics.values(), *torch.autograd.grad(loss, leaves(hidden, head))])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+@impls
+def test_scores_without_validation_are_the_same(impl):
+    hidden, head, target, _ = batch(SHAPES["V and H off every tile"], head="bias")
+    runs = []
+    for validate in (True, False):
+        scores = linear_logprob(hidden, head, target, impl=impl, entropy=True, validate=validate)
+        total = sum(x.sin().sum() for x in scores)
+        runs.append([*scores, *torch.autograd.grad(total, leaves(hidden, head))])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("path", ["single", "two_pass"])
 @pytest.mark.parametrize("one_dtype", [False, True], ids=["torch 2.10", "torch 2.8"])
 def test_sums_of_products_whether_or_not_cuda_adds_them(monkeypatch, path, one_dtype):

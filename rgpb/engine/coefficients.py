@@ -129,7 +129,18 @@ class Coefficients:
             ref = self.t.ref_logp[rows].to(self.acc_dtype), self.t.ref_log_odds[rows].to(self.acc_dtype)
         # divided as float64, and rounded as it is written
         factor = torch.div(factor, self.units if self.call.mean else 1, out=factor.new_empty(0, dtype=self.acc_dtype))
-        return TokenTerms(name, torch.repeat_interleave(factor, inside, output_size=tokens), ref, self.spec.entropy)
+        if self.call.validate:
+            factor = torch.repeat_interleave(factor, inside, output_size=tokens)
+        else:
+            factor = self._of_positions(factor)[rows]
+        return TokenTerms(name, factor, ref, self.spec.entropy)
+
+    def _of_positions(self, factor: Tensor) -> Tensor:
+        """Each response's factor at all its positions, 0 at ignored ones, without knowing how many those are. [P]"""
+        target = self.t.need("target")[0]
+        kept = target != self.call.ignore_index
+        response = torch.searchsorted(self.count.cumsum(0), kept.cumsum(0))
+        return torch.where(kept, factor[response], 0)
 
 
 def picked(x: Tensor, runs: list[slice]) -> Tensor:

@@ -53,6 +53,8 @@ class Problem(NamedTuple):
         """That of an operator's tensors."""
         hidden, weight, target = t.need("hidden", "weight", "target")
         kept = of_key(call.kept)
+        if not call.validate:
+            target = target.masked_fill(target == call.ignore_index, 0)
         return Problem(hidden, weight, t.bias, target, call, None, t.more, t.scales, t.zeros, kept)
 
     @contextmanager
@@ -148,7 +150,9 @@ class Problem(NamedTuple):
         return Epilogue(bias, self.call.softcap, self.call.scale)
 
     def kept(self) -> Kept:
-        """The positions that aren't ignored."""
+        """The positions that are computed: those that aren't ignored."""
+        if not self.call.validate:
+            return Kept(self.target, len(self.target))
         return Kept.of(self.target, self.call.ignore_index)
 
 
