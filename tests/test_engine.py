@@ -27,7 +27,7 @@ from engine_suite import (
     small,
 )
 
-from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
+from rgpb import OBJECTIVES, LMHead, TokenScores, Workspace, fused_loss, linear_logprob, objective, reference
 from rgpb.engine.plan import plan, single_chunk, sizes
 from rgpb.engine.products import even_spans
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
@@ -488,6 +488,17 @@ def test_without_validation_the_results_are_the_same(name, workspace, impl):
         runs.append([loss, *metrics.values(), *torch.autograd.grad(loss, leaves(hidden, head))])
     for a, b in zip(*runs):
         torch.testing.assert_close(a, b)
+
+
+def test_without_validation_no_memory_is_kept():
+    """A graph that is replayed would write into what others hold by then."""
+    hidden, head, target, _ = batch(SHAPES["V and H off every tile"])
+    held = []
+    for validate in (False, True):
+        with Workspace() as kept:
+            fused_loss(hidden, head, target, objective="mle", validate=validate)
+        held.append(kept.held > 0)
+    assert held == [False, True]
 
 
 @impls

@@ -67,11 +67,13 @@ def test_waits_and_launches_are_those_of_the_documents(case, monkeypatch):
 
 
 @pytest.mark.parametrize(("objective", "kernel"), [("bnf", "token_loss_kernel"), ("dpo", "gradients_kernel")])
-def test_more_chunks_take_no_more_waits(objective, kernel, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_more_chunks_take_no_more_waits(objective, kernel, packed, monkeypatch):
     """How long pairs are is read with what else the door checks."""
-    found = count(monkeypatch, objective, tokens=40, path="single", workspace=small(SHAPE, torch.bfloat16))
+    how = {"tokens": 40, "workspace": small(SHAPE, torch.bfloat16), "packed": packed}
+    found = count(monkeypatch, objective, path="single", **how)
     assert found.launches.count(f"{kernel} (Triton)") > 1, found
-    assert len(found.waits) == 2, found
+    assert len(found.waits) == 2 + packed, found
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
