@@ -1,8 +1,16 @@
-"""What kind of GPU a device is."""
+"""What kind of device tensors lie on."""
 
 from __future__ import annotations
 
 import torch
+
+
+def kind(device: torch.device) -> str:
+    """ "cpu", "cuda", …: what the engine goes by where a CPU is served another way than a GPU.
+
+    Tests put "cuda" in its place, to see on a CPU what a GPU would be given (`tests/counting.py`).
+    """
+    return device.type
 
 
 def architecture(device: torch.device) -> str | None:

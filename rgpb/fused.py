@@ -33,9 +33,7 @@ from rgpb.objectives import OBJECTIVES, Objective, check_options, drawn, resolve
 from rgpb.objectives.registry import RESERVED, units
 from rgpb.parallel import all_sum, from_first, gradient_times, ranks_of
 from rgpb.validation import (
-    Reference as Reference,  # public from here, also for type checkers
-)
-from rgpb.validation import (
+    Checks,
     check_groups,
     check_how,
     check_ignore_index,
@@ -49,12 +47,15 @@ from rgpb.validation import (
     reference_scores,
     tokens_of_units,
 )
+from rgpb.validation import (
+    Reference as Reference,  # public from here, also for type checkers
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # what changes how a loss is computed, not what
-HOW = ("impl", "engine", "path", "grad_tolerance", "tolerance_per", "sort_vocab", "workspace")
+HOW = ("impl", "engine", "path", "grad_tolerance", "tolerance_per", "sort_vocab", "workspace", "validate")
 
 
 def fused_loss(
@@ -81,6 +82,7 @@ def fused_loss(
     tolerance_per: str = "response",
     sort_vocab: bool | None = None,
     workspace: int | str | Workspace | None = None,
+    validate: bool = True,
     **options: Any,
 ) -> Any:
     """Any objective over the token scores, with gradients for hidden, weight and bias.
@@ -135,6 +137,7 @@ def fused_loss(
             whose memory is kept between calls; or "auto" (default): 512 MiB, on a GPU the largest of 1, 2 and 4 GiB
             that is at most half of what is free. Chunks, and with them rounding, depend on it: give a number where
             runs on a GPU have to agree bitwise. Ranks that share a head or a response take 512 MiB.
+        validate: see `linear_logprob`. Pairs and groups then take two passes.
         **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 
     Returns:
@@ -148,22 +151,29 @@ def fused_loss(
     given, head = head, check_inputs(hidden, head, target, temperature)
     how = check_how(
         hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, tolerance_per,
-        shared=head.shard is not None or sequence_group is not None,
+        shared=head.shard is not None or sequence_group is not None, validate=validate,
     )  # fmt: skip
     ignore_index = check_ignore_index(ignore_index)
     spec = resolve(objective)
     options = check_options(spec, options)
     check_ranks(data_group, sequence_group)
     scored = partial(
-        linear_logprob, ignore_index=ignore_index, temperature=temperature, impl=how.impl, workspace=workspace
+        linear_logprob,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        impl=how.impl,
+        workspace=workspace,
+        validate=validate,
     )
-    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, empty=data_group is not None)
+    layout = make_layout(target, cu_seqlens, ignore_index, sequence_group, data_group is not None, validate)
     check_units(spec, layout, reduction)
-    label = check_label(spec, label, layout.responses, hidden)
-    group_size, reward = check_groups(spec, group_size, rewards, layout, hidden)
-    ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, ignore_index, scored)
+    checks = Checks(validate)
+    label = check_label(spec, label, layout.responses, hidden, checks)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, hidden, checks)
+    ref_scores, ref_sums = reference_scores(spec, ref, hidden, target, layout, scored, checks)
     responses = Responses(None, ref_scores, ref_sums, label, layout, group_size, reward, data_group)  # type: ignore[arg-type]
     if _draws(spec, options, group_size):
+        checks.read()
         with torch.no_grad():
             candidates = scored(hidden, given, target).flat()
         keep = drawn(spec, responses._replace(policy=candidates), options)
@@ -176,12 +186,12 @@ def fused_loss(
     reduced = "sum" if reduction == "mean" and data_group is not None else reduction
     call = make_call(
         hidden, head, how, ignore_index, spec=spec, options=options, reduction=reduced, group_size=group_size,
-        unit_tokens=tokens_of_units(spec, layout, group_size), split=sequence_group is not None,
-    )  # fmt: skip
+        unit_tokens=tokens_of_units(spec, layout, group_size, checks), split=sequence_group is not None,
+    )._replace(scored=return_metrics)  # fmt: skip
     report = hidden.new_empty(0)
     if call.path == "single":
         made = single_pass(_loss_tensors(hidden, head, target, responses), call)
-        value, statistics, report = made.loss, made[1:4], made.report
+        value, statistics, report = made.loss, made[1:4], made.report  # statistics only with `return_metrics`
     else:
         found = scored_by(hidden, head, target, call, spec.entropy_grad)
         value, statistics, report = None, found[:3], found.report
@@ -274,12 +284,14 @@ def coefficients(
             f"objective: expected one whose gradient is that of log p alone, got {spec.name}, which also moves the "
             "entropy; use fused_loss"
         )
-    policy = check_scores("scores", scores, target, logp, ignore_index).flat().detached()
+    checks = Checks()
+    policy = check_scores("scores", scores, target != ignore_index, logp, checks).flat().detached()
     layout = make_layout(target, cu_seqlens, ignore_index)
     check_units(spec, layout, reduction)
-    label = check_label(spec, label, layout.responses, logp)
-    group_size, reward = check_groups(spec, group_size, rewards, layout, logp)
-    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, ignore_index, None)
+    label = check_label(spec, label, layout.responses, logp, checks)
+    group_size, reward = check_groups(spec, group_size, rewards, layout, logp, checks)
+    ref_scores, ref_sums = reference_scores(spec, ref, logp, target, layout, None, checks)
+    checks.read()
     mask = target.reshape(-1) != ignore_index
     with torch.enable_grad():
         known = [

@@ -25,7 +25,8 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
+    **options: Any
 ) -> Tensor: ...
 @overload
 def fused_loss(
@@ -36,7 +37,8 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
+    **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def fused_loss(
@@ -47,7 +49,8 @@ def fused_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, **options: Any
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
+    **options: Any
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 def coefficients(
@@ -75,7 +78,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def mle_loss(
@@ -84,7 +87,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mle_loss(
@@ -93,7 +96,7 @@ def mle_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -103,7 +106,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def bnf_loss(
@@ -112,7 +115,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bnf_loss(
@@ -121,7 +124,7 @@ def bnf_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -132,6 +135,7 @@ def bco_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def bco_loss(
@@ -141,6 +145,7 @@ def bco_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def bco_loss(
@@ -150,6 +155,7 @@ def bco_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -160,7 +166,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def kto_loss(
@@ -170,7 +176,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def kto_loss(
@@ -180,7 +186,7 @@ def kto_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -190,7 +196,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def nll_pll_loss(
@@ -199,7 +205,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nll_pll_loss(
@@ -208,7 +214,7 @@ def nll_pll_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -218,6 +224,7 @@ def unlikelihood_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def unlikelihood_loss(
@@ -226,6 +233,7 @@ def unlikelihood_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def unlikelihood_loss(
@@ -234,6 +242,7 @@ def unlikelihood_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -243,7 +252,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def exmate_loss(
@@ -252,7 +261,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exmate_loss(
@@ -261,7 +270,7 @@ def exmate_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -271,7 +280,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def dpo_loss(
@@ -280,7 +289,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def dpo_loss(
@@ -289,7 +298,7 @@ def dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -299,7 +308,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def ipo_loss(
@@ -308,7 +317,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def ipo_loss(
@@ -317,7 +326,7 @@ def ipo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -327,7 +336,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def simpo_loss(
@@ -336,7 +345,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def simpo_loss(
@@ -345,7 +354,7 @@ def simpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -355,7 +364,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -364,7 +373,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sequence_unlikelihood_loss(
@@ -373,7 +382,7 @@ def sequence_unlikelihood_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -383,7 +392,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def slic_loss(
@@ -392,7 +401,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def slic_loss(
@@ -401,7 +410,7 @@ def slic_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -412,6 +421,7 @@ def cpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def cpo_loss(
@@ -421,6 +431,7 @@ def cpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def cpo_loss(
@@ -430,6 +441,7 @@ def cpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -439,6 +451,7 @@ def orpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def orpo_loss(
@@ -447,6 +460,7 @@ def orpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def orpo_loss(
@@ -455,6 +469,7 @@ def orpo_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -464,7 +479,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def rdpo_loss(
@@ -473,7 +488,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rdpo_loss(
@@ -482,7 +497,7 @@ def rdpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -492,7 +507,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def rpo_loss(
@@ -501,7 +516,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rpo_loss(
@@ -510,7 +525,7 @@ def rpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -520,7 +535,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def exo_loss(
@@ -529,7 +544,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def exo_loss(
@@ -538,7 +553,7 @@ def exo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -548,7 +563,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def sppo_loss(
@@ -557,7 +572,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def sppo_loss(
@@ -566,7 +581,7 @@ def sppo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -576,7 +591,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def nca_pair_loss(
@@ -585,7 +600,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_pair_loss(
@@ -594,7 +609,7 @@ def nca_pair_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -604,7 +619,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def apo_zero_loss(
@@ -613,7 +628,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_zero_loss(
@@ -622,7 +637,7 @@ def apo_zero_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -632,7 +647,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def apo_down_loss(
@@ -641,7 +656,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def apo_down_loss(
@@ -650,7 +665,7 @@ def apo_down_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -661,6 +676,7 @@ def infonca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def infonca_loss(
@@ -670,6 +686,7 @@ def infonca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def infonca_loss(
@@ -679,6 +696,7 @@ def infonca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -689,6 +707,7 @@ def nca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor: ...
 @overload
 def nca_loss(
@@ -698,6 +717,7 @@ def nca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def nca_loss(
@@ -707,6 +727,7 @@ def nca_loss(
     temperature: float = 1.0, reduction: str = "mean", return_metrics: bool, impl: str = "auto",
     engine: str | None = None, path: str = "auto", grad_tolerance: float | str | None = None,
     tolerance_per: str = "response", sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -717,7 +738,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def swepo_loss(
@@ -727,7 +748,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def swepo_loss(
@@ -737,7 +758,7 @@ def swepo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -747,7 +768,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def rnce_loss(
@@ -756,7 +777,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def rnce_loss(
@@ -765,7 +786,7 @@ def rnce_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -776,7 +797,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def mc_po_loss(
@@ -786,7 +807,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def mc_po_loss(
@@ -796,7 +817,7 @@ def mc_po_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
 
 @overload
@@ -807,7 +828,7 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[False] = False, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor: ...
 @overload
 def multi_dpo_loss(
@@ -817,7 +838,7 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: Literal[True], impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 @overload
 def multi_dpo_loss(
@@ -827,5 +848,5 @@ def multi_dpo_loss(
     sequence_group: ProcessGroup | None = None, ignore_index: int = -100, temperature: float = 1.0,
     reduction: str = "mean", return_metrics: bool, impl: str = "auto", engine: str | None = None,
     path: str = "auto", grad_tolerance: float | str | None = None, tolerance_per: str = "response",
-    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None,
+    sort_vocab: bool | None = None, workspace: int | str | Workspace | None = None, validate: bool = True,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...

@@ -82,6 +82,7 @@ class Layout(NamedTuple):
         mask: bool [P], True on positions that count, or None where all do.
         group: the ranks that hold other positions of the same responses, in the order of these; or None. Sums are over
             all of them, and `tokens` counts all.
+        positions: what `lengths` are known to add up to, or None: then each sum reads them back to see.
     """
 
     responses: int
@@ -89,6 +90,7 @@ class Layout(NamedTuple):
     tokens: Tensor
     mask: Tensor | None
     group: ProcessGroup | None = None
+    positions: int | None = None
 
     def sum(self, per_token: Tensor) -> Tensor:
         """Σ over each response's unmasked tokens. [P] → float64 [B]."""
@@ -96,7 +98,7 @@ class Layout(NamedTuple):
         if self.lengths is None:
             sums = values.view(self.responses, len(values) // max(self.responses, 1)).sum(1)
         else:
-            sums = sum_of_each(values, self.lengths)
+            sums = sum_of_each(values, self.lengths, self.positions)
         return all_sum(sums, self.group)
 
     def mean(self, per_token: Tensor) -> Tensor:
@@ -174,18 +176,20 @@ class Responses(NamedTuple):
             logp, counts = torch.where(layout.mask, logp, 0.0), counts & layout.mask
         width = len(logp) // max(layout.responses, 1)
         lengths = torch.full_like(layout.tokens, width) if layout.lengths is None else layout.lengths
+        known = len(logp) if layout.lengths is None else layout.positions
         upto = logp.cumsum(0)
         start = F.pad(upto, (1, 0))[(lengths.cumsum(0) - lengths)]
         if layout.group is not None:
-            start = start - sum_before(sum_of_each(logp, lengths), layout.group)
+            start = start - sum_before(sum_of_each(logp, lengths, known), layout.group)
         left = torch.where(counts, upto - logp - repeat(start, lengths, len(logp)) + rest, -torch.inf)
-        most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf)
+        unsafe = known == len(logp)
+        most = torch.segment_reduce(left.detach(), "max", lengths=lengths, axis=0, initial=-torch.inf, unsafe=unsafe)
         most = all_max(most, layout.group)
-        known = most > -torch.inf
-        most = torch.where(known, most, 0.0)
+        some = most > -torch.inf
+        most = torch.where(some, most, 0.0)
         parts = torch.where(counts, left - repeat(most, lengths, len(logp)), -torch.inf).exp()
-        total = torch.where(known, all_sum(sum_of_each(parts, lengths), layout.group), 1.0)
-        return torch.where(known, most + total.log(), -torch.inf)
+        total = torch.where(some, all_sum(sum_of_each(parts, lengths, known), layout.group), 1.0)
+        return torch.where(some, most + total.log(), -torch.inf)
 
     def total(self, values: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum and number of the values in the whole batch, of all its ranks; float64 0-d, without gradient.
@@ -208,11 +212,14 @@ class Responses(NamedTuple):
         return delta / self.n if length_normalize else delta
 
 
-def sum_of_each(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive runs of the given lengths: [P], [B] → [B]. Deterministic on every device."""
+def sum_of_each(values: Tensor, lengths: Tensor, known: int | None = None) -> Tensor:
+    """Sums of consecutive runs of the given lengths: [P], [B] → [B]. Deterministic on every device.
+
+    known: what the lengths add up to. Where that isn't P, they are read back and checked: two waits for a GPU.
+    """
     if not len(lengths):
         return values.sum().expand(0)
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0)
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0.0, unsafe=known == len(values))
 
 
 def repeat(per_response: Tensor, lengths: Tensor, positions: int) -> Tensor:
@@ -220,9 +227,9 @@ def repeat(per_response: Tensor, lengths: Tensor, positions: int) -> Tensor:
     return torch.repeat_interleave(per_response, lengths, output_size=positions)
 
 
-def tokens_of_each(mask: Tensor, lengths: Tensor) -> Tensor:
-    """Unmasked tokens of each response: bool [P], int64 [B] → int64 [B]."""
-    return sum_of_each(mask.double(), lengths).long()
+def tokens_of_each(mask: Tensor, lengths: Tensor, known: int | None = None) -> Tensor:
+    """Unmasked tokens of each response: bool [P], int64 [B] → int64 [B]. `known` as in `sum_of_each`."""
+    return sum_of_each(mask.double(), lengths, known).long()
 
 
 def pairs(per_response: Tensor) -> tuple[Tensor, Tensor]:

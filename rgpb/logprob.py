@@ -31,6 +31,7 @@ def linear_logprob(
     grad_tolerance: float | str | None = None,
     sort_vocab: bool | None = None,
     workspace: int | str | Workspace | None = None,
+    validate: bool = True,
 ) -> TokenScores:
     """Score each target token under softmax(head(hidden) / temperature), without the logits.
 
@@ -64,6 +65,11 @@ def linear_logprob(
             byte per 256 entries of the vocabulary, on a GPU per 1024, with `sort_vocab` a few per entry); or a
             `Workspace`, whose memory is kept between calls; or "auto" (default): 512 MiB, and on a GPU the largest of
             1, 2 and 4 GiB that is at most half of what is free. See `fused_loss`.
+        validate: False for a call that never waits for the device, as a CUDA graph asks for. What tensors hold is then
+            not checked: it is up to the caller that targets are in range, hidden states and reference scores finite
+            also where `target` is ignored, and `cu_seqlens`, labels and rewards as they should be. Ignored positions
+            are computed like others, and count as little. The kernel sets are the others than "tiled", and "auto" is
+            512 MiB.
 
     Returns:
         TokenScores of float32 (float64) tensors in the shape of `target`.
@@ -72,14 +78,16 @@ def linear_logprob(
         ValueError: shapes, dtypes or devices that don't fit, a target outside [0, V) other than `ignore_index`,
             hidden states that aren't finite, a `temperature` that isn't positive, an `impl` or `path` that is
             unknown or can't serve the request, a `grad_tolerance` with `entropy` (whose gradient has no such bound) or
-            with a sharded head, a `workspace` too small for one row, or a call inside forward mode or a transform of
-            `torch.func`.
+            with a sharded head, `validate=False` with any of these, a `workspace` too small for one row, or a call
+            inside forward mode or a transform of `torch.func`.
 
     Source: the log-odds form is this library's; the pull-back is Lemma 4.1 of Tuan & Wang 2024 (arXiv 2408.16751).
     """
     head = check_inputs(hidden, head, target, temperature)
     shared = head.shard is not None
-    how = check_how(hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, shared=shared)
+    how = check_how(
+        hidden.device, impl, engine, path, grad_tolerance, sort_vocab, workspace, shared=shared, validate=validate
+    )
     ignore_index = check_ignore_index(ignore_index)
     call = make_call(hidden, head, how, ignore_index, entropy=entropy)
     found = scored(hidden, head, target, call, entropy)

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,7 @@ from rgpb.engine.plan import (
     PATHS,
     SHARDED,
     SPLIT,
+    UNREAD,
     Plan,
     Sizes,
     chunks,
@@ -40,7 +42,7 @@ from rgpb.engine.plan import (
 )
 from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
-from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
+from rgpb.kernels import IMPLEMENTATIONS, devices, kernel_set, resolve_impl, why_not
 from rgpb.kernels.devices import architecture
 from rgpb.layout import Layout, TokenScores, tokens_of_each
 from rgpb.objectives import Objective, is_registered
@@ -70,18 +72,26 @@ class How(NamedTuple):
     workspace: int = DEFAULT_WORKSPACE
     kept: int = 0
     by_row: bool = False
+    validate: bool = True
 
 
 def check_how(
     device: torch.device, impl: str, engine: str | None, path: str, grad_tolerance: float | str | None,
     sort_vocab: bool | None, workspace: int | str | Workspace | None, tolerance_per: str = "response",
-    *, shared: bool = False,
+    *, shared: bool = False, validate: bool = True,
 ) -> How:  # fmt: skip
     """`How` on a device, with the old `engine` translated. `shared` as for `settled`.
 
     Raises:
-        ValueError: a value that doesn't exist, or an engine that contradicts `impl`.
+        ValueError: a value that doesn't exist, an engine that contradicts `impl`, or what can't do without a read.
     """
+    if not isinstance(validate, bool):
+        raise ValueError(f"validate: expected True or False, got {validate!r}")
+    if not validate and grad_tolerance is not None:
+        raise ValueError(
+            "grad_tolerance: expected None with validate=False, since what is left out is read from the device, "
+            f"got {grad_tolerance!r}"
+        )
     for name, given, known in (("impl", impl, IMPLEMENTATIONS), ("path", path, PATHS)):
         if given not in known:
             raise ValueError(f"{name}: expected one of {known}, got {given!r}")
@@ -91,10 +101,11 @@ def check_how(
         raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
     if tolerance_per == "row" and grad_tolerance is None:
         raise ValueError("tolerance_per: expected 'response' without grad_tolerance, got 'row'")
-    size, kept = settled(workspace, device, shared)
+    size, kept = settled(workspace, device, shared or not validate)
     if sort_vocab is None:  # an order that is estimated once is worth it
         sort_vocab = bool(kept) and grad_tolerance is not None
-    return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row")
+    kept = kept if validate else 0  # whoever replays a call would write into memory that others hold by then
+    return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row", validate)
 
 
 def _without_engine(device: torch.device, impl: str, engine: str) -> str:
@@ -197,7 +208,10 @@ def plan_call(
     vocab, width = head.weight.shape
     grad, bias = torch.is_grad_enabled(), head.bias
     dtype = compute_dtype(hidden)
-    impls = resolve_impl(how.impl, hidden.device)
+    impls = _without_reads(head, resolve_impl(how.impl, hidden.device), how.validate)
+    late = SHARDED if head.shard is not None else SPLIT if split else ""
+    if not how.validate and spec is not None and not (spec.terms and kernel_set(impls[0]).token_losses):
+        late = UNREAD
     registered = spec is not None and is_registered(spec) and encodable(options or {})
     plain = not isinstance(head.weight, HeadWeight)
     strided = plain and width > 1 and head.weight.stride(1) != 1
@@ -206,7 +220,7 @@ def plan_call(
         width,
         head.weight.dtype,
         dtype,
-        hidden.device.type,
+        devices.kind(hidden.device),
         impls[0],
         architecture(hidden.device),
         strided,
@@ -225,7 +239,7 @@ def plan_call(
         skipping=how.grad_tolerance is not None,
         sort_vocab=how.sort_vocab,
         kept=how.kept > 0,
-        split=SHARDED if head.shard is not None else SPLIT if split else "",
+        split=late,
         unit_tokens=unit_tokens,
         path=how.path,
         workspace=how.workspace,
@@ -233,6 +247,19 @@ def plan_call(
     shape = shape.skipping(how.sort_vocab, how.kept > 0) if how.grad_tolerance is not None else shape
     shape = of_impl(shape, made.impl)
     return made, shape
+
+
+def _without_reads(head: LMHead, impls: tuple[str, ...], validate: bool) -> tuple[str, ...]:
+    """The kernel sets to choose from; without `validate` those that read nothing from the device."""
+    if validate:
+        return impls
+    if head.shard is not None:
+        raise ValueError("head.shard: expected None with validate=False, got a VocabShard")
+    if impls == ("tiled",):
+        raise ValueError(
+            "impl: expected another with validate=False, since the tile kernels read a flag of each chunk, got 'tiled'"
+        )
+    return tuple(impl for impl in impls if impl != "tiled")
 
 
 def make_call(
@@ -284,7 +311,7 @@ def make_call(
         entropy=entropy,
         accumulate=not single and grad and hidden.requires_grad and not entropy_grad,
         tolerance=tolerance if skip else None,
-        tile=mass_tile(hidden.device.type) if skip else 0,
+        tile=mass_tile(devices.kind(hidden.device)) if skip else 0,
         by_row=how.by_row,
         kept=how.kept,
         sort_vocab=how.sort_vocab and skip,
@@ -292,6 +319,7 @@ def make_call(
         options=tuple((name, options[name]) for name in sorted(options)) if single else (),
         mean=reduction == "mean",
         group_size=group_size or 0,
+        validate=how.validate,
         needs=(hidden.requires_grad, parts.base.requires_grad, bias is not None and bias.requires_grad),
         needs_more=parts.more is not None and parts.more.requires_grad,
         stored=() if how_stored is None else how_stored.named,
@@ -409,14 +437,20 @@ def _is_number(x: object) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 
-def tokens_of_units(spec: Objective, layout: Layout, group_size: int | None) -> Callable[[], list[int]] | None:
-    """What gives the tokens of each pair or group, reading them from the device when it is first asked; None where the
-    objective couples something else, or tensors have no values yet."""
+def tokens_of_units(
+    spec: Objective, layout: Layout, group_size: int | None, checks: Checks
+) -> Callable[[], list[int]] | None:
+    """What gives the tokens of each pair or group; None where the objective couples something else, where tensors have
+    no values yet, or where nothing is read. They are read with the checks, or, without any, when they are first asked
+    for."""
     count = layout.tokens
-    if spec.couples not in ("pair", "group") or torch.compiler.is_compiling() or is_traced(count):
+    unknown = torch.compiler.is_compiling() or is_traced(count) or not checks.validate
+    if spec.couples not in ("pair", "group") or unknown:
+        checks.read()
         return None
     members = count.view(2, -1) if spec.unit == "pair" else count.view(-1, group_size or 1).t()
-    return cache(lambda: members.sum(0).tolist())
+    found = checks.read(members.sum(0))
+    return cache(lambda: members.sum(0).tolist() if found is None else found)
 
 
 def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | None) -> None:
@@ -428,14 +462,21 @@ def check_ranks(data_group: ProcessGroup | None, sequence_group: ProcessGroup | 
 
 def make_layout(
     target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, sequence_group: ProcessGroup | None = None,
-    empty: bool = False,
+    empty: bool = False, validate: bool = True,
 ) -> Layout:  # fmt: skip
-    """The grouping of a padded [B, T] or packed [N] target; `empty`: packed, B may be 0 as it may be padded."""
-    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2)
+    """The grouping of a padded [B, T] or packed [N] target.
+
+    Args:
+        empty: packed, B may be 0 as it may be padded.
+        validate: read `cu_seqlens` to check them.
+    """
+    layout = _own_layout(target, cu_seqlens, ignore_index, 1 if empty else 2, validate)
     return layout._replace(tokens=all_sum(layout.tokens, sequence_group), group=sequence_group)
 
 
-def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int) -> Layout:
+def _own_layout(
+    target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, least: int, validate: bool
+) -> Layout:  # fmt: skip
     """That of this rank's tokens alone."""
     mask = target != ignore_index
     if cu_seqlens is None:
@@ -453,14 +494,14 @@ def _own_layout(target: Tensor, cu_seqlens: Tensor | None, ignore_index: int, le
     if cu_seqlens.device != target.device:
         raise ValueError(f"cu_seqlens: expected device {target.device} as target, got {cu_seqlens.device}")
     lengths = cu_seqlens.long().diff()
-    if not torch.compiler.is_compiling():
-        ends = [int(cu_seqlens[0]), min(lengths.tolist(), default=0), int(cu_seqlens[-1])]
-        if ends[0] != 0 or ends[1] < 0 or ends[2] != len(target):
+    positions = None if torch.compiler.is_compiling() else len(target)
+    if positions is not None and validate:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != positions or any(before > after for before, after in pairwise(ends)):
             raise ValueError(
-                f"cu_seqlens: expected not decreasing from 0 to N={len(target)}, "
-                f"got {cu_seqlens.tolist()[:8]} … {ends[2]}"
+                f"cu_seqlens: expected not decreasing from 0 to N={positions}, got {ends[:8]} … {ends[-1]}"
             )
-    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths), mask)
+    return Layout(len(cu_seqlens) - 1, lengths, tokens_of_each(mask, lengths, positions), mask, positions=positions)
 
 
 def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
@@ -474,7 +515,49 @@ def check_units(spec: Objective, layout: Layout, reduction: str) -> None:
         )
 
 
-def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: Tensor) -> Tensor | None:
+class Checks:
+    """What the door can only refuse by reading tensors, read at once: on a GPU each read waits for all before it.
+
+    validate: False where nothing is read, and so nothing refused.
+    """
+
+    def __init__(self, validate: bool = True) -> None:
+        self.validate = validate
+        self._wrong: list[Tensor] = []
+        self._refuse: list[Callable[[], None]] = []
+
+    def add(self, wrong: Tensor, refuse: Callable[[], None]) -> None:
+        """Where any of `wrong`, bool, holds, `refuse` is called. Nothing is looked at while a compiler traces."""
+        if self.validate and not torch.compiler.is_compiling():
+            self._wrong.append(wrong)
+            self._refuse.append(refuse)
+
+    def read(self, more: Tensor | None = None) -> list[int] | None:
+        """Refuse what is wrong, in the order in which it was added.
+
+        Args:
+            more: int64 [n], read along with the checks.
+
+        Returns:
+            The values of `more`; None where there was nothing to read beside.
+
+        Raises:
+            ValueError: of the first check that fails.
+        """
+        wrong, refuse, self._wrong, self._refuse = self._wrong, self._refuse, [], []
+        if not wrong:
+            return None
+        some = (wrong[0] if len(wrong) == 1 else torch.cat([x.reshape(-1) for x in wrong])).any().view(1)
+        failed, *found = (some if more is None else torch.cat([some.long(), more])).tolist()
+        for which, refused in zip(wrong, refuse) if failed else ():
+            if bool(which.any()):
+                refused()
+        return None if more is None else found
+
+
+def check_label(
+    spec: Objective, label: Tensor | None, responses: int, hidden: Tensor, checks: Checks
+) -> Tensor | None:  # fmt: skip
     """The label as float64 ±1 [B]."""
     if label is None:
         if spec.label:
@@ -492,15 +575,19 @@ def check_label(spec: Objective, label: Tensor | None, responses: int, hidden: T
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
     if label.dtype == torch.bool:
-        return torch.where(label, 1.0, -1.0).double()
-    if not torch.compiler.is_compiling() and not bool((label.abs() == 1).all()):
-        wrong = label[label.abs() != 1][:4].tolist()
+        return label.double().mul_(2).sub_(1)
+    given = label
+
+    def refuse() -> None:
+        wrong = given[given.abs() != 1][:4].tolist()
         raise ValueError(f"label: expected bool or values of ±1, got {wrong}; for labels of 0 and 1 give label.bool()")
+
+    checks.add(label.abs() != 1, refuse)
     return label.double()
 
 
 def check_groups(
-    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor
+    spec: Objective, group_size: int | None, rewards: Tensor | None, layout: Layout, hidden: Tensor, checks: Checks
 ) -> tuple[int | None, Tensor | None]:
     """(K, rewards as float64 [B] with 0 for responses without tokens)."""
     if spec.unit != "group" and is_registered(spec):
@@ -537,15 +624,18 @@ def check_groups(
     if rewards is None:
         return group_size, None
     reward = torch.where(layout.tokens > 0, rewards.reshape(-1).double(), 0.0)
-    if not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
+
+    def refuse() -> None:
         at = int((~reward.isfinite()).nonzero()[0])
         raise ValueError(f"rewards: expected finite numbers, got {reward[at].item()} for response {at}")
+
+    checks.add(~reward.isfinite(), refuse)
     return group_size, reward
 
 
 def reference_scores(
-    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout, ignore_index: int,
-    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None,
+    spec: Objective, ref: Reference | None, hidden: Tensor, target: Tensor, layout: Layout,
+    score: Callable[[Tensor, Tensor | LMHead, Tensor], TokenScores] | None, checks: Checks,
 ) -> tuple[TokenScores | None, Tensor | None]:  # fmt: skip
     """Per-token scores [P] of the reference, or where only sums came these, float64 [B].
 
@@ -565,10 +655,11 @@ def reference_scores(
             )
         _check_ref("ref", ref, ref.shape, hidden)
         there = layout.tokens > 0
-        _check_logp("ref", ref, there)
+        _check_logp("ref", ref, there, checks)
         return None, torch.where(there, _plain(ref).double(), 0.0)
     if isinstance(ref, Tensor | TokenScores):
-        scores = check_scores("ref", ref, target, hidden, ignore_index)
+        assert layout.mask is not None  # the door's layouts have one
+        scores = check_scores("ref", ref, layout.mask.view(target.shape), hidden, checks)
     elif isinstance(ref, tuple) and len(ref) == 2 and score is not None:
         with torch.no_grad():
             scores = score(*ref, target)
@@ -579,22 +670,29 @@ def reference_scores(
 
 
 def check_scores(
-    name: str, given: TokenScores | Tensor, target: Tensor, hidden: Tensor, ignore_index: int
-) -> TokenScores:
-    """Scores of each token; of log-probabilities alone the log-odds are made from them."""
-    counts = target != ignore_index
+    name: str, given: TokenScores | Tensor, counts: Tensor, hidden: Tensor, checks: Checks
+) -> TokenScores:  # fmt: skip
+    """Scores of each token; of log-probabilities alone the log-odds are made from them.
+
+    counts: which tokens have one, bool.
+    """
     if isinstance(given, Tensor):
-        _check_ref(name, given, target.shape, hidden)
-        _check_logp(name, given, counts)
+        _check_ref(name, given, counts.shape, hidden)
+        _check_logp(name, given, counts, checks)
         logp = given.clamp(max=0)  # what rounding left above 0; `_check_logp` refuses more
         # log(1 − p) from log p, each branch where it is exact
         complement = torch.where(logp > -0.693, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
         return TokenScores(logp, logp - complement, torch.zeros_like(logp))
     for field in ("logp", "log_odds", "lse"):
-        _check_ref(f"{name}.{field}", getattr(given, field), target.shape, hidden)
-    if torch.compiler.is_compiling() or not bool(((given.logp < 0) | ~counts).all()):
+        _check_ref(f"{name}.{field}", getattr(given, field), counts.shape, hidden)
+
+    def look_again() -> None:  # 0 also stands for a position that was never scored
         scored = (given.logp != 0) | (given.log_odds != 0) | (given.lse != 0)
-        _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts)
+        again = Checks()
+        _check_logp(f"{name}.logp", torch.where(scored, given.logp, torch.nan), counts, again)
+        again.read()
+
+    checks.add((given.logp < 0) < counts, look_again)
     return given
 
 
@@ -605,16 +703,19 @@ def _plain(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _check_logp(name: str, given: Tensor, mask: Tensor) -> None:
+def _check_logp(name: str, given: Tensor, mask: Tensor, checks: Checks) -> None:
     """Log-probabilities wherever the mask says; NaN stands for a position that was never scored."""
-    wrong = mask & ~(given <= 1e-3)
-    if not torch.compiler.is_compiling() and bool(wrong.any()):
+    wrong = (given <= 1e-3) < mask
+
+    def refuse() -> None:
         at = int(wrong.reshape(-1).nonzero()[0])
         value = given.reshape(-1)[at].item()
         raise ValueError(
             f"{name}: expected a log-probability, at most 0, wherever target isn't ignored, "
             f"got {value:.4g} at flat position {at}"
         )
+
+    checks.add(wrong, refuse)
 
 
 def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from counting import counted
 from covering import covering
 from engine_suite import (
     HEADS,
@@ -26,12 +27,12 @@ from engine_suite import (
     small,
 )
 
-from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, objective, reference
+from rgpb import OBJECTIVES, LMHead, TokenScores, Workspace, fused_loss, linear_logprob, objective, reference
 from rgpb.engine.plan import plan, single_chunk, sizes
 from rgpb.engine.products import even_spans
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
-from rgpb.kernels import cpp_rows
-from rgpb.validation import How, make_layout, plan_call, tokens_of_units
+from rgpb.kernels import cpp_rows, matmul
+from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 impls = pytest.mark.parametrize("impl", IMPLS)
@@ -330,7 +331,7 @@ def test_pairs_longer_than_the_chunk(lengths, path, impl):
     ref, spec = ref_scores(ref_logits, target), OBJECTIVES["dpo"]
     head_sizes = sizes(31, 5, torch.float64, torch.float64, "cpu", impl)
     workspace = next(w for w in range(1 << 10, 1 << 16, 8) if fits(head_sizes, w, 90) == 16)
-    counts = tokens_of_units(spec, make_layout(target, None, -100), None)
+    counts = tokens_of_units(spec, make_layout(target, None, -100), None, Checks())
     assert counts() == [*lengths]
     chosen, _ = plan_call(hidden, head, How(impl, workspace=workspace), spec=spec, unit_tokens=counts)
     assert chosen.path == path
@@ -453,7 +454,6 @@ def test_sixteen_bit_operands_as_on_cuda(monkeypatch, how, path, head):
     """16-bit dlogits in the logits' own bytes and float32 results, as on CUDA; the products are emulated here."""
     dtype, impl = SIXTEEN[how]
     from rgpb.engine import plan as planning
-    from rgpb.kernels import matmul
 
     def emulated(a, b, out, accumulate=False):
         assert a.dtype == b.dtype == dtype
@@ -470,6 +470,65 @@ def test_sixteen_bit_operands_as_on_cuda(monkeypatch, how, path, head):
     _, naive_gradients = oracle_in(dtype, "bnf", hidden, lm_head, target, oracle)
     for gradient, rough, truth in zip(gradients, naive_gradients, exact_gradients):
         assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, dtype)
+
+
+@impls
+@pytest.mark.parametrize("workspace", [1 << 29, small(SHAPES["V and H off every tile"])], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("name", ["mle", "nll_pll", "unlikelihood", "bnf", "dpo", "simpo", "swepo", "kto"])
+def test_without_validation_the_results_are_the_same(name, workspace, impl):
+    """Ignored positions are computed, and count as little."""
+    hidden, head, target, ref_logits = batch(SHAPES["V and H off every tile"], head="bias")
+    ours, _ = arguments(name, ref_logits, target)
+    runs = []
+    for validate in (True, False):
+        loss, metrics = fused_loss(
+            hidden, head, target, objective=name, impl=impl, workspace=workspace, validate=validate,
+            return_metrics=True, **ours,
+        )  # fmt: skip
+        runs.append([loss, *metrics.values(), *torch.autograd.grad(loss, leaves(hidden, head))])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_validation_no_memory_is_kept():
+    """A graph that is replayed would write into what others hold by then."""
+    hidden, head, target, _ = batch(SHAPES["V and H off every tile"])
+    held = []
+    for validate in (False, True):
+        with Workspace() as kept:
+            fused_loss(hidden, head, target, objective="mle", validate=validate)
+        held.append(kept.held > 0)
+    assert held == [False, True]
+
+
+@impls
+def test_scores_without_validation_are_the_same(impl):
+    hidden, head, target, _ = batch(SHAPES["V and H off every tile"], head="bias")
+    runs = []
+    for validate in (True, False):
+        scores = linear_logprob(hidden, head, target, impl=impl, entropy=True, validate=validate)
+        total = sum(x.sin().sum() for x in scores)
+        runs.append([*scores, *torch.autograd.grad(total, leaves(hidden, head))])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("path", ["single", "two_pass"])
+@pytest.mark.parametrize("one_dtype", [False, True], ids=["torch 2.10", "torch 2.8"])
+def test_sums_of_products_whether_or_not_cuda_adds_them(monkeypatch, path, one_dtype):
+    """float32 sums over chunks of 16-bit operands: by `addmm`, or by `mm` and an addition, a few rows at a time."""
+    shape = SHAPES["V and H off every tile"]
+    hidden, head, target, ref_logits = batch(shape, torch.bfloat16, "bias")
+    ours, oracle = arguments("bnf", ref_logits, target)
+    monkeypatch.setattr(matmul, "ADDED_BYTES", 50 * shape[-1] * 4)
+    with counted(monkeypatch, one_dtype=one_dtype) as found:
+        _, gradients = run_path(f"{path} in chunks", "bnf", hidden, head, target, impl="torch", **ours)
+    assert found.launches.count("mm") > 3, found  # several chunks
+    assert ("addmm" in found.launches) != one_dtype, found
+    _, exact = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
+    _, naive = oracle_in(torch.bfloat16, "bnf", hidden, head, target, oracle)
+    for gradient, rough, truth in zip(gradients, naive, exact):
+        assert_in_budget(gradient, 1.5 * rough, 1.5 * truth, torch.bfloat16)
 
 
 # -- adversarial values -----------------------------------------------------------------------------------------------
@@ -655,7 +714,6 @@ def test_no_preferred_or_no_rejected_response(sign):
 def test_a_target_that_dwarfs_the_others_in_float16(monkeypatch):
     """∂lse/∂z_y = p against ∂lse/∂z_k = p_k: a ratio of e²⁰ or e³⁰, and float16 ends at 65504."""
     from rgpb.engine import plan as planning
-    from rgpb.kernels import matmul
 
     def emulated(a, b, out, accumulate=False):
         product = (a.float() @ b.float()).to(out.dtype)

@@ -110,6 +110,11 @@ CASES = {
         lambda: {"head": torch.nn.Linear(H, V)},
         r"head: expected a weight \[V, H\] or an LMHead, got Linear",
     ),
+    "validate": (lambda: {"validate": 0}, "validate: expected True or False, got 0"),
+    "validate and a tolerance": (
+        lambda: {"validate": False, "grad_tolerance": 0.1},
+        "grad_tolerance: expected None with validate=False, .* got 0.1",
+    ),
     "workspace text": (
         lambda: {"workspace": "64MiB"},
         "workspace: expected a positive whole number of bytes, a Workspace or 'auto', got '64MiB'",

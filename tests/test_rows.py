@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from covering import covering
+from cuda_products import CudaProducts
 from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import Implementation, close, dense
 
-from rgpb.kernels import cpp_rows, torch_rows
+from rgpb.kernels import cpp_rows, devices, matmul, torch_rows
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 WIDE = (torch.float64, torch.float32)
@@ -220,3 +221,27 @@ def test_bfloat16_products_refuse_what_they_cannot_do():
     empty = torch.ones(3, 5)
     torch.ops.rgpb.mm_bf16(torch.zeros(3, 0).bfloat16(), torch.zeros(0, 5).bfloat16(), empty, False)
     assert not empty.any()
+
+
+@pytest.mark.parametrize("one_dtype", [False, True], ids=["torch 2.10", "torch 2.8"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_that_only_cuda_has(monkeypatch, one_dtype, transposed):
+    """With the refusals of the overloads in either version of torch, and the check which of them is there."""
+    monkeypatch.setattr(devices, "kind", lambda device: "cuda")
+    a, b, total = torch.randn(9, 5).half(), torch.randn(5, 7).half(), torch.randn(9, 7)
+    if transposed:
+        a, b = a.t().contiguous().t(), b.t().contiguous().t()
+    exact = a.float() @ b.float()
+    monkeypatch.setattr(matmul, "ADDED_BYTES", 4 * 7 * 4)  # four rows at a time
+    matmul.adds_wide.cache_clear()
+    with CudaProducts(one_dtype) as products:
+        assert matmul.adds_wide(a.device, a.dtype) != one_dtype
+        products.made.clear()
+        made = torch.empty(9, 7)
+        matmul.mm(a, b, made)
+        summed = total.clone()
+        matmul.mm(a, b, summed, accumulate=True)
+    matmul.adds_wide.cache_clear()
+    torch.testing.assert_close(made, exact)
+    torch.testing.assert_close(summed, total + exact)
+    assert products.made == [("mm", 9), *([("mm", 4), ("mm", 4), ("mm", 1)] if one_dtype else [("addmm", 9)])]

@@ -18,7 +18,7 @@ from rgpb.engine.workspace import check_size
 from rgpb.head import LMHead, as_head
 from rgpb.layout import Layout, Responses, TokenScores, pairs
 from rgpb.objectives import Objective
-from rgpb.validation import check_groups, check_inputs, make_layout
+from rgpb.validation import Checks, check_groups, check_inputs, make_layout
 
 IGNORE = -100
 SLICE = 1 << 14  # vocabulary entries whose weights are converted, or logits summed, at once
@@ -67,7 +67,9 @@ def make_responses(
             raise ValueError(f"label: expected [B={layout.responses}] of bool or ±1, got {shown(label)}")
         label = signs
     if rewards is not None or group_size is not None:
-        group_size, rewards = check_groups(UNKNOWN, group_size, rewards, layout, scores.logp)
+        checks = Checks()
+        group_size, rewards = check_groups(UNKNOWN, group_size, rewards, layout, scores.logp, checks)
+        checks.read()
     sums = None if flat_ref is None else layout.sum(flat_ref.logp)
     return Responses(flat, flat_ref, sums, label, layout, group_size, rewards)
 

@@ -28,7 +28,7 @@ from rgpb.fused import fused_loss
 from rgpb.head import LMHead
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import OBJECTIVES
-from rgpb.validation import How, make_layout, plan_call, tokens_of_units
+from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATHS = ("single", "two_pass", "frozen", "forward")
@@ -251,7 +251,7 @@ def on_path(
     hidden, weight = batch.inputs(job.kind)
     head = LMHead(weight, softcap=batch.softcap)
     spec = OBJECTIVES["mle" if job.loss == LOG_PROB else job.loss]
-    unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1])
+    unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1], Checks())
     size, kept = settled(workspace)
     asked = How(path=path, workspace=size, kept=kept, **how)
     try:

@@ -46,6 +46,9 @@ class Call(NamedTuple):
         options: its options, names and literals.
         mean: whether the loss is the units' mean, else their sum.
         group_size: K, or 0.
+        scored: whether a single pass returns the statistics, too.
+        validate: whether tensors are read to check them, and to leave ignored positions out. Else these are computed
+            like the others, against entry 0 of the vocabulary, and their coefficients are 0.
         needs: whether gradients of hidden, weight and bias are asked for.
         needs_more: the same of the columns beside the weight.
         stored: of a quantised weight its `Quantised.named`, else empty.
@@ -71,6 +74,8 @@ class Call(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     mean: bool = True
     group_size: int = 0
+    scored: bool = True
+    validate: bool = True
     needs: tuple[bool, bool, bool] = (False, False, False)
     needs_more: bool = False
     stored: tuple[str, ...] = ()

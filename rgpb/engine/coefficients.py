@@ -28,63 +28,77 @@ class Coefficients:
     """The objective of a single pass, chunk by chunk.
 
     Attributes:
-        total: the loss so far, float64 0-d.
+        total: the loss so far, float64 0-d; None before the first chunk.
+        asks: tokens of each response, int64 [B], where chunks are made of whole units; they are wanted on the host.
     """
 
     def __init__(self, tensors: Tensors, call: Call):
-        weight, target, self.count = tensors.need("weight", "target", "tokens")
+        weight, self.count = tensors.need("weight", "tokens")
         self.t, self.call, self.spec, self.options = tensors, call, resolve(call.objective), dict(call.options)
         self.units = units(self.spec, len(self.count), call.group_size)
-        self.total = target.new_zeros((), dtype=torch.float64)
+        self.total: Tensor | None = None
+        self.asks = None if self.spec.couples == "token" else self.count
         self.acc_dtype = acc_dtype(call.weight_dtype(weight))
 
+    def add(self, value: Tensor) -> None:
+        """Of a chunk to the loss, float64 0-d."""
+        self.total = value if self.total is None else self.total + value
+
     def chunks(
-        self, kept: Kept, rows: int
+        self, kept: Kept, rows: int, counts: list[int]
     ) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream] | TokenTerms]]:
         """Rows of at most `rows`, or of one unit, how many of them are of one response, and what turns their statistics
-        into coefficients, or, where the kernel set has it and nothing is skipped, the loss itself."""
-        if self.spec.couples != "token":
-            yield from self._units(kept, rows)
+        into coefficients, or, where the kernel set has it and nothing is skipped, the loss itself.
+
+        counts: what `asks`, or nothing.
+        """
+        if self.asks is not None:
+            yield from self._units(kept, rows, counts)
             return
         own = None
         if self.spec.terms is not None:
             own = self.spec.terms(self.count, self.t.label, **self.options)
         known = kernel_set(self.call.impl).token_losses if self.call.tolerance is None else ()
         in_kernel = own if own is not None and own[0] in known else None
-        ends = self.count.cumsum(0)
+        ends = None
         for chunk in even_spans(kept.count, rows):
             inside = self.count
             if chunk != slice(0, kept.count):
+                ends = self.count.cumsum(0) if ends is None else ends
                 inside = ends.clamp(chunk.start, chunk.stop) - (ends - self.count).clamp(chunk.start, chunk.stop)
             positions = kept.rows((chunk.start, chunk.stop))
             if in_kernel is not None:
                 yield positions, inside, self._terms(in_kernel, positions, inside, chunk.stop - chunk.start)
             else:
-                whole = Layout(len(self.count), inside, self.count, None)
-                yield positions, inside, self._of(positions, whole, slice(None))
+                whole = Layout(len(self.count), inside, self.count, None, positions=chunk.stop - chunk.start)
+                yield positions, inside, self._of(positions, whole, [slice(None)])
 
-    def _units(self, kept: Kept, rows: int) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream]]]:
+    def _units(
+        self, kept: Kept, rows: int, counts: list[int]
+    ) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream]]]:
         """Whole pairs or groups."""
-        counts = self.count.tolist()
         end = [0, *accumulate(counts)]
         # a pair's responses lie one in each half, a group's K in a row
         starts, width = ([0, self.units], 1) if self.spec.unit == "pair" else ([0], self.call.group_size)
         for first, last in pack_units(counts, starts, width, rows):
-            runs = [(start + first * width, start + last * width) for start in starts]
-            members = torch.cat([torch.arange(a, b, device=self.count.device) for a, b in runs])
-            whole = Layout(len(members), self.count[members], self.count[members], None)
-            positions = kept.rows(*((end[a], end[b]) for a, b in runs))
-            yield positions, self.count[members], self._of(positions, whole, members)
+            runs = [slice(start + first * width, start + last * width) for start in starts]
+            runs = [slice(None)] if (first, last) == (0, self.units) else runs
+            count = picked(self.count, runs)
+            inside = [(end[run.start or 0], end[-1 if run.stop is None else run.stop]) for run in runs]
+            whole = Layout(len(count), count, count, None, positions=sum(stop - start for start, stop in inside))
+            positions = kept.rows(*inside)
+            yield positions, count, self._of(positions, whole, runs)
 
-    def _of(self, rows: Rows, part: Layout, responses: Tensor | slice) -> Callable[[Statistics], Upstream]:
+    def _of(self, rows: Rows, part: Layout, responses: list[slice]) -> Callable[[Statistics], Upstream]:
         """The objective of some responses' tokens, `rows`, laid out as `part`."""
         t, spec = self.t, self.spec
         ref = None
         if t.ref_logp is not None and t.ref_log_odds is not None:
-            ref = TokenScores(t.ref_logp[rows], t.ref_log_odds[rows], torch.zeros_like(t.ref_logp[rows]))
+            logp = t.ref_logp[rows]
+            ref = TokenScores(logp, t.ref_log_odds[rows], torch.zeros_like(logp))
 
         def selected(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[responses]
+            return None if x is None else picked(x, responses)
 
         def value(z_y: Tensor, lse_other: Tensor, h_o: Tensor | None) -> Tensor:
             policy = token_scores(z_y, lse_other, h_o, mask=None, entropy=False)
@@ -102,7 +116,7 @@ class Coefficients:
                 g_zy, g_lo = torch.autograd.grad(
                     part_value, (z_y, lse_other), allow_unused=True, materialize_grads=True
                 )
-            self.total.add_(part_value.detach().double())
+            self.add(part_value.detach().double())
             return Upstream(g_zy, g_lo)
 
         return coefficients
@@ -113,8 +127,25 @@ class Coefficients:
         ref = None
         if self.t.ref_logp is not None and self.t.ref_log_odds is not None:
             ref = self.t.ref_logp[rows].to(self.acc_dtype), self.t.ref_log_odds[rows].to(self.acc_dtype)
-        factor = (factor / self.units if self.call.mean else factor).to(self.acc_dtype)
-        return TokenTerms(name, torch.repeat_interleave(factor, inside, output_size=tokens), ref, self.spec.entropy)
+        # divided as float64, and rounded as it is written
+        factor = torch.div(factor, self.units if self.call.mean else 1, out=factor.new_empty(0, dtype=self.acc_dtype))
+        if self.call.validate:
+            factor = torch.repeat_interleave(factor, inside, output_size=tokens)
+        else:
+            factor = self._of_positions(factor)[rows]
+        return TokenTerms(name, factor, ref, self.spec.entropy)
+
+    def _of_positions(self, factor: Tensor) -> Tensor:
+        """Each response's factor at all its positions, 0 at ignored ones, without knowing how many those are. [P]"""
+        target = self.t.need("target")[0]
+        kept = target != self.call.ignore_index
+        response = torch.searchsorted(self.count.cumsum(0), kept.cumsum(0))
+        return torch.where(kept, factor[response], 0)
+
+
+def picked(x: Tensor, runs: list[slice]) -> Tensor:
+    """The entries of `x` in the runs, one after the other."""
+    return x[runs[0]] if len(runs) == 1 else torch.cat([x[run] for run in runs])
 
 
 @contextmanager

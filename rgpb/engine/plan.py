@@ -64,6 +64,7 @@ CONVERT_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 PATHS = ("auto", "forward", "single", "frozen", "two_pass")
 # Why there is no single pass where ranks share a head, or responses.
 SHARDED = "the head is sharded: coefficients are known after all its ranks have scored"
+UNREAD = "validate=False: how long responses are isn't read, and coefficients are known of all or of single tokens"
 SPLIT = "sequence_group: coefficients are known after all ranks with tokens of a response have scored"
 # More rows than any call has: what fits is then bounded by the workspace alone.
 ANY = 1 << 62

@@ -53,6 +53,8 @@ class Problem(NamedTuple):
         """That of an operator's tensors."""
         hidden, weight, target = t.need("hidden", "weight", "target")
         kept = of_key(call.kept)
+        if not call.validate:
+            target = target.masked_fill(target == call.ignore_index, 0)
         return Problem(hidden, weight, t.bias, target, call, None, t.more, t.scales, t.zeros, kept)
 
     @contextmanager
@@ -148,8 +150,10 @@ class Problem(NamedTuple):
         return Epilogue(bias, self.call.softcap, self.call.scale)
 
     def kept(self) -> Kept:
-        """The positions that aren't ignored."""
-        return Kept(self.target, self.call.ignore_index)
+        """The positions that are computed: those that aren't ignored."""
+        if not self.call.validate:
+            return Kept(self.target, len(self.target))
+        return Kept.of(self.target, self.call.ignore_index)
 
 
 class Share(NamedTuple):
@@ -163,11 +167,17 @@ class Share(NamedTuple):
 class Kept:
     """The positions that aren't ignored, in order. Where all are kept nothing is gathered: rows are views."""
 
-    def __init__(self, target_P: Tensor, ignore_index: int):
-        self.device = target_P.device
-        index = (target_P != ignore_index).nonzero().squeeze(1)
-        self.count = index.shape[0]
-        self.index = None if self.count == target_P.shape[0] else index
+    def __init__(self, upto_P: Tensor, count: int):
+        """upto_P: how many are kept up to each position, int64, which ends with `count`: nothing is read back."""
+        self.device, self.count = upto_P.device, count
+        place = torch.arange(1, count + 1, device=self.device) if count < len(upto_P) else None
+        self.index = None if place is None else torch.searchsorted(upto_P, place)
+
+    @staticmethod
+    def of(target_P: Tensor, ignore_index: int) -> Kept:
+        """The same from the targets. One wait for a GPU."""
+        upto = (target_P != ignore_index).cumsum(0)
+        return Kept(upto, int(upto[-1]) if len(upto) else 0)
 
     def rows(self, *ranges: tuple[int, int]) -> Rows:
         """The positions of the kept rows start … stop of each range, one after the other."""
@@ -466,7 +476,8 @@ def split_rows(rows: Rows, step: int) -> list[Rows]:
     return [slice(rows.start + s.start, rows.start + s.stop) for s in spans(rows.stop - rows.start, step)]
 
 
-def empty_statistics(p: Problem, entropy: bool) -> Statistics:
-    """0 at every position [P]."""
-    some = (p.hidden.new_zeros(p.target.shape, dtype=p.acc_dtype) for _ in range(2 + entropy))
+def empty_statistics(p: Problem, entropy: bool, positions: int | None = None) -> Statistics:
+    """0 at every position [P], or at so many."""
+    count = len(p.target) if positions is None else positions
+    some = (p.hidden.new_zeros(count, dtype=p.acc_dtype) for _ in range(2 + entropy))
     return Statistics(*some) if entropy else Statistics(*some, None)

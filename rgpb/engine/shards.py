@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.call import Call, Tensors
-from rgpb.engine.products import Kept
-from rgpb.engine.sweeps import Scored, check_rows, score
+from rgpb.engine.sweeps import Scored, checked_rows, score
 from rgpb.head import LMHead
 from rgpb.kernels.types import acc_dtype
 from rgpb.layout import token_scores
@@ -44,8 +43,7 @@ def scored(hidden: Tensor, head: LMHead, target: Tensor, call: Call, entropy_gra
 
 def _of_shards(tensors: Tensors, call: Call, entropy_grad: bool, shard: VocabShard) -> Scored:
     hidden, weight, target = tensors.need("hidden", "weight", "target")
-    kept = Kept(target, call.ignore_index)
-    check_rows(hidden, target, shard.vocab, call.ignore_index, kept)
+    kept, _ = checked_rows(hidden, target, shard.vocab, call.ignore_index)
     target = target if kept.index is None else target[kept.index]
     own = target - shard.start
     mine = (own >= 0) & (own < len(weight))

@@ -13,7 +13,6 @@ Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from rgpb.engine.products import (
     split_rows,
     times,
 )
-from rgpb.kernels import matmul
+from rgpb.kernels import devices, matmul
 from rgpb.kernels.torch_rows import TorchRows, apply_
 from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
 from rgpb.objectives import resolve
@@ -61,33 +60,43 @@ def empty_rows(p: Problem, kept: Kept) -> Tensor:
     return torch.empty_like(p.hidden) if kept.index is None else torch.zeros_like(p.hidden)
 
 
-def check_rows(hidden: Tensor, target: Tensor, vocab: int, ignore: int, kept: Kept) -> None:
-    """Refuse what would turn into a finite but wrong loss. hidden [P, H], target [P]
+def checked_rows(
+    hidden: Tensor, target: Tensor, vocab: int, ignore: int, counts: Tensor | None = None
+) -> tuple[Kept, list[int]]:
+    """The positions that aren't ignored, and `counts` on the host, read back at once; refuses what would turn into a
+    finite but wrong loss. hidden [P, H], target [P], counts int64 [n]
 
     Raises:
         ValueError: a target outside [0, V) that isn't `ignore_index`, or hidden states that aren't finite.
     """
-    if not kept.count:
-        return
+    if not len(target):
+        return Kept(target, 0), [0] * (0 if counts is None else len(counts))
+    kept = target != ignore
+    upto = kept.cumsum(0)
+    low, high = (target * kept).aminmax()  # 0, which is in every vocabulary, for those that are ignored
     # NaN and infinity pass through a sum; so does what overflows in it, hence the second look
-    low, high = (target if kept.index is None else target[kept.index]).aminmax()
-    found = low, high, hidden.sum()
-    if hidden.device.type == "cpu":
-        least, most, total = (x.item() for x in found)
-    else:
-        least, most, total = torch.stack([x.double() for x in found]).tolist()  # one synchronisation for all
+    bits = hidden.detach().sum().double().view(torch.int64)
+    facts = (upto[-1:], low[None], high[None], bits[None])
+    count, least, most, total, *rest = torch.cat(facts if counts is None else (*facts, counts)).tolist()
     if least < 0 or most >= vocab:
-        outside = ((target < 0) | (target >= vocab)) & (target != ignore)
-        at = int(outside.nonzero()[0])
+        at = int((((target < 0) | (target >= vocab)) & kept).nonzero()[0])
         raise ValueError(
             f"target: expected values in [0, {vocab}) or ignore_index={ignore}, "
             f"got {int(target[at])} at flat position {at}"
         )
-    if not math.isfinite(total):
+    if total >> 52 & 0x7FF == 0x7FF:  # the exponent of what isn't finite
         low, high = hidden.aminmax(dim=1)  # both carry NaN; no temporary of the size of hidden
-        wrong = ((target != ignore) & ~((low > -torch.inf) & (high < torch.inf))).nonzero()
+        wrong = (kept & ~((low > -torch.inf) & (high < torch.inf))).nonzero()
         if len(wrong):
             raise ValueError(f"hidden: expected finite values, got NaN or infinity at flat position {int(wrong[0])}")
+    return Kept(upto, count), rest
+
+
+def rows_of(p: Problem, counts: Tensor | None = None) -> tuple[Kept, list[int]]:
+    """`checked_rows` of a problem; without `Call.validate` nothing is read."""
+    if not p.call.validate:
+        return p.kept(), []
+    return checked_rows(p.hidden, p.target, p.vocab, p.call.ignore_index, counts)
 
 
 # -- score ------------------------------------------------------------------------------------------------------------
@@ -120,8 +129,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     """The statistics of each position, and what the backward will ask for."""
     p = Problem.of(tensors, call)
     with p.running():
-        kept = p.kept()
-        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
+        kept, _ = rows_of(p)
         p, order = in_order(p, kept)
         skip = call.tolerance is not None
         statistics, accumulated = None, empty_rows(p, kept) if call.accumulate else p.hidden.new_empty(0)
@@ -321,7 +329,7 @@ class Loss(NamedTuple):
 
     Attributes:
         loss: 0-d.
-        z_y, lse_other, h_o: [P].
+        z_y, lse_other, h_o: [P], with `Call.scored`.
         dhidden, dweight, dbias, dmore: [P, H], [V, H], [V], [V, r].
         report: float32 [P + 1], of skipping (`skipping.Skipped.read`).
     """
@@ -344,8 +352,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     """
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
-        kept = p.kept()
-        check_rows(p.hidden, p.target, p.vocab, call.ignore_index, kept)
+        kept, counts = rows_of(p, objective.asks)
         entropy, tile = objective.spec.entropy, call.tile or None
         p, _ = in_order(p, kept)
         report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
@@ -354,11 +361,11 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         dhidden = empty_rows(p, kept) if call.needs[0] else None
         products = Products(p, most)
         head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
-        for rows, lengths, coefficients in objective.chunks(kept, most):
+        for rows, lengths, coefficients in objective.chunks(kept, most, counts):
             if isinstance(coefficients, TokenTerms):
                 found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
-                objective.total.add_(value.double().sum())
-                statistics = filled(statistics, found, rows, p)
+                objective.add(value.double().sum())
+                statistics = filled(statistics, found, rows, p) if call.scored else None
                 products.pull_back(rows, e, None, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
@@ -384,7 +391,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     pairs += int(active.sum())
                 e, r = products.set.pull_back(chunk, weighed, *given)
                 products.pull_back(block, e, r, active, dhidden, head)
-        statistics = statistics or empty_statistics(p, entropy)
+        if statistics is None or not call.scored:
+            statistics = empty_statistics(p, entropy, len(p.target) if call.scored else 0)
         found_head = head.finished()
         if tile and kept.count:
             share = pairs / (kept.count * tiles_of(p.weight, call))
@@ -394,13 +402,15 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
     gradients = [p.hidden.new_empty(0) if g is None else g for g in made]
-    value = objective.total.to(statistics.z_y.dtype)
+    value = p.hidden.new_zeros(()) if objective.total is None else objective.total
+    value = value.to(p.acc_dtype)
     return Loss(value, statistics.z_y, statistics.lse_other, h_o, *[*gradients, report])
 
 
 def _loss_fake(t: Tensors, call: Call) -> Loss:
     hidden, weight, target = t.need("hidden", "weight", "target")
-    statistic = hidden.new_empty(target.shape, dtype=acc_dtype(call.weight_dtype(weight)))
+    positions = target.shape if call.scored else (0,)
+    statistic = hidden.new_empty(positions, dtype=acc_dtype(call.weight_dtype(weight)))
     nothing = [hidden.new_empty(0) for _ in range(4)]
     need_hidden, need_weight, need_bias = call.needs
     return Loss(
@@ -439,7 +449,7 @@ def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
     """Times the upstream scalar: in place, on a CPU not at all for the usual 1; out of place in a traced graph."""
     if is_traced(gradient):
         return gradient * g.to(gradient.dtype)
-    if gradient.device.type == "cpu" and g.item() == 1:
+    if devices.kind(gradient.device) == "cpu" and g.item() == 1:
         return gradient
     return gradient.mul_(g)
 

@@ -34,7 +34,7 @@ from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
 from rgpb.parallel import from_first
-from rgpb.validation import Reference, check_groups, make_layout, reference_scores
+from rgpb.validation import Checks, Reference, check_groups, make_layout, reference_scores
 
 
 def token_scores(model: nn.Module, batch: Mapping[str, Any], *, entropy: bool = False, **options: Any) -> TokenScores:
@@ -230,9 +230,10 @@ def _drawn(
         target, cu_seqlens = call.flat_target.to(device), _on(device, call.cu_seqlens)
         ref, rewards, batch = _on(device, ref), _on(device, rewards), {n: _on(device, x) for n, x in batch.items()}
         layout = make_layout(target, cu_seqlens, IGNORE)
-        size, reward = check_groups(spec, group_size, rewards, layout, found.logp)
-        score = partial(linear_logprob, **how)
-        ref_scores, ref_sums = reference_scores(spec, ref, found.logp, target, layout, IGNORE, score)
+        checks, score = Checks(), partial(linear_logprob, **how)
+        size, reward = check_groups(spec, group_size, rewards, layout, found.logp, checks)
+        ref_scores, ref_sums = reference_scores(spec, ref, found.logp, target, layout, score, checks)
+        checks.read()
         own = check_options(spec, {name: x for name, x in options.items() if name in (spec.options or {})})
         keep = drawn(spec, Responses(scores, ref_scores, ref_sums, None, layout, size, reward), own)
         if held[0].shard is not None:

@@ -47,6 +47,7 @@ RESERVED = {
     "tolerance_per",
     "path",
     "workspace",
+    "validate",
 }
 
 

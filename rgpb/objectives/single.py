@@ -32,7 +32,7 @@ def mle_terms(tokens: Tensor, label: Tensor | None, *, length_normalize: bool = 
 
 def bnf_terms(tokens: Tensor, label: Tensor | None) -> tuple[str, Tensor]:
     assert label is not None  # checked at the door
-    return "bnf", label * per_token(tokens, length_normalize=True)
+    return "bnf", label / tokens.clamp(min=1)
 
 
 @objective(couples="token", terms=mle_terms)
