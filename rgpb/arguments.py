@@ -1,4 +1,4 @@
-"""Types of command-line arguments."""
+"""Types of command-line arguments, and of what is written like them."""
 
 from __future__ import annotations
 

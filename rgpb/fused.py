@@ -133,10 +133,11 @@ def fused_loss(
         tolerance_per: "response", or "row": of the row's own coefficient always, which is stricter.
         sort_vocab: with `grad_tolerance`, take the vocabulary in an estimated order by which more is left out. Default
             None: where a `Workspace` keeps the order between calls.
-        workspace: bytes held at most beyond inputs and gradients, whatever the number of tokens; or a `Workspace`,
-            whose memory is kept between calls; or "auto" (default): 512 MiB, on a GPU the largest of 1, 2 and 4 GiB
-            that is at most half of what is free. Chunks, and with them rounding, depend on it: give a number where
-            runs on a GPU have to agree bitwise. Ranks that share a head or a response take 512 MiB.
+        workspace: bytes held at most beyond inputs and gradients, whatever the number of tokens: a number, or a text
+            such as "64MiB"; or a `Workspace`, whose memory is kept between calls; or "auto" (default): 512 MiB, on a
+            GPU the largest of 1, 2 and 4 GiB that is at most half of what is free. Chunks, and with them rounding,
+            depend on it: give a size where runs on a GPU have to agree bitwise. Ranks that share a head or a response
+            take 512 MiB.
         validate: see `linear_logprob`. Pairs and groups then take two passes.
         **options: the objective's own (`beta`, …); of a sum also `**{"dpo.beta": 0.2}` for one of its terms.
 

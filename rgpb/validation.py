@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from rgpb.arguments import parse_bytes
 from rgpb.engine.call import Call, encodable
 from rgpb.engine.operator import is_traced
 from rgpb.engine.plan import (
@@ -101,11 +102,23 @@ def check_how(
         raise ValueError(f"tolerance_per: expected 'response' or 'row', got {tolerance_per!r}")
     if tolerance_per == "row" and grad_tolerance is None:
         raise ValueError("tolerance_per: expected 'response' without grad_tolerance, got 'row'")
-    size, kept = settled(workspace, device, shared or not validate)
+    size, kept = settled(_bytes_of(workspace), device, shared or not validate)
     if sort_vocab is None:  # an order that is estimated once is worth it
         sort_vocab = bool(kept) and grad_tolerance is not None
     kept = kept if validate else 0  # whoever replays a call would write into memory that others hold by then
     return How(impl, path, grad_tolerance, sort_vocab, size, kept, tolerance_per == "row", validate)
+
+
+def _bytes_of(workspace: int | str | Workspace | None) -> int | str | Workspace | None:
+    """A workspace whose size is a text, such as "64MiB", as a number."""
+    if not isinstance(workspace, str) or workspace == "auto":
+        return workspace
+    try:
+        return parse_bytes(workspace)
+    except ValueError:
+        raise ValueError(
+            f"workspace: expected bytes, as 2**29 or '512MiB', a Workspace or 'auto', got {workspace!r}"
+        ) from None
 
 
 def _without_engine(device: torch.device, impl: str, engine: str) -> str:

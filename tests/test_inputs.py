@@ -116,8 +116,8 @@ CASES = {
         "grad_tolerance: expected None with validate=False, .* got 0.1",
     ),
     "workspace text": (
-        lambda: {"workspace": "64MiB"},
-        "workspace: expected a positive whole number of bytes, a Workspace or 'auto', got '64MiB'",
+        lambda: {"workspace": "64 parsecs"},
+        r"workspace: expected bytes, as 2\*\*29 or '512MiB', a Workspace or 'auto', got '64 parsecs'",
     ),
     "softcap infinite": (
         lambda: {"head": LMHead(torch.randn(V, H), softcap=float("inf"))},

@@ -885,7 +885,7 @@ class TestRefusals:
             (
                 {**OFFLINE, "loss": "dpo", "pairing": "best-random"},
                 None,
-                "pairing: .* without online, got 'best-random'",
+                "pairing: .* without online, got 'best-random'; or give --online",
             ),
             (
                 {"loss": "mle + dpo", "pairing": "unpaired"},

@@ -21,9 +21,9 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rgpb import hf
+from rgpb.axolotl.mixin import TRLMixin
 from rgpb.axolotl.settings import RgpbArgs
 from rgpb.hf.batches import from_trl
-from rgpb.hf.trainer import TRLMixin
 from rgpb.train.tokens import train_tokenizer
 
 pytestmark = [

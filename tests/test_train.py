@@ -1405,7 +1405,7 @@ class TestReport:
         last = [records(folder)[-1] for folder in runs.values()]
         assert "| extra | 1 | – |" in text
         assert re.search(rf"\| agility.* \| {last[0]['agility']:.4g} \(.*\) \| {last[1]['agility']:.4g} \(", text)
-        assert re.search(r"higher reward on the chosen \| .* \| – \(–\) \|", text)  # simpo has no reference
+        assert re.search(r"higher implicit reward on the chosen \| .* \| – \(–\) \|", text)  # simpo has no reference
         assert "A note." in text
         report.show(report.table(report.read_metrics(tmp_path / "bnf")), "title")
         assert f"{last[0]['perplexity']:.4g}" in capsys.readouterr().out

@@ -158,9 +158,25 @@ def test_compiled_without_a_break(given):
 def test_bad_sizes(size, given):
     with pytest.raises(ValueError, match=f"size: expected a positive whole number of bytes, got {size}"):
         Workspace(size)
-    if size is not None:
-        with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes,.* got '?{size}"):
+    if not isinstance(size, str | None):
+        with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes,.* got {size}"):
             step(given, size)
+
+
+@pytest.mark.compile
+def test_sizes_as_texts(given):
+    """At every door as the number of bytes, also inside torch.compile."""
+    hidden, weight, target = given
+    how = validation.check_how(hidden.device, "auto", None, "auto", None, None, "1.5 MiB")
+    assert how == validation.check_how(hidden.device, "auto", None, "auto", None, None, 3 << 19)
+    with pytest.raises(ValueError, match="workspace: expected at least .* got 10"):
+        linear_logprob(hidden, weight, target, workspace="10")
+
+    def loss(hidden, weight):
+        return dpo_loss(hidden, weight, target, ref=torch.full((B, T), -2.0), workspace="64KiB")
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, weight), step(given, 1 << 16)[0])
 
 
 GIB = 1 << 30

@@ -8,7 +8,7 @@ from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 from axolotl.core.trainers.trl import AxolotlKTOTrainer
 from axolotl.integrations.base import PluginManager
 
-from rgpb.hf.trainer import TRLMixin
+from rgpb.axolotl.mixin import TRLMixin
 
 
 def settings() -> dict[str, Any]:

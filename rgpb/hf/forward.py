@@ -29,7 +29,7 @@ from rgpb.hf.checks import (
     head_inside,
 )
 from rgpb.hf.models import model_inputs
-from rgpb.hf.wrappers import around, base_of, batch_group, is_bare_replica, resharding
+from rgpb.hf.wrappers import around, base_of, batch_group, check_reference, is_bare_replica, resharding
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -91,8 +91,8 @@ def loss(
         objective: a name, a weighted sum, or a function of `Responses`.
         label: [B], bool or ±1, for the objectives that take one.
         ref: whatever `fused_loss` takes, best the `token_scores` of the same batch under the reference, computed once;
-            or a reference model, run here in evaluation mode without gradients; or "base", for `model` without its PEFT
-            adapters.
+            or a reference model other than `model`, run here in evaluation mode without gradients; or "base", for `model`
+            without its PEFT adapters.
         group_size, rewards: K, and [G, K], for the objectives of groups.
         data_group: the ranks that hold other responses of the batch, as for `fused_loss`; "auto" takes those over which
             DDP, FSDP or DeepSpeed around the model averages gradients, so that training is that of one process on all
@@ -187,7 +187,7 @@ def _batch_group(model: nn.Module, sequence_group: Any) -> Any:
 def _reference(model: nn.Module, ref: nn.Module | str, batch: Mapping[str, Any], how: dict[str, Any]) -> TokenScores:
     """Scores of the batch under a reference model, or under the model without its adapters."""
     if isinstance(ref, nn.Module):
-        base_of(ref, "ref")
+        check_reference(model, ref)
         with evaluating(ref):
             return token_scores(ref, batch, **how)
     adapted: Any = next((at for at in around(model) if hasattr(at, "disable_adapter")), None)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rgpb.hf.batches import from_trl, present_of, reference_of, responses_of
+from rgpb.hf.batches import present_of, reference_of, responses_of
 from rgpb.hf.forward import loss as loss_of
 from rgpb.hf.models import attach
-from rgpb.hf.wrappers import base_of, batch_group
+from rgpb.hf.wrappers import base_of, batch_group, check_reference
 from rgpb.layout import Responses
 from rgpb.metrics import with_differences
 from rgpb.objectives import RunningMean, check_options, resolve
@@ -93,8 +92,7 @@ class PreferenceMixin(Trainer):
         if "_rgpb" not in vars(base_of(trained)):
             attach(trained)
         if isinstance(ref, nn.Module):
-            if base_of(ref, "ref") is base_of(trained):
-                raise ValueError("ref: expected a model of its own, got the one that is trained: log-ratios would be 0")
+            check_reference(trained, ref)
             ref = self.accelerator.prepare_model(ref.requires_grad_(False).eval(), evaluation_mode=True)
         self.ref: Any = ref
 
@@ -306,44 +304,3 @@ class PreferenceMixin(Trainer):
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         return data_collator
-
-
-class TRLMixin(PreferenceMixin):
-    """`PreferenceMixin` in front of TRL's DPOTrainer or KTOTrainer: their data and their reference, any loss.
-
-    The reference is the trainer's: its `ref_model`, else the model without its adapters, else what it precomputed.
-
-    Args:
-        *args: the trainer's own.
-        objective, options: as for `PreferenceMixin`.
-        **keywords: the trainer's own.
-
-    Raises:
-        ValueError: an adapter that the trainer keeps a copy of as the reference.
-    """
-
-    def __init__(
-        self, *args: Any, objective: str | Callable[[Responses], Tensor] | Mapping[str, float] = "bnf",
-        options: Mapping[str, Any] | None = None, **keywords: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(*args, objective=objective, options=options, **keywords)
-        adapters = getattr(self.model, "peft_config", {})
-        if "ref" in adapters:
-            raise ValueError(
-                "model: expected one without adapters, beside peft_config; got a PEFT model, of whose adapter TRL "
-                "keeps a copy as the reference; merge it into the model first"
-            )
-        if self.spec.ref is None:
-            self.ref_model = None  # TRL makes one for every loss
-        elif self.ref_model is not None:
-            self.ref = self.ref_model
-        elif adapters:
-            self.ref = "base"
-        stored = bool(getattr(self.args, "precompute_ref_log_probs", False))
-        self.data_collator = partial(_translated, self.data_collator, stored)
-
-
-def _translated(collate: Callable[[list[Any]], Mapping[str, Any]], stored: bool, rows: list[Any]) -> dict[str, Any]:
-    """A batch of TRL's collator; sums of a reference that the dataset has count only where they are asked for."""
-    batch = from_trl(collate(rows))
-    return batch if stored else {name: x for name, x in batch.items() if name != "ref_logp"}

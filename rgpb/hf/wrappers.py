@@ -87,6 +87,19 @@ def base_of(model: nn.Module, argument: str = "model") -> PreTrainedModel:
     return last
 
 
+def check_reference(model: nn.Module, ref: nn.Module) -> None:
+    """Refuse the model that is trained, whatever is wrapped around either, as its own reference.
+
+    Raises:
+        ValueError: the same model, or no transformers model.
+    """
+    if base_of(ref, "ref") is base_of(model):
+        raise ValueError(
+            "ref: expected a model of its own, got the one that is trained: log-ratios would be 0. Take a "
+            "copy.deepcopy(model) from before training, or 'base' for the model without its PEFT adapters"
+        )
+
+
 def sharded_by(model: nn.Module) -> str | None:
     """What holds parts of the parameters on other ranks between forwards: "FSDP", "ZeRO-3", or None."""
     found = list(parts(model))

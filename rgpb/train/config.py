@@ -189,8 +189,10 @@ class TrainConfig:
             raise ValueError(f"pairing: expected none, since {self.loss} takes whole groups; got {self.pairing!r}")
         pairings, where = (SAMPLED_PAIRINGS, "with") if self.online else (PAIRINGS, "without")
         if self.pairing not in pairings:
-            also = " (objectives of groups compare all completions)" if self.online and self.pairing in PAIRINGS else ""
-            raise ValueError(f"pairing: expected one of {pairings} {where} online, got {self.pairing!r}{also}")
+            other = "; or give --online" if self.pairing in SAMPLED_PAIRINGS else ""
+            if self.online and self.pairing in PAIRINGS:
+                other = " (objectives of groups compare all completions)"
+            raise ValueError(f"pairing: expected one of {pairings} {where} online, got {self.pairing!r}{other}")
         if self.pairing == "unpaired" and spec.unit != "response":
             raise ValueError(
                 f"pairing: expected best-worst or best-random, since {self.loss} compares two responses; "

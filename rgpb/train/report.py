@@ -1,5 +1,7 @@
 """What a run's `metrics.jsonl` says: a table before and after, and a picture; also of several runs side by side.
 
+A reward is what a judge gave; β · log-ratio of a response is its implicit reward, in the log under `rewards/`.
+
 Evaluation lines ("split": "eval") are averages over the whole evaluation set, training lines since the line before.
 """
 
@@ -17,8 +19,8 @@ METRICS = {
     "reward/sampled": "mean reward of completions sampled from the model",
     "perplexity": "perplexity of chosen responses",
     "agility": "agility: p(chosen) − p(rejected) per token",
-    "rewards/margins": "reward margin",
-    "rewards/accuracies": "pairs with the higher reward on the chosen",
+    "rewards/margins": "margin of implicit rewards, β · log-ratio",
+    "rewards/accuracies": "pairs with the higher implicit reward on the chosen",
     "logps/accuracies": "pairs with the higher likelihood per token on the chosen",
     "logps/chosen": "log-likelihood of chosen responses",
     "logps/rejected": "log-likelihood of rejected responses",
@@ -30,7 +32,7 @@ TRAINED: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.45}
 
 # What panels show beside the losses: title, unit, metrics
 SHARED = (
-    ("reward margin of chosen over rejected", "β · difference of log-ratios, nats", ("rewards/margins",)),
+    ("implicit reward margin of chosen over rejected", "β · difference of log-ratios, nats", ("rewards/margins",)),
     ("perplexity of chosen responses", "perplexity, e^(nats per token)", ("perplexity",)),
     ("agility", "p(chosen) − p(rejected) per token", ("agility",)),
     ("log-likelihood of responses", "change since the start, nats", ("logps/chosen", "logps/rejected")),
@@ -134,7 +136,7 @@ def compare(
 def comparison(
     records: Mapping[str, list[dict[str, Any]]], extra: Mapping[str, Mapping[str, str]] | None = None
 ) -> list[list[str]]:
-    """The table of `compare`, header first, without losses and reward margins: objectives and β of their own differ."""
+    """The table of `compare`, header first, without losses and margins: objectives and β of their own differ."""
     found = {run: {line.name: line for line in lines(rows)} for run, rows in records.items()}
     rows = [["", *records]]
     rows += [[name, *(values.get(run, "–") for run in records)] for name, values in (extra or {}).items()]
@@ -212,7 +214,7 @@ class Panel(NamedTuple):
 def panels(runs: Mapping[str, list[dict[str, Any]]]) -> list[Panel]:
     """What `plot` draws: metrics that were measured. Runs share a panel only where they share a scale.
 
-    Each run's loss has a panel of its own. Reward margins are drawn of a single run alone, since each has its own β.
+    Each run's loss has a panel of its own. Margins are drawn of a single run alone, since each has its own β.
     """
     titles = {run: f"loss of {run}" if len(runs) > 1 else "loss" for run in runs}
     out = [Panel(title, "loss per response, pair or group", [Curve(run, "loss")]) for run, title in titles.items()]
