@@ -983,6 +983,22 @@ def test_a_reference_that_is_the_policy_of_every_step() -> None:
             assert said[0][0].startswith("ref: these are once more the scores of the model that is trained")
 
 
+def test_a_model_is_not_its_own_reference() -> None:
+    model = build("llama")
+    batch = {key: value.repeat_interleave(2, 0)[:4] for key, value in padded(model).items()}
+    adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    cases = [
+        (model, model),
+        (model, torch.compile(model, backend="eager")),
+        (adapted, adapted.get_base_model()),
+        (adapted, adapted),
+    ]
+    for trained, ref in cases:
+        with pytest.raises(ValueError, match="ref: expected a model of its own, got the one that is trained"):
+            hf.loss(trained, batch, "dpo", ref=ref)
+    hf.loss(model, batch, "dpo", ref=copy.deepcopy(model))
+
+
 def test_a_flattened_row_without_bounds() -> None:
     """As DataCollatorWithFlattening makes it: the restarts of the positions are the bounds."""
     model = build("llama")

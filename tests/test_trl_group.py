@@ -260,23 +260,27 @@ def test_bf16_and_checkpointing(saved, tmp_path):
 
 
 @pytest.mark.full
-def test_a_routers_loss_is_added(tmp_path):
+@pytest.mark.parametrize("coefficient", [None, 2.0, 0.0])
+def test_a_routers_loss_is_added(coefficient, tmp_path):
     sizes = {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.5}
     torch.manual_seed(0)
     config = transformers.MixtralConfig(vocab_size=258, max_position_embeddings=64, initializer_range=0.2, **sizes)
     model = transformers.MixtralForCausalLM(config)
     model.save_pretrained(tmp_path / "model")
     train_tokenizer(["a"], 258).save_pretrained(tmp_path / "model")
-    trainer = trainer_of(tmp_path / "model", tmp_path)
+    trainer = trainer_of(tmp_path / "model", tmp_path, settings={"router_aux_loss_coef": coefficient})
     trainer.train()
+    model.router_aux_loss_coef = 0.5 if coefficient is None else coefficient
     for state, inputs, loss in trainer.kept:
+        assert trainer.model.config.router_aux_loss_coef == 0.5  # it is saved
         model.load_state_dict(state)
         flat = {name: x.flatten(0, 1) for name, x in inputs.items() if name != "rewards"}
         ref = TokenScores(flat.pop("ref_logp"), flat.pop("ref_log_odds"), torch.zeros(flat["labels"].shape))
         how = {"ref": ref, "rewards": inputs["rewards"], "temperature": HEAT, "beta": BETA}
         expected = hf.loss(model, flat | {"output_router_logits": True}, "swepo", **how)
         assert loss == pytest.approx(expected.item(), abs=1e-5)
-        assert loss > hf.loss(model, flat, "swepo", **how).item() + 0.5
+        if coefficient != 0.0:
+            assert loss > hf.loss(model, flat, "swepo", **how).item() + 0.5
 
 
 @pytest.mark.parametrize("given", ["peft_config", pytest.param("adapters", marks=pytest.mark.full)])
@@ -349,16 +353,23 @@ def refused(match: str, folder: Any, settings: Any = None, **how: Any) -> None:
     ("name", "value"),
     [
         ("epsilon", 0.3), ("loss_type", "grpo"), ("scale_rewards", False), ("importance_sampling_level", "sequence"),
-        ("delta", 2.0), ("entropy_coef", 0.1), ("router_aux_loss_coef", 0.0), ("cast_lm_head_to_fp32", True),
+        ("delta", 2.0), ("entropy_coef", 0.1), ("cast_lm_head_to_fp32", True),
     ],
 )  # fmt: skip
 def test_settings_without_a_meaning_are_refused(name, value, tmp_path):
     refused(rf"{name}: expected .*, since swepo has no use for it, got", tmp_path, {name: value})
 
 
-def test_what_is_refused(tmp_path):
+def test_what_is_refused(tmp_path, monkeypatch):
+    given: list[str] = []
     fields = {field.name: field for field in dataclasses.fields(trl.GRPOConfig)}
     assert all(fields[name].default is not dataclasses.MISSING for name in group.UNREAD)
+    refused(r"loss_type: expected TRL's default, got 'mc_po'; .* GroupTrainer\(…, objective='mc_po'\)", tmp_path,
+            {"loss_type": "mc_po", "beta": 0.0})  # fmt: skip
+    monkeypatch.setattr(group, "GRPOConfig", lambda folder: given.append(folder) or arguments(folder, beta=0.0))
+    with pytest.raises(ValueError, match=r"beta: expected the β of swepo, .* args=GRPOConfig\(…, beta=0.1\); got 0.0"):
+        GroupTrainer(str(tmp_path / "model"), None)
+    assert given == ["model-GRPO"]  # TRL's default
     refused("objective: expected one of groups, infonca, .* got dpo, of pairs", tmp_path, objective="dpo")
     refused("objective: expected a function or one of .* did you mean 'infonca'", tmp_path, objective="info_nca")
     refused("beta: expected the β of swepo, above 0, .* got 0.0", tmp_path, {"beta": 0.0})

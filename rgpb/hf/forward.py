@@ -91,8 +91,8 @@ def loss(
         objective: a name, a weighted sum, or a function of `Responses`.
         label: [B], bool or ±1, for the objectives that take one.
         ref: whatever `fused_loss` takes, best the `token_scores` of the same batch under the reference, computed once;
-            or a reference model other than `model`, run here in evaluation mode without gradients; or "base", for `model`
-            without its PEFT adapters.
+            or another model, run here in evaluation mode without gradients; or "base", for `model` without its PEFT
+            adapters.
         group_size, rewards: K, and [G, K], for the objectives of groups.
         data_group: the ranks that hold other responses of the batch, as for `fused_loss`; "auto" takes those over which
             DDP, FSDP or DeepSpeed around the model averages gradients, so that training is that of one process on all
@@ -104,7 +104,7 @@ def loss(
         What `fused_loss` returns: the loss, or (loss, metrics).
 
     Raises:
-        ValueError: as for `token_scores` and `fused_loss`.
+        ValueError: as for `token_scores` and `fused_loss`; and `model` itself as its reference, wrapped or not.
     """
     how: dict[str, Any] = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
     if isinstance(ref, str) and ref != "base":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from rgpb.hf.attach import install
 from rgpb.hf.batches import IGNORE, reference_of
@@ -32,8 +33,8 @@ from rgpb.trl.preference import adapter_of
 UNREAD = {
     "cast_lm_head_to_fp32", "delta", "entropy_coef", "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min",
     "entropy_target", "epsilon", "epsilon_high", "importance_sampling_level", "label_smoothing_factor", "loss_type",
-    "multi_objective_aggregation", "off_policy_mask_threshold", "router_aux_loss_coef", "sapo_temperature_neg",
-    "sapo_temperature_pos", "scale_rewards", "top_entropy_quantile", "use_adaptive_entropy", "use_bias_correction_kl",
+    "multi_objective_aggregation", "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos",
+    "scale_rewards", "top_entropy_quantile", "use_adaptive_entropy", "use_bias_correction_kl",
     "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos", "vllm_importance_sampling_cap",
     "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min", "vllm_importance_sampling_mode",
 }  # fmt: skip
@@ -65,7 +66,8 @@ class GroupTrainer(GRPOTrainer):
         model: as `GRPOTrainer` takes it.
         reward_funcs: as `GRPOTrainer` takes them; None where the environment gives the rewards.
         args: with `beta`, the β of an objective that has a reference; and whole groups in a batch:
-            `per_device_train_batch_size` a multiple of `num_generations`.
+            `per_device_train_batch_size` a multiple of `num_generations`. Default: `GRPOConfig`'s, for an objective
+            without a reference.
         objective: a name, or a weighted sum; of groups.
         options: further options of the objective, and arguments of `rgpb.hf.loss` such as `workspace`.
         **keywords: `GRPOTrainer`'s own.
@@ -83,15 +85,18 @@ class GroupTrainer(GRPOTrainer):
         self,
         model: Any,
         reward_funcs: Any,
-        args: GRPOConfig,
+        args: GRPOConfig | None = None,
         *,
         objective: str | Callable[[Responses], Tensor] | Mapping[str, float] = "swepo",
         options: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> None:
         spec, given = resolve(objective), dict(options or {})
-        _check_objective(spec, given, args)
+        if args is None:
+            name: str = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
         _check_settings(spec, args)
+        _check_objective(spec, given, args)
         if spec.ref is not None and "beta" in (spec.options or {}):
             given["beta"] = args.beta
         self.objective: Any = objective
@@ -100,6 +105,7 @@ class GroupTrainer(GRPOTrainer):
         policy: Any = self.model
         base = base_of(attach(policy))
         self.counts_padding = not try_left_padding(base, install(base))  # as positions, where none are given
+        vars(base)["router_aux_loss_coef"] = self.router_aux_loss_coef  # not in the model's config, which is saved
         self._rewards: Tensor = torch.empty(0)
 
     @property
@@ -221,7 +227,8 @@ def _check_objective(spec: Objective, options: dict[str, Any], args: GRPOConfig)
     check_options(spec, {name: value for name, value in options.items() if name not in RESERVED})
     if spec.ref is not None and not args.beta > 0:
         raise ValueError(
-            f"beta: expected the β of {spec.name}, above 0, with which TRL also loads the reference; got {args.beta!r}"
+            f"beta: expected the β of {spec.name}, above 0, with which TRL also loads the reference: "
+            f"args=GRPOConfig(…, beta=0.1); got {args.beta!r}"
         )
     if spec.ref is None and args.beta:
         raise ValueError(
@@ -231,6 +238,11 @@ def _check_objective(spec: Objective, options: dict[str, Any], args: GRPOConfig)
 
 def _check_settings(spec: Objective, args: GRPOConfig) -> None:
     """Refuse what would have no effect, or would cut groups."""
+    if args.loss_type in OBJECTIVES:
+        raise ValueError(
+            f"loss_type: expected TRL's default, got {args.loss_type!r}; the objective is an argument of the trainer: "
+            f"GroupTrainer(…, objective={args.loss_type!r})"
+        )
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.name in UNREAD and value != field.default:
