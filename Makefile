@@ -58,7 +58,7 @@ full-torch: $(VENV)/.ready
 	$(PYTEST) --full --ignore tests/test_targets.py
 
 full-deepspeed: $(DEEPSPEED)
-	$(ON_DEEPSPEED) $(RUN) pytest --full -m deepspeed tests/test_wrapped.py
+	$(ON_DEEPSPEED) $(RUN) pytest --full -m deepspeed tests/test_wrapped.py tests/test_trl_preference.py
 
 full-interpreted: $(VENV)/.ready
 	$(INTERPRET) $(PYTEST) --full tests/interpreted

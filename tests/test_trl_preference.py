@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import nullcontext
+import os
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -464,8 +465,9 @@ def test_what_is_refused_of_single_responses(parts, tmp_path, settings, message)
 PLAIN = {"optim": "sgd", "learning_rate": 0.1}  # Adam divides a gradient of rounding errors by its own size
 
 
-def on_a_rank(kind, accelerated, folder, settings):
-    """Losses and weights of 20 steps, each rank with its share of the batches."""
+def on_a_rank(kind, accelerated, folder, settings, how=None):
+    """Losses and weights of 20 steps, each rank with its share of the batches; with `how` in parts ("" in one piece),
+    and the loss of an evaluation."""
     import torch.distributed as dist
 
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -474,11 +476,95 @@ def on_a_rank(kind, accelerated, folder, settings):
     given = {"train_dataset": made[2].select(range(16))}
     if kind is trl.SFTTrainer:
         given = {"train_dataset": made[2].remove_columns("rejected").rename_column("chosen", "completion")}
-    with accelerate() if accelerated else nullcontext():
-        trainer = trainer_of(made, f"{folder}/{rank}", kind, given, max_steps=20, dataloader_drop_last=True, **settings)
+    with accelerate() if accelerated else nullcontext(), in_parts(kind, how or "") as (kind, more):
+        trainer = trainer_of(
+            made, f"{folder}/{rank}", kind, given, max_steps=20, dataloader_drop_last=True, **settings, **more
+        )
         trainer.train()
-    losses = torch.tensor([line["loss"] for line in history(trainer)])
-    return losses, [p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+        losses = [line["loss"] for line in history(trainer)]
+        if how is not None:
+            losses.append(trainer.evaluate(made[2].select(range(16, 20)))["eval_loss"])
+        weights = [whole(p) for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+        if how:
+            assert type(trainer.model_wrapped).__name__.startswith("FSDP" if how == "fsdp2" else "DeepSpeed")
+    return torch.tensor(losses), weights
+
+
+@contextmanager
+def in_parts(kind, how):
+    """A trainer and settings with which accelerate wraps a model as it would on GPUs: on CPUs it leaves FSDP out, and
+    takes DeepSpeed's ranks for one."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+
+    if not how:
+        yield kind, {}
+        return
+
+    class Sharded(kind):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            told = {"distributed_type": DistributedType.FSDP}
+            PartialState._shared_state.update(told)
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            )  # fmt: skip
+            vars(self.accelerator.state).update(told, fsdp_plugin=plugin)
+            self.is_fsdp_enabled = True
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        if how == "fsdp2":
+            yield Sharded, {}
+            return
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+        from wrapped import deepspeed
+
+        deepspeed()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        auto = dict.fromkeys(
+            ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+        )
+        sharding = {"stage": int(how[-1])} | ({"stage3_param_persistence_threshold": 0} if how == "zero3" else {})
+        config = auto | {"zero_optimization": sharding, "zero_allow_untested_optimizer": True}
+        config |= {"zero_force_ds_cpu_optimizer": False}
+        yield kind, {"use_cpu": False, "accelerator_config": {"use_configured_state": True}, "deepspeed": config}
+        unset_hf_deepspeed_config()
+    finally:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def whole(parameter):
+    """A parameter put together of its parts on all ranks."""
+    from torch.distributed.tensor import DTensor
+
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+IN_PARTS = {"loss_type": "bnf", "precompute_ref_log_probs": True, "gradient_accumulation_steps": 2, **PLAIN}
+
+
+@pytest.mark.full
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("settings", [{}, IN_PARTS], ids=["dpo", "bnf"])
+@pytest.mark.parametrize("how", ["fsdp2", *(pytest.param(f"zero{n}", marks=pytest.mark.deepspeed) for n in (2, 3))])
+def test_models_in_parts(how, settings, ranks, tmp_path):
+    """20 steps and an evaluation of two ranks beside those of one process."""
+    share = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    if settings:
+        share["per_device_train_batch_size"] = 1
+    found = ranks(2)(on_a_rank, PreferenceTrainer, False, str(tmp_path / "parts"), {**settings, **share}, how)
+    same(found[1], found[0])
+    alone = {name: value for name, value in settings.items() if name != "gradient_accumulation_steps"}
+    same(found[0], on_a_rank(PreferenceTrainer, False, str(tmp_path / "one"), alone, ""))
 
 
 @pytest.mark.full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import covering
@@ -151,11 +152,11 @@ def test_trainer(ranks):
         ("bare", "expected what averages gradients over 2 processes"),
         ("fsdp1", "attached before it is wrapped in FSDP"),
         ("fsdp2_layers", "attached before it is wrapped in FSDP"),
-        pytest.param("zero3", "attached before it is wrapped in ZeRO-3", marks=zero),
+        pytest.param("zero3", "attached before it is wrapped in ZeRO-3, .* load it before", marks=zero),
     ],
 )
 def test_refusals(ranks, what, said):
-    assert all(said in answer for answer in ranks(2)(wrapped.refused, what))
+    assert all(re.search(said, answer) for answer in ranks(2)(wrapped.refused, what))
 
 
 def table():

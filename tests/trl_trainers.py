@@ -50,9 +50,9 @@ def trainer_of(parts, folder, kind=None, given=None, **settings):
     kind = kind or trl.DPOTrainer
     config = next(known for base, known in CONFIGS.items() if issubclass(kind, base))
     args = config(
-        str(folder), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+        str(folder), report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True,
         **{"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3}
-        | settings,
+        | {"use_cpu": True} | settings,
     )  # fmt: skip
     extra = {} if kind is trl.SFTTrainer else {"ref_model": copy.deepcopy(model)}
     given = {"model": away(model), "train_dataset": data, **extra, **(given or {})}

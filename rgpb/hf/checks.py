@@ -83,9 +83,10 @@ def check_head(model: PreTrainedModel, attached: Attached) -> tuple[float | None
         return attached.passed[key]
     name = described(model)
     if (how := sharded_by(model)) is not None:
+        loaded = "; load it before there is a configuration of ZeRO-3, or transformers loads it in parts"
         raise ValueError(
             f"model: expected {name} attached before it is wrapped in {how}, or unchanged since, got neither; its head "
-            "can't be checked now: call rgpb.hf.attach(model) first, then wrap"
+            f"can't be checked now: call rgpb.hf.attach(model) first, then wrap{loaded * (how == 'ZeRO-3')}"
         )
     candidates = dict.fromkeys((cap, scale) for cap in (declared[0], None) for scale in (declared[1], 1.0))
     inputs = {"input_ids": probe_ids(model, 3)}
