@@ -9,14 +9,17 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM
+from PIL import Image
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 from trl_trainers import LOSSES, MARKS, SIZES, away, make, trainer_of
 
 from rgpb import hf
 from rgpb.objectives import RunningMean
+from rgpb.train.tokens import train_tokenizer
 from rgpb.trl import PreferenceTrainer, UnpairedTrainer, accelerate
 
 pytestmark = MARKS
@@ -222,6 +225,10 @@ def test_evaluation(parts, tmp_path):
     assert math.isclose(found["eval_loss"], again["eval_loss"], rel_tol=1e-5)
     assert math.isclose(found["eval_rewards/margins"], again["eval_rewards/margins"], rel_tol=1e-4)
     assert any("eval_loss" in line for line in trainer.state.log_history)
+    sets = {"a": data.select(range(6)), "b": data.select(range(6, 9))}
+    named = whole.evaluate(sets)  # TRL's own metrics lose the names
+    assert named["eval_a_rewards/margins"] == again["eval_rewards/margins"] != named["eval_b_rewards/margins"]
+    assert "eval_rewards/margins" not in named
 
 
 @pytest.mark.full
@@ -462,6 +469,74 @@ def test_what_is_refused_of_single_responses(parts, tmp_path, settings, message)
         trainer_of(unpaired(parts), tmp_path, UnpairedTrainer, **settings)
 
 
+@pytest.fixture(scope="module")
+def pictured():
+    """A processor, a model of images and text, and pairs."""
+    tokenizer = train_tokenizer(["a"], 258)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    template = """{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}
+        {%- if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}
+        {%- endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = transformers.LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=LlamaConfig(vocab_size=300, max_position_embeddings=128, **SIZES).to_dict(),
+        vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **vision).to_dict(),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    rows = [
+        {
+            "images": [Image.fromarray(torch.randint(255, (16, 16, 3), dtype=torch.uint8).numpy())],
+            "prompt": [{"role": "user", "content": f"what is {a}?"}],
+            "chosen": [{"role": "assistant", "content": f"number {a}"}],
+            "rejected": [{"role": "assistant", "content": f"letter {a} or so"}],
+        }
+        for a in range(8)
+    ]
+    return processor, model, Dataset.from_list(rows)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("theirs", "kind", "settings"),
+    [
+        (trl.DPOTrainer, PreferenceTrainer, {}),
+        (trl.DPOTrainer, PreferenceTrainer, {"padding_free": True}),
+        (trl.KTOTrainer, UnpairedTrainer, {}),
+    ],
+)
+def test_images(pictured, theirs, kind, settings, tmp_path):
+    """TRL's steps on pairs and single responses to an image."""
+    processor, model, rows = pictured
+    if kind is UnpairedTrainer:
+        rows = Dataset.from_list(
+            [
+                {"images": row["images"], "prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+                for row in rows
+                for side in ("chosen", "rejected")
+            ]
+        )
+    results = []
+    for each in (theirs, kind):
+        more = settings if each is kind else {}
+        trainer = trainer_of((processor, model, rows), tmp_path, each, max_steps=3, max_length=None, **PLAIN, **more)
+        trainer.train()
+        results.append(([line["loss"] for line in history(trainer)], list(trainer.model.parameters())))
+    start = dict(away(model).named_parameters())
+    assert any("vision" in name and not torch.equal(p, start[name]) for name, p in trainer.model.named_parameters())
+    assert results[1][0] == pytest.approx(results[0][0], abs=1e-6)
+    for a, b in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(b, a, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="loss_type: expected one with a reference for images, .* got .*mle"):
+        trainer_of((processor, model, rows), tmp_path, kind, {"ref_model": None}, loss_type="mle")
+
+
 PLAIN = {"optim": "sgd", "learning_rate": 0.1}  # Adam divides a gradient of rounding errors by its own size
 
 
@@ -564,6 +639,7 @@ def test_models_in_parts(how, settings, ranks, tmp_path):
     found = ranks(2)(on_a_rank, PreferenceTrainer, False, str(tmp_path / "parts"), {**settings, **share}, how)
     same(found[1], found[0])
     alone = {name: value for name, value in settings.items() if name != "gradient_accumulation_steps"}
+    alone["per_device_eval_batch_size"] = 4
     same(found[0], on_a_rank(PreferenceTrainer, False, str(tmp_path / "one"), alone, ""))
 
 

@@ -142,6 +142,12 @@ class Shared(PreferenceMixin):
         found = options_of(args, spec)
         options = {name: value for name, value in found.items() if name.rpartition(".")[2] not in given} | given
         check_settings(args, spec, ref_model)
+        data = keywords.get("train_dataset", rest[1] if len(rest) > 1 else None)
+        if spec.ref is None and data is not None and {"image", "images"} & next(iter(data), {}).keys():
+            raise ValueError(
+                f"loss_type: expected one with a reference for images, since TRL refuses them where it loads none; got "
+                f"{args.loss_type}; rgpb.hf.PreferenceMixin takes it"
+            )
         self.spec, self.packed = spec, bool(getattr(args, "padding_free", False))
         self._how = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
         self._stores = bool(args.precompute_ref_log_probs and spec.ref is not None)
