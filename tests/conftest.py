@@ -78,6 +78,7 @@ def ranks(own_cache):
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the tests marked full; whole products of parameters")
+    parser.addoption("--share", metavar="I/N", help="of N processes side by side the tests of number I, from 0")
     parser.addoption("--write-receipts", action="store_true", help="keep what test_targets.py finds: `make receipts`")
 
 
@@ -115,6 +116,9 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if item not in set(dropped)]
+    if share := config.getoption("--share"):
+        at, processes = map(int, share.split("/"))
+        items[:] = items[at::processes]
 
 
 def pytest_terminal_summary(terminalreporter, config):

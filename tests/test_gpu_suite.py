@@ -22,7 +22,7 @@ from benchmarks.gpu import calls, journal, peers, skipping
 from benchmarks.gpu.__main__ import PARTS, main, parse_case
 from rgpb import LMHead, bench, hf, reference
 from rgpb.bench import contest, tables
-from rgpb.bench.contest import LOG_PROB, Shape, kind_of, make_batch
+from rgpb.bench.contest import LOG_PROB, SCORES, Shape, kind_of, make_batch
 from rgpb.bench.measure import Result
 from rgpb.kernels import why_not
 
@@ -386,7 +386,7 @@ def test_who_takes_part(device):
         assert len(names) == len({*names})
         whose |= {entry.impl for entry in found}
     assert whose == {"naive", "compiled", "fused", "F.linear_cross_entropy", "Liger", "CCE", "TRL"}
-    assert {job.loss for job in peers.JOBS} == {"bnf", "dpo", "mle", LOG_PROB}
+    assert {job.loss for job in peers.JOBS} == {"bnf", "dpo", "mle", LOG_PROB, SCORES}
 
 
 def test_a_dead_device_takes_no_other_along(tmp_path, monkeypatch):

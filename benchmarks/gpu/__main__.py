@@ -42,6 +42,11 @@ def _heads(heads: tuple[calls.Head, ...], dtype: str, device: str = "cuda") -> P
 
 
 PARTS = {
+    "products": Part("smoke: the engine's products, in each type of result", "smoke.products"),
+    "rows": Part("smoke: each row kernel; narrow results over the logits' own bytes", "smoke.rows"),
+    "tiles": Part("smoke: each tile kernel in each configuration; twice the same bits", "smoke.tiles"),
+    "whole": Part("smoke: whole calls against float64; twice the same bits", "smoke.whole"),
+    "ceilings": Part("rates of copies and of the library's products", "card.ceilings"),
     "kernels": Part("each kernel alone beside a copy of as many bytes and the library's product", "kernels.tasks"),
     "llama": _heads(calls.LLAMA, "bf16"),
     "others": _heads(calls.OTHERS, "bf16"),
@@ -50,6 +55,7 @@ PARTS = {
     "skip": Part("certified skipping on a made-up peaked distribution: share, bound, error, time", "skipping.skip"),
     "trained": Part("the same on a language model that is trained first, or with --model on yours", "skipping.trained"),
     "tune": Part("the sweep of the kernels' configurations", "calls.tune", (), calls.tune_table),
+    "profile": Part("where the time of a call goes: launches, waits, products", "card.profiled"),
     "cpu": _heads(calls.CPU, "fp32", "cpu"),
 }
 
@@ -106,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="file or folder of text for `trained`; again for more; default: sources of Python and torch",
     )  # fmt: skip
     add("--only", type=argument(parse_pattern), metavar="REGEX", help="only rows whose key has it, as 'bnf.*tiled'")
+    add("--again", action="store_true", help="run rows that failed once more")
     add("--without", type=argument(parse_pattern), metavar="REGEX", help="no row whose key has it, as 'compiled'")
     return parser
 
@@ -151,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
     settings = Settings(
         a.device, a.rounds, tuple(a.workspace or WORKSPACES[a.device]), tuple(a.shape), a.cap, a.minutes, a.only,
-        a.without, a.dtype, a.model, tuple(a.text), a.steps,
+        a.without, a.dtype, a.model, tuple(a.text), a.steps, a.again,
     )  # fmt: skip
     parts = a.part or [name for name, part in PARTS.items() if part.device == a.device]
     outcomes = [run_part(name, a.out, settings) for name in parts]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from rgpb.bench import contest
-from rgpb.bench.contest import Batch, Case, Contestant, Job, Shape
+from rgpb.bench.contest import DTYPES, Batch, Case, Contestant, Job, Shape
 from rgpb.bench.measure import alive, explain, release
-from rgpb.bench.tune import sweep
+from rgpb.bench.tune import SHAPE, sweep
 from rgpb.engine.plan import DEFAULT_WORKSPACE
 
 from .journal import Journal, Settings, Task, say, single
@@ -188,9 +188,13 @@ def light_batch(shape: Shape, device: str) -> Batch:
 def tune(journal: Journal) -> Iterator[Task]:
     """The sweep of `rgpb tune`, of which nothing is kept, as one row that holds its rows."""
 
+    settings = journal.settings
+    shape, dtype = settings.shapes[0][1:4] if settings.shapes else SHAPE, DTYPES[settings.dtype or "bf16"]
+
     def row() -> dict[str, Any]:
         try:
-            return {"status": "ok", "rows": sweep(journal.settings.device, progress=say)}
+            rows = sweep(settings.device, say, Shape(*shape), dtype, min(settings.rounds, 7))
+            return {"status": "ok", "rows": rows}
         except Exception as error:
             return {"status": explain(error), "rows": []}
 

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Settings(NamedTuple):
     model: Path | None = None
     text: tuple[Path, ...] = ()
     steps: int | None = None
+    again: bool = False
 
     def wants(self, key: str) -> bool:
         """Whether the patterns let a row through."""
@@ -92,8 +94,11 @@ class Journal:
         self.fresh = True  # this run has added no row yet
 
     def done(self, key: str) -> bool:
-        """Whether the row is there, and no module was installed since that it lacked."""
-        status = self.rows.get(key, {}).get("status")
+        """Whether the row is there, and no module was installed since that it lacked; with `again`, and is right."""
+        row = self.rows.get(key, {})
+        status = row.get("status")
+        if self.settings.again and failed(row):
+            return False
         return status is not None and not (status.startswith(ABSENT) and installed(status.removeprefix(ABSENT)))
 
     def add(self, key: str, row: dict[str, Any], run: dict[str, Any]) -> None:
@@ -158,5 +163,14 @@ def say(text: str) -> None:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Provenance with the peers' versions."""
-    return provenance(settings.device, rounds=settings.rounds, **{name: version_of(name) for name in PEERS})
+    """Provenance with the peers' versions, and a hash of the sources, which a checkout's copy has without its commit."""
+    versions = {name: version_of(name) for name in PEERS}
+    return provenance(settings.device, rounds=settings.rounds, sources=sources(), **versions)
+
+
+def sources() -> str:
+    """Of all that a result depends on: the package and its kernels. That of a commit, if its files are those."""
+    root = Path(__file__).parents[2]
+    files = [path for name in ("rgpb", "kernels", "csrc") for path in sorted((root / name).rglob("*.*"))]
+    texts = [path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h", ".inl")]
+    return sha256(b"".join(texts)).hexdigest()[:12]

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgpb.bench import contest
-from rgpb.bench.contest import LOG_PROB, NAIVE, Batch, Contestant, Job, Run, run_of, units_of
+from rgpb.bench.contest import LOG_PROB, NAIVE, SCORES, Batch, Contestant, Job, Run, run_of, units_of, weighed
 from rgpb.bench.measure import installed
+from rgpb.kernels import INTERPRETED
 
 # The library's kernel sets.
 KERNELS = ("cpp", "torch", "triton", "tiled")
@@ -26,13 +27,16 @@ PATHS = {"full": ("single", "two_pass"), "frozen": ("frozen",), "forward": ("for
 # Those of one loss stand together.
 JOBS = (
     *(Job(loss, kind) for loss in ("bnf", "dpo") for kind in ("full", "frozen")),
+    Job(SCORES, "full"),
     Job("mle", "full"),
     Job(LOG_PROB, "forward"),
 )
 
 
 def kernels_for(device: str) -> tuple[str, ...]:
-    """Those of `KERNELS` that are made for the device; whether they are there shows when they are called."""
+    """Those of `KERNELS` that are made for the device; whether they are there shows when they are called. Interpreted
+    ones stand in for a GPU's."""
+    device = "cuda" if INTERPRETED else device
     other = ("triton", "tiled") if device == "cpu" else ("cpp",)
     return tuple(name for name in KERNELS if name not in other)
 
@@ -40,8 +44,8 @@ def kernels_for(device: str) -> tuple[str, ...]:
 def loss_of(logp: Tensor, loss: str, batch: Batch) -> Tensor:
     """A loss of the targets' log-probabilities: the naive form with a vocabulary of one; for `LOG_PROB` just these."""
     logp = logp.view(batch.target.shape)
-    if loss == LOG_PROB:
-        return logp
+    if loss in (LOG_PROB, SCORES):
+        return logp if loss == LOG_PROB else weighed(logp, batch)
     return NAIVE[loss](logp[..., None], batch._replace(target=torch.zeros_like(batch.target)))
 
 
@@ -176,7 +180,7 @@ def others(job: Job, units: int, device: str) -> Iterator[Contestant]:
             its_units = units if loss == "mle" or options is None else again
             name = "torch.nn.functional.linear_cross_entropy"
             yield entry("F.linear_cross_entropy", make_lce, its_units, name, note=note)
-    if loss != "dpo":
+    if loss not in ("dpo", SCORES):  # it has no gradient of one value per token
         yield entry("Liger", liger_cross_entropy, units, "liger_kernel")
     if loss == "mle" and cuda:
         make_liger = partial(liger_cross_entropy, accum_dtype=torch.float32)

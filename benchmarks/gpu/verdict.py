@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rgpb.bench.contest import LOG_PROB, kind_of
+from rgpb.bench.contest import LOG_PROB, SCORES, kind_of
+from rgpb.bench.measure import failed
 from rgpb.bench.tables import free_table, summary
-from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
+from rgpb.engine.plan import DEFAULT_WORKSPACE
 
 from .calls import LLAMA
 
@@ -21,10 +22,11 @@ MIB = 2**20
 
 
 class Results(NamedTuple):
-    """The rows of each part, and the provenance of its last run."""
+    """The rows of each part, and the provenance of its last run; how the processes of a first run ended."""
 
     rows: dict[str, Rows]
     provenance: dict[str, dict[str, Any]]
+    parts: Rows = []
 
     def ok(self, part: str) -> Rows:
         """Rows that were right."""
@@ -44,9 +46,37 @@ def read(folder: Path) -> Results:
             results.rows[content["part"]], results.provenance[content["part"]] = content["rows"], content["provenance"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"out: expected the JSON of a part, got {path} ({error!r})") from error
-    if not results.rows:
+    ended = folder / "parts.tsv"  # of `first_run.sh`; what a part was run for last counts
+    if not results.rows and not ended.exists():
         raise ValueError(f"out: expected a folder with the JSON of parts, got {folder}")
-    return results
+    lines = [line.split("\t") for line in ended.read_text().splitlines()] if ended.exists() else []
+    return results._replace(parts=[dict(zip(ENDED, line)) for line in {line[0]: line for line in lines}.values()])
+
+
+# -- how it went -------------------------------------------------------------------------------------------------------
+
+ENDED = ("part", "ended", "seconds", "budget", "compiled")
+STATUS = {
+    "0": "ok", "1": "SOMETHING IS OFF", "2": "NOT RUN", "3": "ok, rows are left", "5": "NOTHING WAS CHECKED",
+    "9": "MEMORY IS MISUSED", "124": "KILLED at the end of its budget", "137": "KILLED at the end of its budget",
+    "no time": "NO TIME WAS LEFT",
+}  # fmt: skip
+
+
+def parts(results: Results) -> Rows:
+    """How each process of a first run ended."""
+    return [row | {"ended": STATUS.get(row["ended"], f"FAILED with {row['ended']}")} for row in results.parts]
+
+
+def wrong(results: Results) -> Rows:
+    """Every row that isn't right: of what, and why."""
+    return [
+        {"part": part, "row": " ".join(str(x) for x in [*row.values()][:8] if x not in (None, row["status"])),
+         "why": row["status"], "error": row.get("value_error") or row.get("off") or row.get("error")}
+        for part, rows in results.rows.items()
+        for row in rows
+        if failed(row)
+    ]  # fmt: skip
 
 
 # -- aims --------------------------------------------------------------------------------------------------------------
@@ -55,7 +85,8 @@ def read(folder: Path) -> Results:
 class Aim(NamedTuple):
     """Something that can be measured, the most that it should be, and the rows and the value that say so.
 
-    Of the first case of `llama`, or where that is what it says of all, the best row counts; the worst if `worst`.
+    Of the first case of `llama`, or where that is what it says of all, the best row counts; the worst if `worst`. With a
+    `capability` it is one for GPUs of that alone.
     """
 
     text: str
@@ -65,6 +96,7 @@ class Aim(NamedTuple):
     value: Callable[[dict[str, Any], Rows], float | None]
     worst: bool = False
     all_cases: bool = False
+    capability: str | None = None
 
 
 def floor(row: dict[str, Any], rows: Rows) -> float | None:
@@ -78,9 +110,24 @@ def rival(row: dict[str, Any], rows: Rows) -> float | None:
     return row["seconds"] / min(others) if row["seconds"] and row["path"] != "frozen" and others else None
 
 
+def milliseconds(row: dict[str, Any], rows: Rows) -> float | None:
+    """Of one call."""
+    return _times(row["seconds"], 1e3)
+
+
+def foretold(row: dict[str, Any], rows: Rows) -> float | None:
+    """Time over what the plan foretells."""
+    return row["seconds"] / row["planned_seconds"] if row["seconds"] and row["planned_seconds"] else None
+
+
 BIG = 4 * 2**30
 OURS = {"impl": "fused"}
 AIMS = (
+    Aim("BNF on an H100 or H200, ms", 36, "llama", OURS | {"loss": "bnf", "path": "single"}, milliseconds,
+        capability="9.0"),
+    Aim("scores with gradients on an H100 or H200, ms", 50, "llama", OURS | {"loss": SCORES}, milliseconds,
+        capability="9.0"),
+    Aim("a call over its prediction", 1.15, "llama", OURS, foretold, worst=True),
     Aim("BNF, 4 GiB: over 3U", 1.15, "llama", OURS | {"loss": "bnf", "path": "single", "workspace": BIG}, floor),
     Aim("BNF, default workspace: over 4U", 1.12, "llama",
         OURS | {"loss": "bnf", "path": "two_pass", "workspace": DEFAULT_WORKSPACE}, floor),
@@ -110,6 +157,8 @@ def aims(results: Results) -> Rows:
     """A line for each aim; none where nothing that they are about was measured."""
     lines: Rows = []
     for aim in AIMS:
+        if aim.capability not in (None, results.provenance.get(aim.part, {}).get("capability")):
+            continue
         case = {} if aim.all_cases else first_case(results)
         rows = [row for row in results.ok(aim.part) if case.items() <= row.items()]
         mine = [(aim.value(row, rows), row) for row in rows if aim.rows.items() <= row.items()]
@@ -128,18 +177,11 @@ def aims(results: Results) -> Rows:
 
 
 def ceilings(results: Results) -> Rows:
-    """Measured rates beside those that plans are made with, from the kernels' rounds."""
-    capability = results.provenance.get("kernels", {}).get("capability") or ""
-    rates, rows = RATES.get(f"sm_{capability.replace('.', '')}"), results.ok("kernels")
-    copies = [row["copy_rate"] for row in rows if row["copy_rate"] is not None]
-    products = [row["flops"] / row["seconds"] for row in rows if row["kernel"] == "product"]
+    """Measured rates beside those that plans are made with."""
     return [
-        {"ceiling": name, "measured, T/s": max(found) / 1e12, "plans assume, T/s": _times(assumed, 1e-12)}
-        for name, found, assumed in (
-            ("copy, bytes", copies, rates and rates.copy),
-            ("product to float32, flop", products, rates and rates.library),
-        )
-        if found
+        {"ceiling": row["ceiling"], "measured, T/s": _times(row["rate"], 1e-12),
+         "plans assume, T/s": _times(row["assumed"], 1e-12)}
+        for row in results.ok("ceilings")
     ]  # fmt: skip
 
 
@@ -190,6 +232,17 @@ def peers(results: Results) -> Rows:
     ]  # fmt: skip
 
 
+def tuned(results: Results) -> Rows:
+    """The fastest configuration of each kernel."""
+    swept = [one for row in results.ok("tune") for one in row["rows"]]
+    return [{name: row[name] for name in ("kernel", "config", "ms", "rate")} for row in swept if row.get("chosen")]
+
+
+def profiled(results: Results) -> Rows:
+    """Where the time of a call goes."""
+    return [{name: x for name, x in row.items() if name != "status"} for row in results.ok("profile")]
+
+
 def _setting(row: dict[str, Any], kind: str) -> str:
     workspace = None if row["workspace"] is None else f"{row['workspace'] / MIB:,.0f} MiB"
     path = None if row["path"] == kind else row["path"]
@@ -201,11 +254,15 @@ def _times(x: float | None, factor: float) -> float | None:
 
 
 TABLES: tuple[tuple[str, Callable[[Results], Rows]], ...] = (
+    ("Parts", parts),
+    ("What is wrong", wrong),
     ("Aims", aims),
     ("Ceilings", ceilings),
     ("Kernels beside their predictions and ceilings", kernels),
     ("Calls beside their predictions", calls),
     ("The fastest setting of each", peers),
+    ("The fastest configuration of each kernel", tuned),
+    ("Where the time goes, per call; shares of the device's", profiled),
 )
 
 

@@ -33,6 +33,7 @@ from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATHS = ("single", "two_pass", "frozen", "forward")
 LOG_PROB = "log-prob"  # what a forward-only contestant computes in place of a loss
+SCORES = "scores"  # the same with a gradient of its own for each token: a weighted mean, of `weighed`
 
 # What a contestant may be off float64 to be timed at all: loss or log-probability, gradient relative to its norm.
 TOLERANCE = {
@@ -61,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A loss, or `LOG_PROB`; and the gradients: "full" (all), "frozen" (the hidden states') or "forward" (none)."""
+    """A loss, `LOG_PROB` or `SCORES`; and the gradients: "full" (all), "frozen" (the hidden states') or "forward" (none)."""
 
     loss: str
     kind: str
@@ -191,6 +192,11 @@ def log_probs(hidden: Tensor, weight: Tensor, softcap: float | None = None) -> T
     return (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
 
 
+def weighed(logp: Tensor, batch: Batch) -> Tensor:
+    """The mean of log-probabilities [B, T] with weights of both signs: the loss that `SCORES` is."""
+    return (batch.ref.to(logp.dtype).sin() * logp).mean()
+
+
 def kind_of(path: str) -> str:
     """The kind of job that a path does: `single` and `two_pass` do the same, "full"."""
     return path if path in ("forward", "frozen") else "full"
@@ -224,7 +230,10 @@ def naive(batch: Batch, job: Job, compiled: bool = False) -> tuple[Run, None]:
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
         log_p = log_probs(hidden, weight, batch.softcap)
-        return _at(log_p, batch.target) if job.loss == LOG_PROB else NAIVE[job.loss](log_p, batch)
+        if job.loss in (LOG_PROB, SCORES):
+            logp = _at(log_p, batch.target)
+            return logp if job.loss == LOG_PROB else weighed(logp, batch)
+        return NAIVE[job.loss](log_p, batch)
 
     if not compiled:
         return run_of(value, batch, job), None
@@ -250,22 +259,24 @@ def on_path(
     """
     hidden, weight = batch.inputs(job.kind)
     head = LMHead(weight, softcap=batch.softcap)
-    spec = OBJECTIVES["mle" if job.loss == LOG_PROB else job.loss]
+    spec = OBJECTIVES["mle" if job.loss in (LOG_PROB, SCORES) else job.loss]
     unit_tokens = tokens_of_units(spec, make_layout(batch.target, None, -100), batch.rewards.shape[1], Checks())
+    planned: dict[str, Any] = {} if job.loss == SCORES else {"spec": spec, "unit_tokens": unit_tokens}
     size, kept = settled(workspace)
     asked = How(path=path, workspace=size, kept=kept, **how)
     try:
-        plan, _ = plan_call(hidden, head, asked, spec=spec, unit_tokens=unit_tokens)
+        plan, _ = plan_call(hidden, head, asked, **planned)
     except ValueError as error:
         if not str(error).startswith("path:"):
             raise
         asked = asked._replace(path="auto")
-        plan, _ = plan_call(hidden, head, asked, spec=spec, unit_tokens=unit_tokens)
+        plan, _ = plan_call(hidden, head, asked, **planned)
     given = {**how, "path": asked.path, "workspace": workspace}
 
     def call() -> Tensor:
-        if job.loss == LOG_PROB:
-            return linear_logprob(hidden, head, batch.target, **given).logp
+        if job.loss in (LOG_PROB, SCORES):
+            logp = linear_logprob(hidden, head, batch.target, **given).logp
+            return logp if job.loss == LOG_PROB else weighed(logp, batch)
         label, ref = batch.label if spec.label else None, None if spec.ref is None else batch.ref
         return fused_loss(
             hidden, head, batch.target, objective=job.loss, label=label, ref=ref,
@@ -306,11 +317,17 @@ class Floor:
                 torch.addmm(self.dweight, z.t(), x, beta=0.0 if first else 1.0, out=self.dweight)
 
 
+@partial(reference.Loss, ref=True)
+def exact_scores(r: reference.Response) -> Tensor:
+    """`weighed` of one response, by the oracle."""
+    return (r.ref.sin() * _at(r.z.log_softmax(-1), r.y)).mean()
+
+
 def exact(batch: Batch, job: Job) -> Result:
     """The oracle's loss and gradients in float64, one response, pair or group at a time: at most 512 rows of logits."""
     if job.loss == LOG_PROB:
         return Result(batch.logp, ())
-    formula = reference.LOSSES[job.loss]
+    formula = exact_scores if job.loss == SCORES else reference.LOSSES[job.loss]
     hidden, weight = batch.hidden.detach().double(), batch.weight.detach().double()
     head = LMHead(weight.requires_grad_(job.kind == "full"), softcap=batch.softcap)
     value, dhidden, dweight = hidden.new_zeros(()), torch.zeros_like(hidden), torch.zeros_like(weight)
