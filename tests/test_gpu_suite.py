@@ -8,11 +8,17 @@ import operator
 import os
 import re
 import shutil
+import signal as signals
+import subprocess
 import sys
+import tarfile
+import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
+import test_gpu
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installed
@@ -31,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # V off every tile; compilers and a second workspace take too long here
+needs_bash = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs bash and coreutils")
 OPTIONS = ("--device", "cpu", "--rounds", 1, "--workspace", "1MiB", "--cap", 64)
 CPP = why_not("cpp", torch.device("cpu"))
 
@@ -410,6 +417,156 @@ def test_the_peaked_batch_is_peaked():
     assert (batch.logp < -1).any()
     most = batch.target.flatten().bincount().max()
     assert most > 10  # 256 tokens of 997 words
+
+
+# -- the first run -----------------------------------------------------------------------------------------------------
+
+FIRST_RUN = Path(__file__).parents[1] / "benchmarks" / "gpu" / "first_run.sh"
+FILES = {"results.tgz", "log.txt", "profile.txt", "verdict.md"}
+
+
+def first_run(folder, *arguments, python, **variables):
+    """The script as a process, without a GPU."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("DRY", "OUT", "PY", "TRITON_CACHE_DIR")}
+    variables = {"DRY": "1", "OUT": str(folder), "PY": str(python), "TMPDIR": str(folder.parent), **variables}
+    command = ["bash", str(FIRST_RUN), *map(str, arguments)]
+    return subprocess.Popen(command, env=clean | variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+
+def parts_of(folder):
+    """How each part ended, by the packed results."""
+    with tarfile.open(folder / "results.tgz") as tar:
+        lines = tar.extractfile("res/parts.tsv").read().decode().splitlines()
+    return {line.split("\t")[0]: line.split("\t")[1] for line in lines}
+
+
+@pytest.fixture
+def python(tmp_path):
+    """In place of Python: does nothing, but for the verdict of `second`; `kernels` hangs, `tune` fails."""
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/sh
+case "$*" in
+  *--verdict*) [ -n "$JUDGED" ] && exec {sys.executable} "$@"; exit 1 ;;
+  *"--part kernels"*) exec sleep 20 ;;
+  *"--part tune"*) exit 7 ;;
+esac
+""")
+    stub.chmod(0o755)
+    return stub
+
+
+@needs_bash
+def test_the_first_run_takes_no_part_along(tmp_path, python):
+    """One that hangs is killed at the end of its budget; without a verdict its place says how parts ended."""
+    out = tmp_path / "out"
+    assert first_run(out, 16, python=python, RESERVE="2").wait(100) == 0
+    assert {path.name for path in out.iterdir()} == FILES
+    ended = parts_of(out)
+    assert (ended.pop("kernels"), ended.pop("tune")) == ("124", "7")
+    assert {*ended.values()} == {"0"}
+    assert {*ended} == {
+        "products", "rows", "tiles", "whole", "precompile", "ceilings", "llama", "profile", "steps", "correct-0",
+        "correct-1",
+    }  # fmt: skip
+    assert re.search(r"didn't come to its verdict.*tune\t7\t", (out / "verdict.md").read_text(), re.DOTALL)
+
+
+@needs_bash
+@pytest.mark.full
+def test_a_second_run_goes_on(tmp_path, python):
+    """Where the first ended, with what failed; the verdict names it."""
+    out = tmp_path / "out"
+    assert first_run(out, 16, python=python, RESERVE="2").wait(100) == 0
+    assert first_run(out, 120, "second", python=python, RESERVE="110", JUDGED="1").wait(200) == 0
+    log = (out / "log.txt").read_text()
+    assert log.count("kernels: exit 124") == log.count("tune: exit 7") == 2
+    assert log.count("llama: exit 0") == 1
+    verdict = (out / "verdict.md").read_text()
+    assert "| kernels | KILLED" in verdict
+    assert "| tune | FAILED with 7 |" in verdict
+    assert "| llama | ok |" in verdict
+
+
+@needs_bash
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
+def test_a_first_run_that_is_killed_leaves_what_was_done(signal, tmp_path, python):
+    process = first_run(tmp_path / "out", 40, python=python, RESERVE="10")
+    log = tmp_path / "out" / "log.txt"
+    for _ in range(200):
+        if log.exists() and "ceilings: exit 0" in log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(getattr(signals, signal))
+    process.wait(10)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert parts_of(tmp_path / "out")["ceilings"] == "0"
+    assert "ceilings\t0" in (tmp_path / "out" / "verdict.md").read_text()
+
+
+@needs_bash
+@pytest.mark.full
+def test_the_first_run_dry(tmp_path):
+    """Every part on a CPU, at tiny shapes, interpreted."""
+    out = tmp_path / "out"
+    assert first_run(out, 3000, python=sys.executable).wait(3000) == 0
+    assert {path.name for path in out.iterdir()} == FILES
+    assert {*parts_of(out).values()} == {"0"}, (out / "verdict.md").read_text()
+    verdict = (out / "verdict.md").read_text()
+    assert "What is wrong" not in verdict
+    assert "## scores | auto | tiled" in (out / "profile.txt").read_text()
+
+
+def test_the_cases_of_correct_meet_every_head():
+    cases, named = [*test_gpu.cases()], (test_gpu.IMPLS, test_gpu.DTYPES, test_gpu.HEADS)
+    heads = {(impl, dtype, head) for impl, _, dtype, head, _, _ in cases if (impl, dtype) != ("tiled", "fp16")}
+    assert heads == {given for given in product(*named) if given[:2] != ("tiled", "fp16")}
+
+
+@pytest.fixture
+def cache():
+    """What compiles without a GPU."""
+    pytest.importorskip("triton")
+    from benchmarks.gpu import cache
+
+    return cache
+
+
+def test_the_launches_that_a_cache_is_made_of(cache):
+    """Each kernel there is, for a GPU that isn't there; and nothing is left of that GPU."""
+    found = cache.launches(90, ("llama",))
+    kernels = {name for module in cache.MODULES for name, x in vars(module).items() if name.endswith("_kernel")}
+    assert {kernel.__name__ for kernel, _, _ in found} == kernels
+    assert any(isinstance(x, cache.TensorDescriptor) for _, args, _ in found for x in args)
+    assert why_not("triton", torch.device("cpu"))
+
+
+@pytest.mark.full
+def test_a_cache_made_without_a_gpu(tmp_path):
+    """The second time nothing is compiled, nor after it was packed and put elsewhere."""
+
+    def made(*arguments, where=None):
+        more = {} if where is None else {"TRITON_CACHE_DIR": str(where)}
+        command = [sys.executable, "-m", "benchmarks.gpu.cache", *map(str, arguments)]
+        root = Path(__file__).parents[1]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | more, cwd=root
+        ).stdout
+
+    given = ("--arch", 90, "--only", "llama", "--processes", 2)
+    first = made(*given, "--out", tmp_path)
+    known = re.match(r"sm_90: (\d+) kernels, \1 compiled, 0 refused", first)
+    assert known, first
+    assert f"{known[1]} kernels, 0 compiled, 0 refused" in made(*given, "--out", tmp_path)
+    shutil.move(tmp_path / "sm_90", tmp_path / "gone")
+    elsewhere = tmp_path / "elsewhere"
+    assert made("--unpack", tmp_path / "sm_90.tgz", where=elsewhere) == f"{known[1]} kernels\n"
+    assert f"{known[1]} kernels, 0 compiled, 0 refused" in made(*given, where=elsewhere)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_correct_compiles_few_kernels(capability, cache):
+    assert 20 < len(cache.launches(capability, ("correct",))) <= 90
 
 
 @pytest.mark.parametrize(("room", "cap"), [(10_000, 1 << 20), (4096, 1 << 20), (1000, 1 << 20), (7, 64), (99, 64)])

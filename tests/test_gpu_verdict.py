@@ -121,11 +121,14 @@ def test_predictions_beside_measurements(tmp_path):
         "share_of_copy": 0.8, "share_of_product": None, "copy_rate": 3e12, "status": "ok",
     }  # fmt: skip
     product = {**kernel, "kernel": "product", "flops": 1e12, "copy_rate": 2e12}
-    results = written(tmp_path, llama=ROWS, kernels=[kernel, product, {**kernel, "status": "FAILED"}])
-    copy, products = verdict.ceilings(results)
-    assert (copy["measured, T/s"], products["measured, T/s"]) == (3.0, 500.0)
-    assert copy["plans assume, T/s"] == RATES["sm_90"].copy / 1e12
-    assert products["plans assume, T/s"] == RATES["sm_90"].library / 1e12
+    rates = [
+        {"ceiling": "copy", "status": "ok", "rate": 3e12, "assumed": RATES["sm_90"].copy},
+        {"ceiling": "bf16 → fp32", "status": "FAILED", "rate": None, "assumed": RATES["sm_90"].library},
+    ]
+    results = written(tmp_path, llama=ROWS, kernels=[kernel, product, {**kernel, "status": "FAILED"}], ceilings=rates)
+    assert verdict.ceilings(results) == [
+        {"ceiling": "copy", "measured, T/s": 3.0, "plans assume, T/s": RATES["sm_90"].copy / 1e12}
+    ]
     assert verdict.kernels(results)[0]["predicted ms"] == 1.0
     calls = verdict.calls(results)
     assert len(calls) == 6  # what failed isn't among them
@@ -133,6 +136,33 @@ def test_predictions_beside_measurements(tmp_path):
     assert calls[0]["predicted ms"] == pytest.approx(50)
     best = [(found["who"], found["setting"]) for found in verdict.peers(results) if found["job"] == "bnf, full"]
     assert best[:3] == [("compiled", ""), ("fused", "tiled, single, 4,096 MiB"), ("naive", "")]
+
+
+def test_bars_of_one_card(tmp_path):
+    """In milliseconds, for the GPU that they are about; a prediction is one for all."""
+    scores = row("scores", "two_pass", "fused", seconds=0.052)
+    results = written(tmp_path, llama=[*ROWS, scores])
+    assert line(results, "BNF on an H100")["measured"] == "30"
+    assert line(results, "scores with gradients")["verdict"] == "missed"
+    assert line(results, "a call over")["measured"] == "1.04"
+    other = results._replace(provenance={"llama": {"capability": "8.0"}})
+    assert not [found for found in verdict.aims(other) if "H100" in found["aim"]]
+    assert line(other, "a call over")["verdict"] == "reached"
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    (tmp_path / "parts.tsv").write_text(
+        "tiles\t124\t9\t8\t0\ntiles\t0\t2\t8\t1\ntune\t9\t2\t8\t1\nsteps\tno time\t0\t0\t0\n"
+    )
+    bad = {"check": "E W | 8,8,8", "status": "FAILED", "off": 0.5, "most": 1e-4}
+    results = written(tmp_path, products=[bad, {**bad, "status": "ok"}])
+    assert [(found["part"], found["ended"]) for found in verdict.parts(results)] == [
+        ("tiles", "ok"), ("tune", "MEMORY IS MISUSED"), ("steps", "NO TIME WAS LEFT"),
+    ]  # fmt: skip
+    (found,) = verdict.wrong(results)
+    assert (found["part"], found["row"], found["error"]) == ("products", "E W | 8,8,8 0.5 0.0001", 0.5)
+    (tmp_path / "products.json").unlink()
+    assert any("NO TIME" in shown for shown in verdict.lines(verdict.read(tmp_path)))  # no part came to an end
 
 
 def test_the_command(tmp_path, capsys):

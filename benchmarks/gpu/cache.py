@@ -24,11 +24,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 from unittest import mock
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
@@ -37,17 +37,17 @@ from triton.runtime import cache as triton_cache
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rgpb import linear_logprob, reference, validation
 from rgpb import kernels as sets
+from rgpb import linear_logprob, reference, validation
 from rgpb.bench import contest, tune
 from rgpb.bench.contest import Shape
 from rgpb.engine import plan
-from rgpb.kernels import configs, matmul, triton_rows, triton_tiles, tuned
+from rgpb.kernels import configs, matmul, tuned
 
 from .journal import say
 from .peers import JOBS, entries
 
-MODULES = (triton_rows, triton_tiles)
+MODULES = [import_module(f"rgpb.kernels.{m.name}") for m in iter_modules(sets.__path__) if m.name.startswith("triton_")]
 SETS = ("triton", "tiled")
 CPU = torch.device("cpu")
 VOCABS = (1024, 1027)  # a vocabulary that 16 divides, and one that it doesn't
@@ -121,7 +121,7 @@ def recorded(capability: int) -> Iterator[dict[Any, Launch]]:
         patch: Callable[..., Any] = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
         patch(driver, "_active", Absent(capability))
         for module in MODULES:
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            for name in [name for name, x in vars(module).items() if name.endswith("_kernel") and hasattr(x, "warmup")]:
                 patch(module, name, Recorder(getattr(module, name), found))
         patch(sets, "INTERPRETED", True)  # so that CPU tensors are served
         patch(configs, "arch", lambda device: key)

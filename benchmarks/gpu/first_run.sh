@@ -15,12 +15,12 @@ if [ -n "${PY:-}" ]; then :; elif [ -x .venv/bin/python ]; then PY=.venv/bin/pyt
 if [ -n "${DRY:-}" ]; then
   CARD=dry CAPABILITY=90 SHARES=2
   export TRITON_INTERPRET=1
-  DEVICE=(--device cpu --dtype fp32 --rounds 1 --workspace 16MiB) TINY=(--shape tiny=16,16,70)
+  DEVICE=(--device cpu --dtype fp32 --rounds 1 --workspace 16MiB) TINY=(--shape tiny=4,16,70) HEAD='(bnf|scores) \| full'
   CORRECT=(tests/interpreted/test_doctor.py -k right) LENGTHS=(' 16 ' ' 33 ')
 else
   IFS=, read -r CARD CAPABILITY < <(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader | head -1)
   CARD=$(tr 'A-Z ' 'a-z-' <<<"${CARD:?nvidia-smi names no GPU}") CAPABILITY=$(tr -d ' .' <<<"$CAPABILITY") SHARES=8
-  DEVICE=(--rounds 7) TINY=()
+  DEVICE=(--rounds 7) TINY=() HEAD='\| 8192,'
   CORRECT=(-m gpu tests/test_gpu.py -k 'bf16 or fp32 and not tiled or skipping or memory or twice') LENGTHS=(' 4096 ' ' 16384 ')
 fi
 OUT=${OUT:-benchmarks/results/$CARD} WORK=$(mktemp -d)
@@ -74,7 +74,7 @@ run() {
     ceilings) suite ceilings 20 ;;
     kernels) suite kernels 70 "${TINY[@]}" --without "$(without)" ;;
     tune) suite tune 40 "${TINY[@]}" ;;
-    llama) suite llama 150 "${TINY[@]}" --only '\| (8192|16),' --without "$(without)" ;;
+    llama) suite llama 150 "${TINY[@]}" --only "$HEAD" --without "$(without)" ;;
     profile) suite profile 35 "${TINY[@]}" --without "$(without)" ;;
     correct-*) correct "${1#correct-}" ;;
     steps) suite steps 45 --only "${LENGTHS[0]}" ;;

@@ -163,7 +163,7 @@ def say(text: str) -> None:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Provenance with the peers' versions, and a hash of the sources, which a checkout's copy has without its commit."""
+    """Provenance with the peers' versions, and a hash of the sources, which a copy without a commit has, too."""
     versions = {name: version_of(name) for name in PEERS}
     return provenance(settings.device, rounds=settings.rounds, sources=sources(), **versions)
 

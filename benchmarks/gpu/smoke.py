@@ -27,10 +27,10 @@ SETS = ("triton", "tiled")
 PRODUCTS = {"cuda": (Shape(1024, 4096, 128256), Shape(1000, 4096, 32003)), "cpu": (Shape(16, 8, 48), Shape(24, 8, 37))}
 ROWS = {
     "cuda": tuple(Shape(2048 if V < 200_000 else 300, 64, V) for V in (32000, 32003, 50257, 128256, 256000)),
-    "cpu": (Shape(4, 16, 300), Shape(4, 16, 259)),
+    "cpu": (Shape(2, 16, 259),),
 }
 TILES = {"cuda": (Shape(2000, 4096, 32003), Shape(2048, 4096, 32768)), "cpu": (Shape(20, 24, 141),)}
-WHOLE = {"cuda": Shape(2048, 4096, 128256), "cpu": Shape(16, 8, 141)}
+WHOLE = {"cuda": Shape(2048, 4096, 128256), "cpu": Shape(4, 8, 70)}
 REPEATS = {"cuda": 10, "cpu": 2}
 ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # ‖error‖ / ‖result‖ of a product
 
@@ -200,7 +200,6 @@ def called(case: Case, job: Job, one: contest.Contestant) -> dict[str, Any]:
     if ready.run is None:
         return ready.row._asdict()
     first, second = ready.run(), ready.run()
-    same = all(
-        torch.equal(a, b) for a, b in zip((first.value, *first.gradients), (second.value, *second.gradients))
-    )
+    pairs = zip((first.value, *first.gradients), (second.value, *second.gradients))
+    same = all(torch.equal(a, b) for a, b in pairs)
     return ready.row._asdict() | ({} if same else {"status": "FAILED: other bits in a second call"})

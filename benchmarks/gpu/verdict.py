@@ -6,7 +6,7 @@ Tables without rows and columns without values are left out; an aim without a me
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Results(NamedTuple):
 
     rows: dict[str, Rows]
     provenance: dict[str, dict[str, Any]]
-    parts: Rows = []
+    parts: Sequence[dict[str, Any]] = ()
 
     def ok(self, part: str) -> Rows:
         """Rows that were right."""
@@ -85,8 +85,8 @@ def wrong(results: Results) -> Rows:
 class Aim(NamedTuple):
     """Something that can be measured, the most that it should be, and the rows and the value that say so.
 
-    Of the first case of `llama`, or where that is what it says of all, the best row counts; the worst if `worst`. With a
-    `capability` it is one for GPUs of that alone.
+    Of the first case of `llama`, or where that is what it says of all, the best row counts; the worst if `worst`.
+    With a `capability` it is for such GPUs alone.
     """
 
     text: str

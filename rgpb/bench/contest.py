@@ -62,7 +62,7 @@ class Shape(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A loss, `LOG_PROB` or `SCORES`; and the gradients: "full" (all), "frozen" (the hidden states') or "forward" (none)."""
+    """A loss, `LOG_PROB` or `SCORES`; and the gradients: "full", "frozen" (the hidden states') or "forward" (none)."""
 
     loss: str
     kind: str
