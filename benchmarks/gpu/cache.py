@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -114,8 +115,10 @@ def recorded(capability: int) -> Iterator[dict[Any, Launch]]:
     found: dict[Any, Launch] = {}
     key, sizes = key_of(capability), plan.sizes
 
-    def on_gpu(*given: Any) -> plan.Sizes:
-        return sizes(*given[:4], "cuda", given[5], key, *given[7:])
+    def on_gpu(*given: Any, **more: Any) -> plan.Sizes:
+        bound = signature(sizes).bind(*given, **more)
+        bound.arguments |= {"device_type": "cuda", "arch": key}
+        return sizes(*bound.args, **bound.kwargs)
 
     with contextlib.ExitStack() as stack:
         patch: Callable[..., Any] = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
@@ -180,7 +183,7 @@ def of_correct(capability: int) -> None:
             if impl in SETS and wanted(impl, dtype):
                 hidden, lm_head, target = cases.batch(shape, dtype, "bias")
                 made = linear_logprob(hidden, lm_head, target, entropy=True, impl=impl, workspace=cases.WORKSPACE)
-                sum(x.sum() for x in made[:3]).backward()
+                torch.stack([x.sum() for x in made if x is not None]).sum().backward()
 
 
 def wanted(impl: str, dtype: str) -> bool:

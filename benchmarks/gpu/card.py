@@ -65,8 +65,7 @@ def profiled(journal: Journal) -> Iterator[Task]:
     ):  # fmt: skip
         for kernels in ("triton", "tiled"):
             key = f"{loss} | {path} | {kernels} | {workspace}"
-            how = {"path": path, "workspace": workspace, "impl": kernels}
-            make = partial(contest.fused, job=Job(loss, "full"), **how)
+            make = partial(contest.fused, job=Job(loss, "full"), path=path, workspace=workspace, impl=kernels)
             yield single(key, partial(profile_row, case, make, key, journal.json.with_name("profile.txt")))
 
 

@@ -48,6 +48,7 @@ part() {
   local name=$1 most=$(($2 * END / FULL)) room begin=$SECONDS before status
   shift 2
   room=$(($(left) - RESERVE))
+  ((most < 1)) && most=1
   ((most > room)) && most=$room
   if ((most < 1)); then say "$name: no time is left"; printf '%s\tno time\t0\t0\t0\n' "$name" >>"$WORK/res/parts.tsv"; return; fi
   say "$name: at most $most s"
