@@ -426,8 +426,9 @@ FILES = {"results.tgz", "log.txt", "profile.txt", "verdict.md"}
 
 
 def first_run(folder, *arguments, python, **variables):
-    """The script as a process, without a GPU."""
+    """The script as a process: dry, or with the tools in the folder of `python`, as on a GPU."""
     clean = {name: value for name, value in os.environ.items() if name not in ("DRY", "OUT", "PY", "TRITON_CACHE_DIR")}
+    clean["PATH"] = f"{Path(python).parent}:{clean['PATH']}"
     variables = {"DRY": "1", "OUT": str(folder), "PY": str(python), "TMPDIR": str(folder.parent), **variables}
     command = ["bash", str(FIRST_RUN), *map(str, arguments)]
     return subprocess.Popen(command, env=clean | variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -442,46 +443,56 @@ def parts_of(folder):
 
 @pytest.fixture
 def python(tmp_path):
-    """In place of Python: does nothing, but for the verdict of `second`; `kernels` hangs, `tune` fails."""
+    """In place of Python: does nothing; `kernels` hangs, `tune` fails, and so does the verdict."""
     stub = tmp_path / "python"
-    stub.write_text(f"""#!/bin/sh
+    stub.write_text("""#!/bin/sh
 case "$*" in
-  *--verdict*) [ -n "$JUDGED" ] && exec {sys.executable} "$@"; exit 1 ;;
+  *--verdict*) exit 1 ;;
   *"--part kernels"*) exec sleep 20 ;;
   *"--part tune"*) exit 7 ;;
 esac
 """)
-    stub.chmod(0o755)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA RTX 4090, 8.9\n")
+    for tool in ("ncu", "compute-sanitizer"):
+        (tmp_path / tool).write_text("#!/bin/sh\nexit 0\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
     return stub
 
 
 @needs_bash
-def test_the_first_run_takes_no_part_along(tmp_path, python):
+@pytest.mark.parametrize("dry", ["", "1"])
+def test_the_first_run_takes_no_part_along(dry, tmp_path, python):
     """One that hangs is killed at the end of its budget; without a verdict its place says how parts ended."""
     out = tmp_path / "out"
-    assert first_run(out, 16, python=python, RESERVE="2").wait(100) == 0
+    assert first_run(out, 16, python=python, RESERVE="2", DRY=dry).wait(100) == 0
     assert {path.name for path in out.iterdir()} == FILES
     ended = parts_of(out)
     assert (ended.pop("kernels"), ended.pop("tune")) == ("124", "7")
     assert {*ended.values()} == {"0"}
     assert {*ended} == {
-        "products", "rows", "tiles", "whole", "precompile", "ceilings", "llama", "profile", "steps", "correct-0",
-        "correct-1",
+        "products", "rows", "tiles", "whole", "precompile", "ceilings", "llama", "profile", "steps",
+        *(f"correct-{share}" for share in range(2 if dry else 8)),
     }  # fmt: skip
+    assert ("on dry (sm_90)" if dry else "on nvidia-rtx-4090 (sm_89)") in (out / "log.txt").read_text()
     assert re.search(r"didn't come to its verdict.*tune\t7\t", (out / "verdict.md").read_text(), re.DOTALL)
 
 
 @needs_bash
-@pytest.mark.full
-def test_a_second_run_goes_on(tmp_path, python):
+def test_a_second_run_goes_on(tmp_path, python, capsys):
     """Where the first ended, with what failed; the verdict names it."""
     out = tmp_path / "out"
     assert first_run(out, 16, python=python, RESERVE="2").wait(100) == 0
-    assert first_run(out, 120, "second", python=python, RESERVE="110", JUDGED="1").wait(200) == 0
+    assert first_run(out, 14, "second", python=python, RESERVE="2").wait(100) == 0
     log = (out / "log.txt").read_text()
+    assert "ncu: exit 0" in log
+    assert "memcheck: exit 0" in log
     assert log.count("kernels: exit 124") == log.count("tune: exit 7") == 2
     assert log.count("llama: exit 0") == 1
-    verdict = (out / "verdict.md").read_text()
+    with tarfile.open(out / "results.tgz") as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    assert main(["--out", str(tmp_path / "unpacked" / "res"), "--verdict"]) == 0
+    verdict = capsys.readouterr().out
     assert "| kernels | KILLED" in verdict
     assert "| tune | FAILED with 7 |" in verdict
     assert "| llama | ok |" in verdict

@@ -87,8 +87,7 @@ def product(name: str, shape: Shape, dtype: torch.dtype, device: str) -> tuple[f
     e = buffer if dtype == torch.float32 else buffer.view(dtype)[:, :V]
     e.copy_(torch.rand(C, V, generator=random, device=device))
     if name == "X Wᵀ":
-        buffer = torch.full_like(buffer, torch.nan)
-        matmul.mm(x, w.t(), buffer)
+        matmul.mm(x, w.t(), buffer.fill_(torch.nan))
         return off(buffer[:8], x[:8].double() @ w.double().t()), ROUNDED[torch.float32]
     if name == "E W":
         dx = torch.full((C, H), torch.nan, dtype=dtype, device=device)
