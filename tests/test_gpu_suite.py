@@ -371,6 +371,18 @@ def test_a_loss_of_log_probabilities_alone():
         torch.testing.assert_close(peers.loss_of(batch.logp, loss, batch), contest.NAIVE[loss](log_p, batch))
 
 
+def test_scores_with_a_gradient_for_each_token():
+    batch, job = make_batch(Shape(32, 8, 61), torch.float64, "cpu"), contest.Job(SCORES, "full")
+    truth = contest.exact(batch, job)
+    assert truth.value == pytest.approx(contest.weighed(batch.logp, batch).item())
+    assert truth.value.abs() > 1e-3
+    run, plan = contest.fused(batch, job, "single", 1 << 20, impl="torch")
+    assert plan.path == "two_pass"  # whose coefficients come from outside
+    others = [peers.trl_head(batch, job)[0]] if journal.installed("trl") else []
+    for made in [one() for one in (run, contest.naive(batch, job)[0], *others)]:
+        assert max(contest.errors(made, truth)) < 1e-6
+
+
 def test_a_capped_case_has_its_own_scores():
     plain, capped = (make_batch(Shape(32, 8, 61), torch.float32, "cpu", softcap=cap) for cap in (None, 2.0))
     head = LMHead(capped.weight.double(), softcap=2.0)
