@@ -39,7 +39,7 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rgpb import kernels as sets
-from rgpb import linear_logprob, reference, validation
+from rgpb import fused_loss, linear_logprob, reference, validation
 from rgpb.bench import contest, tune
 from rgpb.bench.contest import Shape
 from rgpb.engine import plan
@@ -184,6 +184,9 @@ def of_correct(capability: int) -> None:
                 hidden, lm_head, target = cases.batch(shape, dtype, "bias")
                 made = linear_logprob(hidden, lm_head, target, entropy=True, impl=impl, workspace=cases.WORKSPACE)
                 torch.stack([x.sum() for x in made if x is not None]).sum().backward()
+        for impl, tolerance in ((impl, tolerance) for impl in SETS for tolerance in cases.TOLERANCES):
+            hidden, lm_head, target = cases.batch(cases.SKIPPED, "fp32", "plain")
+            fused_loss(hidden, lm_head, target, objective="mle", impl=impl, grad_tolerance=tolerance).backward()
 
 
 def wanted(impl: str, dtype: str) -> bool:
