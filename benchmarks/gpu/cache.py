@@ -38,8 +38,8 @@ from triton.runtime import cache as triton_cache
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rgpb import kernels as sets
 from rgpb import fused_loss, linear_logprob, reference, validation
+from rgpb import kernels as sets
 from rgpb.bench import contest, tune
 from rgpb.bench.contest import Shape
 from rgpb.engine import plan
