@@ -63,8 +63,8 @@ class KernelSet(Protocol):
     def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         """(E, r) from known statistics: logits again, also for a slice of the vocabulary."""
 
-    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
-        """(statistics, loss of each token [C], E) in one sweep; r is all 1."""
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor, Tensor | None]:
+        """(statistics, loss of each token [C], E, r) in one launch."""
 
 
 @cache

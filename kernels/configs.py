@@ -23,10 +23,15 @@ INTERPRETED = "interpreter"
 
 
 class Rows(NamedTuple):
-    """A row kernel: one program of `warps` warps takes `block_vocab` entries of its row at a time."""
+    """A row kernel: one program of `warps` warps takes `block_vocab` entries of its row at a time.
+
+    Attributes:
+        lanes: columns of a block that have statistics of their own: four float32, 16 bytes, of each thread.
+    """
 
     block_vocab: int
     warps: int
+    lanes: int
 
 
 class Tile(NamedTuple):
@@ -53,9 +58,9 @@ class Tile(NamedTuple):
 # The row kernels are bound by memory: a block of 4096 float32 is four 16-byte loads a thread at 8 warps, and 4 to 8
 # programs fit a multiprocessor (28 to 60 registers), 64 kB or more in flight, which covers the latency.
 ROWS = {
-    "default": Rows(4096, 8),
-    "gfx9": Rows(4096, 8),  # waves of 64: two 16-byte loads a thread, at most 60 registers of 512
-    INTERPRETED: Rows(64, 1),  # so that a small vocabulary has several blocks
+    "default": Rows(4096, 8, 1024),
+    "gfx9": Rows(4096, 8, 2048),  # waves of 64: two 16-byte loads a thread
+    INTERPRETED: Rows(64, 1, 32),  # so that a small vocabulary has several blocks
 }
 
 # score: logits → partial statistics. weights: the same, and exp(z − shift) written. gradients: dlogits written.
@@ -185,7 +190,13 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
 
 def row_candidates() -> list[Rows]:
     """What tuning tries for the row kernels."""
-    return [Rows(block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16)]
+    lanes = 4 * (64 if torch.version.hip else 32)
+    return [
+        Rows(block, warps, warps * lanes)
+        for block in (2048, 4096, 8192, 16384)
+        for warps in (4, 8, 16)
+        if block >= warps * lanes
+    ]
 
 
 def programs(config: Tile, device: torch.device) -> int:

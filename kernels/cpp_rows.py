@@ -164,8 +164,9 @@ def gradients_(
 
 def token_loss_(
     z_CV: Tensor, target_C: Tensor, terms: TokenTerms, epilogue: Epilogue, out: Tensor | None = None
-) -> tuple[Statistics, Tensor, Tensor]:
-    """Raw products → (statistics, loss of each token, dlogits), in place or in `out`. As `triton_rows.token_loss_`."""
+) -> tuple[Statistics, Tensor, Tensor, None]:
+    """Raw products → (statistics, loss of each token, dlogits, None), in place or in `out`. As
+    `triton_rows.token_loss_`."""
     out = z_CV if out is None else out
     z_y, lse_other, value, h_o = (z_CV.new_empty(z_CV.shape[0], dtype=acc_dtype(z_CV.dtype)) for _ in range(4))
     found = Statistics(z_y, lse_other, h_o if terms.entropy else None)
@@ -174,7 +175,7 @@ def token_loss_(
         z_CV, target_C.contiguous(), *_dense(epilogue), terms.loss, terms.factor.contiguous(), ref_logp, ref_lam,
         *found, value, out,
     )  # fmt: skip
-    return found, value, out
+    return found, value, out, None
 
 
 def _dense(epilogue: Epilogue) -> tuple[Tensor | None, float | None, float]:
@@ -216,5 +217,5 @@ class CppRows(RowSet):
         z = self.logits(chunk)
         return gradients_(z, chunk.y, statistics, upstream, chunk.epilogue, self.narrow(chunk))
 
-    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor, Tensor | None]:
         return token_loss_(self.logits(chunk), chunk.y, terms, chunk.epilogue, self.narrow(chunk))

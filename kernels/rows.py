@@ -47,5 +47,5 @@ class RowSet(ABC):
     @abstractmethod
     def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]: ...
 
-    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor, Tensor | None]:
         raise ValueError(f"loss: expected one of {self.token_losses}, got {terms.loss!r}")

@@ -214,7 +214,7 @@ class TorchRows(RowSet):
 
 def from_weights_(chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor]:
     """(E, r) from weights and their sum: `pull_back` of the sets whose sweep leaves weights behind."""
-    e, total = weighed
+    e, total, _ = weighed
     assert total is not None
     r = torch.where(total > 0, upstream.g_lo / total, 0)
     return e, with_target_(e, chunk.y, r, upstream.g_zy * chunk.epilogue.jacobian(statistics.z_y))

@@ -317,7 +317,7 @@ class Tiles:
     def pull_back(
         self, chunk: Chunk, weighed: Weighed, statistics: Statistics, upstream: Upstream
     ) -> tuple[Tensor, Tensor]:
-        e, total = weighed
+        e, total, _ = weighed
         assert total is not None
         r = torch.where(total > 0, upstream.g_lo / total, 0)
         return e, with_target_(e, chunk.y, r, upstream.g_zy * chunk.epilogue.jacobian(statistics.z_y), total)
@@ -330,7 +330,7 @@ class Tiles:
             r = gradients(chunk.x, weight, y, statistics, upstream, epilogue, out, _room(chunk, part))
         return e, r
 
-    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor]:
+    def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor, Tensor | None]:
         raise ValueError(f"loss: expected one of {self.token_losses}, got {terms.loss!r}")
 
     def _first_maximum(self, chunk: Chunk) -> Tensor:

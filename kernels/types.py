@@ -111,10 +111,12 @@ class Weighed(NamedTuple):
     Attributes:
         e: [C, V], weights J exp(z − shift), or still the logits' raw products.
         total: Σ exp(z − shift) of each row, [C]; None where `e` holds products.
+        j_y: J at the target's logit, [C], where the set has kept it.
     """
 
     e: Tensor
     total: Tensor | None
+    j_y: Tensor | None = None
 
 
 def inside(y: Tensor, part: slice) -> Tensor:

@@ -125,10 +125,10 @@ def test_token_losses(impl, dtype, flags):
             with pytest.raises(ValueError, match="loss: expected one of"):
                 given.set.token_loss(given.chunk, terms)
             continue
-        made, value, e = given.set.token_loss(given.chunk, terms)
+        made, value, e, r = given.set.token_loss(given.chunk, terms)
         lam = given.truth.z_y - given.truth.lse_other
         up, down = -torch.nn.functional.logsigmoid(lam), -torch.nn.functional.logsigmoid(-lam)
         wanted = factor * up if loss == "nll" else torch.where(factor > 0, factor * up, -factor * down)
         close(value, wanted.detach(), dtype)
-        close(e, torch.autograd.grad(wanted.sum(), given.z, retain_graph=True)[0], dtype)
+        close(product(e, r), torch.autograd.grad(wanted.sum(), given.z, retain_graph=True)[0], dtype)
         close(made.lse_other, given.truth.lse_other.detach(), dtype)

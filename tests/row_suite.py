@@ -30,7 +30,7 @@ class Implementation(NamedTuple):
     Attributes:
         statistics: (z, target, epilogue, entropy, tile) → (Statistics, masses); z may hold anything afterwards.
         gradients_: as `torch_rows.gradients_`.
-        token_loss_: as `cpp_rows.token_loss_`, or None where such a loss takes three steps.
+        token_loss_: as `triton_rows.token_loss_`, or None where such a loss takes three steps.
         weights: (z, target, epilogue, entropy, out) → (Statistics, Σ E), E in place or in `out`; or None.
         stored, narrow: types of a buffer, and of narrower results over a float32 one's bytes.
     """
@@ -140,10 +140,10 @@ def test_weights_and_their_sum(rows, narrow, entropy, bias, softcap, scale):
 
 
 @pytest.mark.parametrize(
-    ("narrow", "loss", "bias", "softcap", "scale"),
-    covering(3, narrow=NARROW, loss=("nll", "unlikelihood", "bnf"), **FLAGS),
+    ("narrow", "apart", "loss", "bias", "softcap", "scale"),
+    covering(3, narrow=NARROW, apart=(False, True), loss=("nll", "unlikelihood", "bnf"), **FLAGS),
 )
-def test_token_losses_in_one_launch(rows, narrow, loss, bias, softcap, scale):
+def test_token_losses_in_one_launch(rows, narrow, apart, loss, bias, softcap, scale):
     if rows.token_loss_ is None:
         pytest.skip("this implementation takes a token-wise loss in three steps")
     if narrow not in (*rows.narrow, torch.float64, torch.float32):
@@ -174,9 +174,12 @@ def test_token_losses_in_one_launch(rows, narrow, loss, bias, softcap, scale):
     (gradient,) = torch.autograd.grad(objective[:4].sum(), exact_z)
     buffer = z.clone()
     out = None if narrow == acc else buffer.view(narrow)[:, :vocab]
-    scores, made, d = rows.token_loss_(
+    if apart:
+        out = torch.full((count, vocab), torch.nan, dtype=narrow)
+    scores, made, e, r = rows.token_loss_(
         buffer, y, TokenTerms(loss, weight, ref if loss == "bnf" else None, loss == "bnf"), epilogue, out
     )
+    d = e.double() if r is None else e.double() * r.double()[:, None]
     for a, b in zip(scores, truth if loss == "bnf" else truth[:2]):
         close(a[:4], b[:4].detach(), acc)
         assert a[4] == 0

@@ -363,10 +363,10 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
         for rows, lengths, coefficients in objective.chunks(kept, most, counts):
             if isinstance(coefficients, TokenTerms):
-                found, value, e = products.set.token_loss(products.chunk(rows), coefficients)
+                found, value, e, r = products.set.token_loss(products.chunk(rows), coefficients)
                 objective.add(value.double().sum())
                 statistics = filled(statistics, found, rows, p) if call.scored else None
-                products.pull_back(rows, e, None, None, dhidden, head)
+                products.pull_back(rows, e, r, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
             for block in blocks:

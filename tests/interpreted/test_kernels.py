@@ -14,21 +14,107 @@ from row_suite import *  # noqa: F403
 from row_suite import FLAGS, NARROW, Implementation, close, dense, epilogue_of, upstream_of
 
 from rgpb.kernels import configs, triton_rows, triton_tiles
-from rgpb.kernels.types import Statistics
+from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
+
+
+def weights(z, target, epilogue, entropy, out):
+    """Apart, then copied to where the suite wants them."""
+    out = z if out is None else out
+    e = torch.full(out.shape, torch.nan, dtype=out.dtype)
+    found, total, _ = triton_rows.weights(z, target, epilogue, entropy, e)
+    out.copy_(e)
+    return found, total
 
 
 @pytest.fixture
 def rows():
     return Implementation(
-        triton_rows.statistics, triton_rows.gradients_, triton_rows.token_loss_, None,
+        triton_rows.statistics, triton_rows.gradients_, triton_rows.token_loss_, weights,
         (torch.float64, torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16),
     )  # fmt: skip
 
 
-@pytest.fixture(params=["triton", "tiled"])
-def impl(request):
-    """A kernel set, for `kernel_suite.py`."""
-    return request.param
+@pytest.fixture(params=["triton", "triton, apart", "tiled"])
+def impl(request, monkeypatch):
+    """A kernel set, for `kernel_suite.py`; apart: its results don't lie over the logits."""
+    if request.param == "triton, apart":
+        monkeypatch.setattr(triton_rows.TritonRows, "narrow", staticmethod(elsewhere))
+    return request.param.partition(",")[0]
+
+
+def elsewhere(chunk):
+    room = torch.full((len(chunk.buffer), chunk.room), torch.nan, dtype=chunk.x.dtype)
+    return room[:, : chunk.vocab]
+
+
+# What a sweep that doesn't know the maximum can meet: the logits of a row, of which the first is the target's.
+ODD_ROWS = {
+    "as any": lambda z: z,
+    "the largest in the last block": lambda z: z.index_fill(0, torch.tensor([148]), 70.0),
+    "1e4 apart": lambda z: z.mul(1e4).round(),
+    "all mass on the target": lambda z: z.index_fill(0, torch.tensor([0]), 120.0),
+    "a target far below": lambda z: z.index_fill(0, torch.tensor([0]), -120.0),
+    "a target that is impossible": lambda z: z.index_fill(0, torch.tensor([0]), -torch.inf),
+    "one other token": lambda z: z.index_fill(0, torch.arange(3, 151), -torch.inf).index_fill(0, torch.tensor([1]), -90.0),
+    "no other token": lambda z: z.index_fill(0, torch.arange(1, 151), -torch.inf),
+    "ignored": lambda z: z,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", [0, 77, 150])
+@pytest.mark.parametrize("narrow", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_one_sweep_of_odd_rows(narrow, place):
+    """Statistics, and D = diag(r) E with one rounding of each entry; the target in any block, room behind the rows."""
+    acc, vocab, room = torch.promote_types(narrow, torch.float32), 151, 160
+    z = torch.stack([make(3 * torch.randn(vocab)).roll(place) for make in ODD_ROWS.values()]).to(acc)
+    count = len(z)
+    y = torch.full((count,), place)
+    y[-1] = -1
+    exact = z.double()
+    here = torch.nn.functional.one_hot(torch.tensor(place), vocab).bool()
+    others = exact.masked_fill(here, -torch.inf)
+    lse_other, q = others.logsumexp(1), others.softmax(1).nan_to_num()
+    h_o = torch.where(lse_other > -torch.inf, -(q * q.log().clamp(min=-1e3)).sum(1), 0)
+    epilogue = Epilogue(None, None, 1.0)
+    buffer, out = (torch.full((count, room), torch.nan, dtype=t) for t in (acc, narrow))
+    buffer[:, :vocab] = z
+    given = buffer[:, :vocab], y, epilogue
+
+    def check(scores, d, g_zy, g_lo):
+        """To the rounding of a logit, which shifts all entries of a row alike, and of the entry itself."""
+        assert torch.equal(scores.z_y[:-1], z[:-1, place])
+        torch.testing.assert_close(
+            scores.lse_other[:-1].double(), lse_other[:-1], rtol=4 * torch.finfo(acc).eps, atol=1e-6
+        )
+        torch.testing.assert_close(scores.h_o[:-1].double(), h_o[:-1], rtol=1e-5, atol=2e-6)
+        assert not any(x[-1] for x in scores)
+        wanted = q * g_lo.double()[:, None]
+        wanted[:, place] = torch.where(lse_other > -torch.inf, g_zy.double(), 0)
+        wanted[-1] = 0
+        largest = others[:-1].amax(1).clamp(-1e5, 1e5).abs()
+        size = (largest[:, None] + q[:-1].log().clamp(min=-200).abs()) * torch.finfo(acc).eps
+        off = (d.double() - wanted)[:-1].abs()
+        rounding = torch.finfo(narrow).eps / 2 if narrow == torch.bfloat16 else 4 * torch.finfo(acc).eps
+        assert (off <= (rounding + 4 * size + 4 * torch.finfo(acc).eps) * wanted[:-1].abs() + 1e-36).all()
+        assert not d[-1].any()
+
+    scores, total, _ = triton_rows.weights(*given, True, out[:, :vocab], room)
+    upstream = Upstream(*torch.randn(2, count, dtype=acc))
+    upstream.g_zy[-2] = upstream.g_zy[-1] = 0
+    r = torch.where(total > 0, upstream.g_lo / total, 0)
+    factor = triton_rows.with_target_(out[:, :vocab], y, r, upstream.g_zy, total)
+    check(scores, out[:, :vocab].double() * factor.double()[:, None], *upstream[:2])
+    out.fill_(torch.nan)
+    weight = torch.rand(count, dtype=acc)
+    scores, value, e, r = triton_rows.token_loss_(
+        *given[:2], TokenTerms("nll", weight, None, True), epilogue, out[:, :vocab], room
+    )
+    lam = exact[:, place] - lse_other
+    slope = -weight.double() * torch.sigmoid(-lam)
+    check(scores, e.double() * r.double()[:, None], slope, -slope)
+    torch.testing.assert_close(
+        value[:-1].double(), (-weight.double() * torch.nn.functional.logsigmoid(lam))[:-1], rtol=1e-6, atol=1e-6
+    )
 
 
 def tiles(entropy, rows, vocab, like, top):
