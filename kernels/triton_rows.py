@@ -122,7 +122,7 @@ def _sweep(
 ):  # fmt: skip
     """(lse_other, H_o) of a row."""
     ACC: tl.constexpr = tl.float64 if z_row.dtype.element_ty == tl.float64 else tl.float32
-    LOWEST: tl.constexpr = LOWEST_DOUBLE if ACC == tl.float64 else LOWEST_FLOAT
+    LOWEST: tl.constexpr = LOWEST_DOUBLE if z_row.dtype.element_ty == tl.float64 else LOWEST_FLOAT
     cols = _columns(BLOCK_V, LANES)
     top = tl.full([LANES], LOWEST, ACC)
     total = tl.zeros([LANES], ACC)
@@ -170,7 +170,7 @@ def _weigh(
 ):  # fmt: skip
     """(lse_other, H_o, Σ exp(z − shift)) of a row, whose weights J exp(z − shift) are written; 0 at the target."""
     ACC: tl.constexpr = tl.float64 if z_row.dtype.element_ty == tl.float64 else tl.float32
-    LOWEST: tl.constexpr = LOWEST_DOUBLE if ACC == tl.float64 else LOWEST_FLOAT
+    LOWEST: tl.constexpr = LOWEST_DOUBLE if z_row.dtype.element_ty == tl.float64 else LOWEST_FLOAT
     cols = _columns(BLOCK_V, LANES)
     whole = V // BLOCK_V * BLOCK_V
     shift = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)
@@ -288,7 +288,7 @@ def statistics_kernel(
         tl.store(jy_ptr + row, j_y)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "T"], do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=[*LENGTHS, "T", "stride_mc"], do_not_specialize_on_alignment=VECTORS)
 def masses_kernel(
     z_ptr, stride_zc,  # [C, V] in: raw products
     target_ptr, bias_ptr, lo_ptr,  # [C], [V] or None, [C] in: lse_other
@@ -394,7 +394,7 @@ def token_loss_kernel(
         tl.store(r_ptr + row, r)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize=[*LENGTHS, "stride_ec"], do_not_specialize_on_alignment=VECTORS)
 def target_kernel(
     e_ptr, stride_ec,  # [C, V] in place: weights
     target_ptr, r_ptr, gy_ptr, total_ptr,  # [C] in: column or −1, factor of the row, ∂L/∂z_y · J_y, Σ of the weights
@@ -470,7 +470,8 @@ def _statistics(
     if rows:
         statistics_kernel[(rows,)](
             z_CV, z_CV.stride(0), out, 0 if out is None else out.stride(0), target_C, bias, z_y, lse_other, h_o, total,
-            j_y, vocab, room or vocab, epilogue.softcap, epilogue.scale, *block_of(config, out, True), num_warps=config.warps,
+            j_y, vocab, room or vocab, epilogue.softcap, epilogue.scale, *block_of(config, out, True),
+            num_warps=config.warps,
         )  # fmt: skip
     return Statistics(z_y, lse_other, h_o), total, j_y
 

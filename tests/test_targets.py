@@ -130,7 +130,11 @@ def source(kernel, args, kwargs):
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         aligned = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+        ):
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
@@ -140,7 +144,7 @@ def source(kernel, args, kwargs):
         else:
             assert type(value) is int, f"{parameter.name}: expected a tensor, None or an int, got {value!r}"
             signature[parameter.name], aligned = "i32", value % 16 == 0
-        if aligned:
+        if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
@@ -384,42 +388,48 @@ def test_tables_are_complete():
 # -- row kernels ------------------------------------------------------------------------------------------------------
 
 
-def row_launch(arch, name, flags):
-    """float32 logits; dlogits as bfloat16 over the first half of each row's bytes. flags: as for the tiles."""
-    z = torch.empty(8, V)
-    narrow = z.view(torch.bfloat16)[:, :V]
+def row_launch(arch, name, flags, vocab=V):
+    """float32 logits; weights as bfloat16 apart from them, dlogits over the first half of each row's bytes. flags: as
+    for the tiles. Rows have room to a multiple of 16."""
+    room = -(-vocab // 16) * 16
+    z, apart = (torch.empty(8, room, dtype=dtype)[:, :vocab] for dtype in (torch.float32, torch.bfloat16))
+    narrow = z.view(torch.bfloat16)[:, :vocab]
     target = torch.zeros(8, dtype=torch.int64)
     a, b, c, d = torch.ones(4, 8)
-    epilogue = Epilogue(torch.ones(V), 30.0, 0.5) if flags else Epilogue(None, None, 1.0)
+    epilogue = Epilogue(torch.ones(vocab), 30.0, 0.5) if flags is True else Epilogue(None, CAPS.get(flags), 1.0)
+    entropy, flags = flags in (True, "entropy", "soft-cap, entropy"), flags is True
     with recorded(arch) as launches:
         if name == "statistics":
-            triton_rows.statistics(z, target, epilogue, entropy=flags)
+            triton_rows.statistics(z, target, epilogue, entropy, None, room)
+        elif name == "weights":
+            triton_rows.weights(z, target, epilogue, entropy, apart, room)
         elif name == "masses":
-            triton_rows.statistics(z, target, epilogue, entropy=flags, tile=256)
+            triton_rows.masses(z, target, Statistics(a, b, None), epilogue, 1024, room)
         elif name in ("gradients", "gradients_wide"):
-            scores, upstream = Statistics(a, b, c if flags else None), Upstream(a, b, d if flags else None)
+            scores, upstream = Statistics(a, b, c if entropy else None), Upstream(a, b, d if entropy else None)
             out = narrow if name == "gradients" else None
-            triton_rows.gradients_(z, target, scores, upstream, epilogue, out)
+            triton_rows.gradients_(z, target, scores, upstream, epilogue, out, room)
         elif name == "target":
-            triton_rows.with_target_(z.to(torch.bfloat16), target, a, b, c)
+            triton_rows.with_target_(apart, target, a, b, c)
         elif name == "merge":
             partials = triton_tiles.Partials.empty(a, 16, C, torch.float32, top=True, entropy=flags)
             triton_tiles.merge(partials, a if flags else None, flags)
-        elif name == "padded":  # a vocabulary off every multiple, in rows that aren't
-            z = torch.empty(8, 1040)[:, :1031]
-            narrow = z.view(torch.bfloat16)[:, :1031]
-            triton_rows.token_loss_(z, target, TokenTerms("nll", c, None, False), epilogue, narrow, room=1040)
         else:
-            ref = (a, b) if name == "bnf" else None
-            triton_rows.token_loss_(z, target, TokenTerms(name, c, ref, name == "bnf" or flags), epilogue, narrow)
+            loss, _, over = name.partition(" ")
+            ref = (a, b) if loss == "bnf" else None
+            out, terms = narrow if over else apart, TokenTerms(loss, c, ref, loss == "bnf" or entropy)
+            triton_rows.token_loss_(z, target, terms, epilogue, out, room)
     return launches
 
 
+CAPS = {"soft-cap": 30.0, "soft-cap, entropy": 30.0}
+
+
 ROW_CASES = [
-    *(("statistics", False), ("statistics", True), ("masses", False)),
+    *(("statistics", False), ("statistics", True), ("weights", False), ("weights", True), ("masses", False)),
     *(("gradients", False), ("gradients", True), ("gradients_wide", False)),
     *((loss, False) for loss in triton_rows.TOKEN_LOSSES),
-    *(("bnf", True), ("padded", False), ("target", False), ("merge", False), ("merge", True)),
+    *(("bnf", True), ("bnf over", False), ("target", False), ("merge", False), ("merge", True)),
 ]
 
 
@@ -434,13 +444,62 @@ def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
     kernel = compiled(arch, row_launch(arch, job, flags), tmp_path)
     addresses_are_wide(kernel)
     facts = ["wide addresses"]
-    if job not in ("target", "masses"):  # the one stores, the other's blocks may be too short
+    if job != "target":
         vectorised(kernel, arch)
         facts.append("vectors")
-    if job in ("gradients", "padded", *triton_rows.TOKEN_LOSSES):
+    if job in ("gradients", "bnf over"):
         stores_wait(kernel, arch)
         facts.append("stores wait")
     if JUDGED:
         fits(kernel, arch, 2)  # what covers the latency of memory
         assert kernel.stack <= 16
     receipt(name, kernel, *facts, "room for 2", "stack")
+
+
+# Instructions of a sweep's loop for each 16 columns, at most, in sm_90's machine code
+SWEEPS = {
+    "statistics": {"plain": 160, "entropy": 200, "soft-cap": 330, "soft-cap, entropy": 370},
+    "weights": {"plain": 170, "entropy": 270, "soft-cap": 370, "soft-cap, entropy": 480},
+    "gradients": {"plain": 110, "entropy": 160, "soft-cap": 300, "soft-cap, entropy": 370},
+    "nll": {"plain": 170, "soft-cap": 370},
+    "bnf": {"entropy": 270, "soft-cap, entropy": 480},
+}
+FAST = ("weights", "plain")
+
+
+def sweep_cases():
+    for job, variants in SWEEPS.items():
+        for variant, most in variants.items():
+            marks = [] if (job, variant) == FAST else [pytest.mark.full]
+            yield pytest.param(job, variant, most, id=f"{job} {variant}", marks=marks)
+
+
+@pytest.mark.skipif(not JUDGED, reason=f"instructions are counted for triton {RECEIPTS['triton']}")
+@pytest.mark.parametrize(("job", "variant", "most"), list(sweep_cases()))
+def test_threads_of_a_sweep_meet_nowhere(job, variant, most, tmp_path):
+    """No barrier, but where results go over the logits; no shuffle, no spill; 16 bytes at a time, few instructions."""
+    kernel = compiled("sm_90", row_launch("sm_90", job, variant, vocab=32003), tmp_path)
+    assert kernel.stack == 0
+    bodies = [[line for line in body if re.search(r"/\*[0-9a-f]{4,}\*/ .*;", line)] for body in loops(kernel.machine)]
+    bodies = [body for body in bodies if any("LDG" in line for line in body)]
+    inner = [body for body in bodies if not any(len(other) < len(body) and set(other) < set(body) for other in bodies)]
+    assert len(inner) == 1
+    block = 4096 if job in ("statistics", "gradients") else 2048
+    text = "\n".join(inner[0])
+    assert len(re.findall(r"\bBAR\b", text)) == (job == "gradients")
+    assert not re.search(r"\bSHFL|\bLDL|\bSTL|\bLDS|\bSTS", text)
+    assert re.findall(r"\b(?:LDG|STG)\S*", text) == [x for x in re.findall(r"\b(?:LDG|STG)\S*", text) if ".128" in x]
+    assert len(re.findall(r"\bLDG", text)) == block // (32 * 4 * kernel.warps)
+    assert len(inner[0]) * 16 * 32 * kernel.warps <= most * block
+
+
+@pytest.mark.parametrize("job", [*SWEEPS, "masses", "target"])
+def test_no_length_of_a_row_is_a_kernel_of_its_own(job):
+    """What is compiled for one vocabulary serves all, with rows padded to 16 columns: models', and odd ones."""
+    made = set()
+    for vocab in (32000, 32003, 50257, 50304, 128256, 151936, 256000):
+        ((kernel, args, kwargs),) = row_launch("sm_90", job, False, vocab)
+        compiled_from, options = source(kernel, args, kwargs)
+        found = compiled_from.signature, compiled_from.constants, compiled_from.attrs, options
+        made.add(repr(found))
+    assert len(made) == 1

@@ -33,14 +33,15 @@ class Kernel(NamedTuple):
     """A Triton kernel on buffers that exist; nothing is overwritten that a second call reads.
 
     Attributes:
-        run: one call with a configuration, None for the one that launches take, and its main result.
+        run: one call with a configuration, None for the one that launches take, and its main result, or (E, r) with
+            diag(r) E.
         truth: what that should be, float32.
         moved: bytes read and written, counted as in docs/kernels.md: what a kernel can't do without.
         stored: of them, what a plan counts beside the product of a kernel that has one.
         product: whether it has one.
     """
 
-    run: Callable[[Any], Tensor]
+    run: Callable[[Any], Tensor | tuple[Tensor, Tensor]]
     truth: Tensor
     moved: int
     stored: int = 0
@@ -153,19 +154,21 @@ def gradients(given: Inputs) -> Kernel:
 
 
 def token_loss(given: Inputs, loss: str = "nll") -> Kernel:
-    """Both sweeps and the loss between them: dlogits."""
+    """The sweep and the loss: dlogits, for float16 in a second sweep."""
     from rgpb.kernels import triton_rows
 
     e, lam = given.buffer(given.dtype), given.z_y - given.lse_other
     lam_ref = lam + given.noise
     ref = (torch.nn.functional.logsigmoid(lam_ref), lam_ref) if loss == "bnf" else None
 
-    def run(config: Any) -> Tensor:
+    def run(config: Any) -> Tensor | tuple[Tensor, Tensor]:
         terms = TokenTerms(loss, given.one, ref, loss == "bnf")
-        return triton_rows.token_loss_(given.z, given.y, terms, PLAIN, e, given.room, config=config)[2]
+        _, _, made, r = triton_rows.token_loss_(given.z, given.y, terms, PLAIN, e, given.room, config=config)
+        return made if r is None else (made, r)
 
     g = torch.sigmoid(-lam) if ref is None else torch.sigmoid(-lam) * (lam - lam_ref).clamp(max=0).exp()
-    return Kernel(run, given.dlogits(g[:, None]), given.z.numel() * (8 + e.itemsize))
+    sweeps = 2 if given.dtype == torch.float16 else 1
+    return Kernel(run, given.dlogits(g[:, None]), given.z.numel() * (4 * sweeps + e.itemsize))
 
 
 # `rgpb tune` sweeps the first four; the row kernels have one configuration in common.
@@ -231,7 +234,9 @@ def sweep(
 
 def error_of(kernel: Kernel, config: Any) -> float:
     """The largest error, over the largest entry."""
-    return ((kernel.run(config).float() - kernel.truth).abs().max() / kernel.truth.abs().max()).item()
+    made = kernel.run(config)
+    result = made.float() if isinstance(made, Tensor) else made[0] * made[1][:, None]
+    return ((result - kernel.truth).abs().max() / kernel.truth.abs().max()).item()
 
 
 def _checked(name: str, kernel: Kernel, config: Any, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

@@ -64,6 +64,12 @@ def test_float64_paths_equal_the_oracle(name, path, head, impl):
         torch.testing.assert_close(gradient, 1.5 * truth, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "path", "head"), covering(1, name=("bnf", "dpo"), path=PATHS, head=HEADS))
+def test_one_sweep_equals_the_oracle(apart, name, path, head):
+    """The row kernels' weights, in float64."""
+    test_float64_paths_equal_the_oracle(name, path, head, "triton")
+
+
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HOW = {"dtype": ("float32", "bfloat16"), "impl": IMPLS, "path": PATHS, "name": ("bnf", "dpo")}
 FLOAT16 = {"dtype": ("float16",), "impl": ("triton",), "path": PATHS, "name": ("bnf",)}  # tiles refuse it
