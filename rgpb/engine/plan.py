@@ -377,7 +377,7 @@ def sizes(
     gemm = gemm_dtype(device_type, weight_dtype, compute_dtype, impl)
     acc = 8 if weight_dtype == torch.float64 else 4
     convert = gemm != weight_dtype or (strided and impl == "tiled") or trained is not None
-    factored = impl != "triton" or convert or gemm.itemsize == 2
+    factored = impl != "triton" or convert or gemm == torch.float16
     limits = cpu_limits() if device_type == "cpu" else GPU_LIMITS
     if impl == "tiled":
         limits = limits._replace(columns=vocab)
