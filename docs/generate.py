@@ -529,7 +529,7 @@ def kernel_predictions() -> str:
     kernels = (
         ("library product → float32 logits", True, 4 * logits + operands, flops / rates.library),
         ("`statistics_kernel`", False, 4 * logits, 4 * logits / rates.copy),
-        ("the same with bf16 weights", False, 6 * logits, 6 * logits / rates.copy),
+        ("`statistics_kernel`, weights written", False, 6 * logits, 6 * logits / rates.copy),
         ("`gradients_kernel`, bf16 out", False, 6 * logits, 6 * logits / rates.copy),
         ("`token_loss_kernel`, bf16 out", False, 6 * logits, 6 * logits / rates.copy),
         ("`tiles_kernel`, score", True, operands + partials, flops / rates.tile),
