@@ -529,10 +529,11 @@ def gradients_(
 
 def block_of(config: configs.Rows, out: Tensor | None, weights: bool) -> tuple[int, int]:
     """BLOCK_V and LANES of a launch that sweeps for statistics. Where it writes in 16 bits, 16 bytes of a thread are
-    twice as many columns; for weights these alone are a block, in so few registers that three programs fit a
+    twice as many columns; for weights a block is half as long then, in so few registers that three programs fit a
     multiprocessor."""
-    lanes = config.lanes if out is None or out.element_size() > 2 else 2 * config.lanes
-    return lanes if weights and lanes > config.lanes else max(config.block_vocab, lanes), lanes
+    narrow = out is not None and out.element_size() == 2
+    lanes = config.lanes * (2 if narrow else 1)
+    return max(lanes, config.block_vocab // (2 if narrow and weights else 1)), lanes
 
 
 def narrows(z_CV: Tensor, out: Tensor) -> bool:
