@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
+from rgpb.kernels import configs, triton_rows, triton_scale, triton_tiles  # noqa: E402
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
@@ -112,7 +112,7 @@ def recorded(arch):
     """The launches of a block, none of them made, as on a device of `arch`."""
     launches = []
     with contextlib.ExitStack() as stack:
-        for module in (triton_rows, triton_tiles):
+        for module in (triton_rows, triton_scale, triton_tiles):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
         rows = configs.ROWS.get(arch, configs.ROWS["default"])
@@ -383,6 +383,24 @@ def test_tables_are_complete():
                 if arch == "sm_80":  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
                     buffers = (config.rows + config.vocab) * config.width * 2 * (config.stages - 1)
                     assert buffers <= 99 * KIB, (job, config)
+
+
+# -- the kernel that scales --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.full) for arch in ("sm_80", "gfx9"))])
+def test_the_kernel_that_scales(arch, tmp_path):
+    """Vectors, and nothing of the gradient is read before the number is."""
+    with recorded(arch) as launches:
+        triton_scale.scale_(torch.empty(1031, 73, dtype=torch.bfloat16), torch.ones(()))
+    kernel = compiled(arch, launches, tmp_path)
+    assert kernel.stack == 0
+    if arch == "gfx9":
+        assert re.search(r"\w+_load_dwordx4", kernel.assembly), set(re.findall(r"\w+_load_\w+", kernel.assembly))
+    else:
+        vectorised(kernel, arch)
+        first = kernel.assembly.index("ld.global")
+        assert kernel.assembly.index("bra", first) < kernel.assembly.index("ld.global", first + 1)
 
 
 # -- row kernels ------------------------------------------------------------------------------------------------------
