@@ -88,15 +88,26 @@ def why_not(impl: str, device: torch.device) -> str | None:
     return None
 
 
+def _tiles_measured(device: torch.device) -> bool:
+    """Whether `rgpb tune` has timed the tile kernels on a GPU of this name; a compiler can't ask."""
+    if torch.compiler.is_compiling():
+        return False
+    configs = import_module("rgpb.kernels.configs")
+    return configs.tiles_measured(device)
+
+
 def resolve_impl(impl: str, device: torch.device) -> tuple[str, ...]:
     """The kernel sets that a plan may choose from: for "auto" those that are there, fastest first; else the named one.
+    The tile kernels are among them where `rgpb tune` has measured them.
 
     Raises:
         ValueError: a set that can't serve this device, with the reason.
     """
     if impl == "auto":
         if device.type == "cuda":
-            return ("triton", "tiled") if why_not("triton", device) is None else ("torch",)
+            if why_not("triton", device) is not None:
+                return ("torch",)
+            return ("triton", "tiled") if _tiles_measured(device) else ("triton",)
         return ("cpp",) if why_not("cpp", device) is None else ("torch",)
     reason = why_not(impl, device)
     if reason:

@@ -221,6 +221,13 @@ def keep(device: torch.device, kernel: str, dtype: str, config: Rows | Tile) -> 
         known_by_now.cache_clear()
 
 
+def tiles_measured(device: torch.device) -> bool:
+    """Whether tuning has kept a choice for the tile kernels on devices of this name."""
+    if interpreted():
+        return False
+    return any(tuned.read(Tile, _key(device, "weights", str(dtype))) for dtype in (torch.bfloat16, torch.float16))
+
+
 def _key(device: torch.device, kernel: str, dtype: str) -> str:
     name = INTERPRETED if interpreted() else torch.cuda.get_device_name(device)
     return ", ".join(part for part in (name, f"triton {triton.__version__}", kernel, dtype) if part)

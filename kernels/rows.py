@@ -27,7 +27,10 @@ class RowSet(ABC):
 
     @staticmethod
     def narrow(chunk: Chunk) -> Tensor | None:
-        """16-bit [C, V] over the first half of each row's bytes, where the products take 16-bit operands."""
+        """Where 16-bit E goes, [C, V], where the products take 16-bit operands: apart, or over the first half of each
+        row's bytes."""
+        if chunk.out is not None:
+            return chunk.out
         z, dtype = chunk.buffer, chunk.x.dtype
         return z.view(dtype)[:, : z.shape[1]] if dtype.itemsize == 2 else None
 

@@ -17,6 +17,9 @@ TOKEN_LOSSES = ("nll", "unlikelihood", "bnf")
 # Room behind the rows of a slice of logits on a CPU: rows at a distance of a power of two share too few cache lines.
 PAD = 16
 
+# On a GPU rows of the buffers start at multiples of so many elements, so that accesses of 16 bytes stay aligned.
+ALIGNED = 16
+
 # Beyond this ratio of the target's gradient to the others' factor, the others are below the last bit of a float64.
 LARGEST_RATIO = 1e16
 # The same for float16, which has no larger numbers; beyond, the others are below the last bit of the target's entry.
@@ -91,7 +94,9 @@ class Chunk(NamedTuple):
         slices: the same in slices whose logits stay in a CPU's cache.
         epilogue: for all columns.
         buffer: [C, V], what the set writes into; narrower, or without rows, where a set that only scores wants less.
-        room: columns of the buffer that may be touched: V, and the padding of its rows.
+        room: columns of the buffers that may be touched: V, and the padding of their rows.
+        out: [C, V] in the operands' type, where E goes; None: over the first half of the bytes of each of the buffer's
+            rows, or, where its type is the operands', in place.
     """
 
     x: Tensor
@@ -103,6 +108,7 @@ class Chunk(NamedTuple):
     epilogue: Epilogue
     buffer: Tensor
     room: int
+    out: Tensor | None = None
 
 
 class Weighed(NamedTuple):
@@ -117,6 +123,11 @@ class Weighed(NamedTuple):
     e: Tensor
     total: Tensor | None
     j_y: Tensor | None = None
+
+
+def aligned(length: int) -> int:
+    """`length`, rounded up to a multiple of `ALIGNED`."""
+    return -(-length // ALIGNED) * ALIGNED
 
 
 def inside(y: Tensor, part: slice) -> Tensor:

@@ -50,8 +50,8 @@ def linear_logprob(
         entropy: also fill `entropy` and `other_entropy`.
         impl: the kernel set. "triton": library products, and row kernels over chunks of float32 logits (CUDA and ROCm);
             "tiled": Triton kernels that never write a logit (the same); "cpp": as "triton", for CPUs, where it was
-            built; "torch": the same in plain operations, anywhere; "auto" (default): on a GPU "triton" or "tiled",
-            whichever `rgpb.engine.plan` predicts to be faster, on a CPU "cpp", else "torch".
+            built; "torch": the same in plain operations, anywhere; "auto" (default): on a GPU "triton" (or "tiled"
+            where `rgpb tune` has timed it and the plan predicts it to be faster), on a CPU "cpp", else "torch".
         engine: deprecated. "tiled" is impl="tiled" now, "chunked" any other.
         path: "auto" (default), or the one path that is wanted, for tests and benchmarks: "forward", "single", "frozen"
             or "two_pass" (`rgpb.engine.plan`). One that can't serve the call is refused.

@@ -238,6 +238,7 @@ def plan_call(
         architecture(hidden.device),
         strided,
         None if plain else head.weight.trained,
+        head.softcap is not None,
     )
     made = plan(
         hidden.numel() // width,

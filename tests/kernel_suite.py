@@ -107,7 +107,7 @@ def test_gradients_of_known_statistics(impl, dtype, flags, columns):
 def test_gradients_of_a_slice(impl, dtype, flags):
     """Columns 100 … 149 of the vocabulary: most targets lie elsewhere."""
     given, part = Given(impl, dtype, flags, 0), slice(100, 149)
-    slices = HeadSlices(given.problem, part.stop - part.start, C)
+    slices = HeadSlices(given.problem, part.stop - part.start, C, C)
     upstream = upstream_of(dtype, True)
     chunk = slices.chunk(given.problem.hidden, given.y, part, given.problem.weight[part])
     e, r = given.set.gradients(chunk, given.statistics, upstream)

@@ -28,8 +28,17 @@ from engine_suite import (
 )
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, Workspace, fused_loss, linear_logprob, objective, reference
-from rgpb.engine.plan import plan, single_chunk, sizes
-from rgpb.engine.products import even_spans
+from rgpb.engine.plan import (
+    PRODUCT_TILES,
+    RATES,
+    chunks,
+    plan,
+    predicted_seconds,
+    single_chunk,
+    sizes,
+    wave_efficiency,
+)
+from rgpb.engine.products import chunk_spans, even_spans
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows, matmul
 from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
@@ -517,12 +526,13 @@ def test_scores_without_validation_are_the_same(impl):
 @pytest.mark.parametrize("one_dtype", [False, True], ids=["torch 2.10", "torch 2.8"])
 def test_sums_of_products_whether_or_not_cuda_adds_them(monkeypatch, path, one_dtype):
     """float32 sums over chunks of 16-bit operands: by `addmm`, or by `mm` and an addition, a few rows at a time."""
-    shape = SHAPES["V and H off every tile"]
+    shape = *_, V, H = (4, 30, 131, 13)
     hidden, head, target, ref_logits = batch(shape, torch.bfloat16, "bias")
     ours, oracle = arguments("bnf", ref_logits, target)
     monkeypatch.setattr(matmul, "ADDED_BYTES", 50 * shape[-1] * 4)
+    workspace = small(shape, torch.bfloat16) - V * H * 8  # without what converted slices take
     with counted(monkeypatch, one_dtype=one_dtype) as found:
-        _, gradients = run_path(f"{path} in chunks", "bnf", hidden, head, target, impl="torch", **ours)
+        _, gradients = run_path(path, "bnf", hidden, head, target, impl="torch", workspace=workspace, **ours)
     assert found.launches.count("mm") > 3, found  # several chunks
     assert ("addmm" in found.launches) != one_dtype, found
     _, exact = oracle_in(torch.float64, "bnf", hidden, head, target, oracle)
@@ -773,6 +783,86 @@ def test_chunks_are_even(total, most):
         assert max(lengths) - min(lengths) <= 16 * len(lengths)
 
 
+LLAMA = sizes(128256, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_90")
+
+
+@pytest.mark.parametrize(
+    ("path", "workspace"), [("single", 4 << 30), *((path, 1 << n) for path in ("two_pass", "frozen") for n in (29, 31))]
+)
+def test_chunks_on_a_gpu_are_whole_tiles_in_full_waves(path, workspace):
+    """Rows of logits, and of the E that is multiplied at once, but for the last of each."""
+    held = chunks(LLAMA, workspace, path)
+    for tokens in (8192, 8200, 20000):
+        chunk, together = held.sweep_for(tokens)
+        spans = list(chunk_spans(tokens, chunk, together, held.even))
+        assert sum(span.stop - span.start for span in spans) == tokens
+        assert all(span.start % 128 == 0 for span in spans)
+        assert all(span.stop % 128 == 0 or span.stop == tokens for span in spans)
+        if together < tokens:
+            assert together % 128 == 0
+            assert wave_efficiency(together, 4096, 132) >= 0.9
+        assert wave_efficiency(chunk, 128256, 132) >= 0.9
+
+
+def test_chunks_of_the_default_workspace():
+    held = chunks(LLAMA, 512 << 20, "frozen")
+    _, together = held.sweep_for(8192)
+    assert [span.stop - span.start for span in chunk_spans(8192, together, together, held.even)] == [1024] * 8
+    assert plan(8192, LLAMA, couples="token", workspace=4 << 30).together == 8192  # no float32 sum of dW
+    assert plan(8192, LLAMA, couples="token", workspace=4 << 30).extra_bytes < 2.6 * 2**30
+
+
+@pytest.mark.parametrize("impl", ["triton", "tiled", "torch"])
+@pytest.mark.parametrize("workspace", [24 << 20, 512 << 20, 4 << 30])
+@pytest.mark.parametrize("shape", [(128256, 4096), (32003, 512), (257, 16384)])
+def test_what_a_gpu_holds_is_inside_the_workspace(shape, workspace, impl):
+    """The buffers that a call's loops take, and what the plan says of it, whatever the number of tokens."""
+    head = sizes(*shape, torch.bfloat16, torch.bfloat16, "cuda", impl, arch="sm_90")
+    rows = -(-shape[0] // 16) * 16
+    for tokens in (1, 100, 1000, 8192, 1 << 17):
+        for request in ({"couples": "token"}, {"couples": "batch"}, {"weight_grad": False}):
+            try:
+                made = plan(tokens, head, workspace=workspace, **request)
+            except ValueError:
+                continue
+            assert made.extra_bytes <= workspace
+            held = chunks(head, workspace, made.path)
+            assert held.sweep_for(tokens) == (made.rows, made.together)
+            sum_of_dw = 4 * shape[0] * shape[1] * (made.path == "single" and made.together < tokens)
+            taken = rows * (head.logit * made.rows + 2 * made.together * held.apart) + sum_of_dw
+            assert taken <= made.extra_bytes
+            if made.path == "two_pass":
+                columns, chunk, together = held.slice_for(tokens)
+                assert columns % 16 == 0 or columns == shape[0]
+                assert columns * (head.logit * chunk + 2 * together * held.apart) <= workspace
+
+
+def test_waves_of_products():
+    """[128 × 256] tiles on 132 multiprocessors: 112, 128, 256 in two waves; smaller ones where these fill more."""
+    assert wave_efficiency(1024, 4096, 132) == 128 / 132
+    assert wave_efficiency(2048, 4096, 132) == 256 / 264
+    assert wave_efficiency(896, 4096, 132) == 112 / 132
+    assert wave_efficiency(512, 4096, 132) == PRODUCT_TILES[128, 128] * 128 / 132
+    assert wave_efficiency(100, 4096, 132) < wave_efficiency(128, 4096, 132)
+    assert wave_efficiency(100, 4096, 0) == 1
+
+
+def test_predictions_count_what_moves():
+    """Doubling a rate saves what goes at it, and no more."""
+    rates, job = RATES["sm_90"], ("single", 3, 8192, (640, 8192), 4 << 30)
+    whole = predicted_seconds(LLAMA, rates, *job)
+    logits = 8192 * 128256
+    saved = whole - predicted_seconds(LLAMA, rates._replace(copy=2 * rates.copy), *job)
+    assert saved == pytest.approx(logits * 10 / rates.copy / 2)  # written, read, and 16 bits written
+    saved = whole - predicted_seconds(LLAMA, rates._replace(library=2 * rates.library), *job)
+    products = 3 * 2 * logits * 4096 / rates.library
+    assert products < 2 * saved < 1.03 * products
+    summed = predicted_seconds(LLAMA, rates, "single", 3, 8192, (640, 4096), 4 << 30) - whole
+    assert summed == pytest.approx(128256 * 4096 * (4 * 3 + 6) / rates.copy, rel=0.1)
+    slow = rates._replace(clock=rates.clock / 10)
+    assert predicted_seconds(LLAMA._replace(softcap=True), slow, *job) > predicted_seconds(LLAMA, slow, *job) > whole
+
+
 def test_on_a_gpu_the_plan_compares_times():
     """Path and engine are those with the least predicted time among those that fit."""
     pythia, llama = (
@@ -788,7 +878,7 @@ def test_on_a_gpu_the_plan_compares_times():
         each = [plan(8192, llama, (impl,), **request).seconds for impl in ("triton", "tiled")]
         assert plan(8192, llama, ("triton", "tiled"), **request).seconds == min(each)
     small_head = sizes(2, 4096, torch.bfloat16, torch.bfloat16, "cuda", "triton", arch="sm_120")
-    request = {"couples": "batch", "skipping": True, "workspace": 120_000}
+    request = {"couples": "batch", "skipping": True, "workspace": 112_000}
     with pytest.raises(ValueError, match="workspace: expected at least"):
         plan(8192, small_head, ("tiled",), **request)
     assert (

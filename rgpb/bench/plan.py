@@ -130,7 +130,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--impl",
         choices=IMPLEMENTATIONS[1:],
-        help="default: the faster of triton and tiled on cuda, what auto takes on cpu",
+        help="default: triton on cuda, what auto takes on cpu",
     )
     parser.add_argument(
         "--unit-tokens", type=argument(positive), metavar="N",
@@ -261,7 +261,10 @@ def run(arguments: argparse.Namespace) -> int:
     if a.tp > lm_head.vocab:
         raise ValueError(f"tp: expected at most the {lm_head.vocab} rows of the head, got {a.tp}")
     rows = -(-lm_head.vocab // a.tp)
-    head = sizes(rows, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None)
+    head = sizes(
+        rows, lm_head.width, dtype, dtype, a.device_type, impls[0], arch=GPUS[gpu].arch if cuda else None,
+        softcap=lm_head.softcap is not None,
+    )  # fmt: skip
     weight = rows * lm_head.width * dtype.itemsize
     held = 2 * a.tokens * lm_head.width * dtype.itemsize + (1 if a.frozen_head else 2) * weight
     held += shard_held(a.tokens, lm_head.width, 4) * (a.tp > 1)
@@ -304,7 +307,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"        as if nothing could be left out; less {saved} of {chosen.units} products, times the share that is"
         )
-    print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time")
+    print(f"chunks  up to {chosen.rows:,} of {a.tokens:,} rows at a time{_together(chosen)}")
     print(f"memory  {_mebibytes(chosen.extra_bytes)} beyond inputs and gradients, {_mebibytes(workspace)} allowed")
     print(
         f"naive   {_mebibytes(naive)}: 3·N·V float32 numbers{', and the N·V of tanh' * softcap}; "
@@ -360,7 +363,7 @@ def _impls(impl: str | None, cuda: bool) -> tuple[str, ...]:
         return resolve_impl(impl or "auto", torch.device("cpu"))
     if impl == "cpp":
         raise ValueError(f"impl: expected 'triton' or 'torch', since {why_not(impl, torch.device('cuda'))}; got 'cpp'")
-    return (impl,) if impl else ("triton", "tiled")
+    return (impl,) if impl else ("triton",)  # what `auto` takes until tile kernels have been timed
 
 
 def on_gpu(chosen: Plan, head: Sizes, tokens: int, units: int, moved: int) -> Prediction | None:
@@ -380,7 +383,7 @@ def on_cpu(
     rate, copy = product_rate(gemm, "cpu", result=torch.float32), copy_rate("cpu")
     theirs, fresh = product_rate(dtype, "cpu"), copy_rate("cpu", fresh=True)
     rates, unit = Rates(rate, rate, copy), chosen.flops / chosen.units
-    ours = predicted_seconds(head, rates, chosen.path, chosen.units, tokens, chosen.rows, workspace)
+    ours = predicted_seconds(head, rates, chosen.path, chosen.units, tokens, (chosen.rows, chosen.together), workspace)
     if head.convert:  # the weight, for a chunk's logits and its dX, and once for the slices of dW
         times = 2 * -(-tokens // chosen.rows) + (chosen.path == "two_pass")
         ours += times * head.vocab * head.width * (dtype.itemsize + head.gemm) / copy
@@ -413,11 +416,14 @@ def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
         ("log-probabilities, 512 MiB", {"weight_grad": False, "hidden_grad": False}),
     ]
     for name in PREDICTED:
-        width, vocab, _ = HEADS[name.lower()]
+        width, vocab, softcap = HEADS[name.lower()]
         for job, request in jobs:
             cells = []
             for impl in ("triton", "tiled"):
-                head = sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", impl, arch=GPUS[gpu].arch)
+                head = sizes(
+                    vocab, width, torch.bfloat16, torch.bfloat16, "cuda", impl, arch=GPUS[gpu].arch,
+                    softcap=softcap is not None,
+                )  # fmt: skip
                 made = plan(tokens, head, **request)
                 assert made.seconds is not None
                 floor = products_seconds(made, head)
@@ -425,6 +431,11 @@ def predictions(gpu: str = "h200", tokens: int = 8192) -> str:
             unit = 2e3 * tokens * vocab * width / RATES[GPUS[gpu].arch].library
             lines.append(f"| {name} | {job} | U = {unit:.1f} ms | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
+
+
+def _together(chosen: Plan) -> str:
+    """Of how many rows the gradients are multiplied at once."""
+    return f"; gradients of {chosen.together:,} are multiplied at once" if chosen.together > chosen.rows else ""
 
 
 def _mebibytes(size: int) -> str:

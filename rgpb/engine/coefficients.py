@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rgpb.engine.call import Call, Tensors
-from rgpb.engine.products import Kept, Rows, even_spans
+from rgpb.engine.products import Kept, Rows, chunk_spans
 from rgpb.kernels import kernel_set
 from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
 from rgpb.layout import Layout, Responses, TokenScores, token_scores
@@ -45,15 +45,16 @@ class Coefficients:
         self.total = value if self.total is None else self.total + value
 
     def chunks(
-        self, kept: Kept, rows: int, counts: list[int]
+        self, kept: Kept, rows: int, together: int, counts: list[int]
     ) -> Iterator[tuple[Rows, Tensor, Callable[[Statistics], Upstream] | TokenTerms]]:
-        """Rows of at most `rows`, or of one unit, how many of them are of one response, and what turns their statistics
-        into coefficients, or, where the kernel set has it and nothing is skipped, the loss itself.
+        """Rows of a chunk, or of units, how many of them are of one response, and what turns their statistics into
+        coefficients, or, where the kernel set has it and nothing is skipped, the loss itself.
 
-        counts: what `asks`, or nothing.
+        Units come in as many as fit a chunk, or, where sweeps leave weights, as are multiplied together; a longer one
+        by itself. counts: what `asks`, or nothing.
         """
         if self.asks is not None:
-            yield from self._units(kept, rows, counts)
+            yield from self._units(kept, together if self.call.chunks.weighs else rows, counts)
             return
         own = None
         if self.spec.terms is not None:
@@ -61,7 +62,7 @@ class Coefficients:
         known = kernel_set(self.call.impl).token_losses if self.call.tolerance is None else ()
         in_kernel = own if own is not None and own[0] in known else None
         ends = None
-        for chunk in even_spans(kept.count, rows):
+        for chunk in chunk_spans(kept.count, rows, together, self.call.chunks.even):
             inside = self.count
             if chunk != slice(0, kept.count):
                 ends = self.count.cumsum(0) if ends is None else ends

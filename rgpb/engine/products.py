@@ -1,14 +1,18 @@
 """The matrix products of a sweep: operands in the dtype that they are multiplied in, their buffers, the sum of dW.
 
 D = ∂L/∂(X Wᵀ) = diag(r) E as the kernel sets leave it; r is None where it is all 1. The factor r of a row is left to
-the [C, H] sides: dX = r ∘ (E W), dW = Eᵀ (r ∘ X).
+the [K, H] sides: dX = r ∘ (E W), dW = Eᵀ (r ∘ X).
 
-Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, S slice of V.
+Logits are formed for C rows at a time. On a GPU their 16-bit E is kept apart (`Apart`), so that K ≥ C rows are
+multiplied at once: dX then fills the multiprocessors, and dW is summed over fewer parts, or is one product.
+
+Dimensions: P positions, N of them not ignored, V vocabulary, H hidden size, C rows of a chunk, K rows that are
+multiplied at once, S slice of V.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -22,12 +26,14 @@ from rgpb.engine.call import Call, Tensors
 from rgpb.engine.workspace import Workspace, of_key
 from rgpb.kernels import KernelSet, kernel_set, matmul
 from rgpb.kernels.cpp_rows import fresh
-from rgpb.kernels.types import Chunk, Epilogue, Statistics, acc_dtype, inside
+from rgpb.kernels.types import Chunk, Epilogue, Statistics, acc_dtype, aligned, inside
 
 Rows = slice | Tensor
 
-# Chunks of rows come in multiples of this, but for the last: registers take so many.
+# Even chunks of rows come in multiples of this, but for the last: registers take so many.
 ROW_UNIT = 16
+# Results are put into their places so many rows at a time, at least.
+ROW_PIECE = 128
 
 
 class Problem(NamedTuple):
@@ -188,19 +194,52 @@ class Kept:
             return torch.cat([torch.arange(*r, device=self.device) for r in ranges])
         return torch.cat([self.index[start:stop] for start, stop in ranges])
 
-    def chunks(self, most: int) -> Iterator[Rows]:
-        """All of them, in chunks of about equal length."""
-        for chunk in even_spans(self.count, most):
-            yield self.rows((chunk.start, chunk.stop))
+    def chunks(self, chunk: int, together: int, even: bool) -> Iterator[Rows]:
+        """All of them, as `chunk_spans` has them."""
+        for span in chunk_spans(self.count, chunk, together, even):
+            yield self.rows((span.start, span.stop))
+
+
+class Apart:
+    """16-bit E of several chunks, apart from their logits, until one product takes all its rows: e [K, V]."""
+
+    def __init__(self, e_KV: Tensor):
+        self.e, self.handed = e_KV, 0
+        self.done: list[tuple[Rows, Tensor | None]] = []
+
+    def has_room(self, count: int) -> bool:
+        """Whether so many rows fit beside those that are there."""
+        return self.handed + count <= len(self.e)
+
+    def hand(self, count: int) -> Tensor:
+        """Where E of the next rows goes. [C, V]"""
+        self.handed += count
+        return self.e[self.handed - count : self.handed]
+
+    def add(self, rows: Rows, r: Tensor | None) -> None:
+        """E of `rows`, the next of those that were handed out, is there; r [C]."""
+        self.done.append((rows, r))
+
+    def take(self) -> tuple[Rows, Tensor, Tensor | None]:
+        """(rows, E, r) of all that is there; empty from then on."""
+        rows, factors = zip(*self.done)
+        lengths = [length(x) for x in rows]
+        e, r = self.e[: sum(lengths)], None
+        given = [factor for factor in factors if factor is not None]
+        if given:
+            assert len(given) == len(factors)  # a kernel set leaves them to all rows, or to none
+            r = torch.cat(given) if len(given) > 1 else given[0]
+        self.done, self.handed = [], 0
+        return joined(rows, e.device), e, r
 
 
 class Products:
     """Chunks of a sweep over all of V for a kernel set, and the products with the E that the set makes of them.
 
-    rows: of a chunk, at most; score_only: no gradient will be asked for.
+    rows: C, of a chunk, at most; together: K, where E is kept apart; score_only: no gradient will be asked for.
     """
 
-    def __init__(self, p: Problem, rows: int, score_only: bool = False):
+    def __init__(self, p: Problem, rows: int, together: int = 0, score_only: bool = False):
         self.p, self.chunks, self.dtype, self.half = p, p.call.chunks, p.call.dtype, p.half
         self.set: KernelSet = kernel_set(p.call.impl)
         self.vocab = p.vocab
@@ -210,6 +249,11 @@ class Products:
         step = self.converted.shape[0] or self.vocab
         self.columns = step if self.half or p.call.impl == "tiled" else min(step, self.chunks.columns)
         self.buffer = self._buffer(rows, score_only)
+        self.apart: Apart | None = None
+        if self.chunks.apart and not score_only:
+            self.apart = Apart(p.room("e", max(rows, together), self.chunks.room, dtype=self.dtype)[:, : self.vocab])
+        self.gathered: tuple[Rows, Tensor] | None = None  # the last chunk's
+        self.sinks: tuple[Tensor | None, HeadSum | None] = None, None
 
     def _buffer(self, rows: int, score_only: bool) -> Tensor:
         """Logits [C, V] in the accumulators' type, for the tile kernels weights in the operands'. What is only scored
@@ -221,23 +265,39 @@ class Products:
         dtype = self.dtype if impl == "tiled" else self.p.acc_dtype
         return self.p.room("logits", rows, chunks.room, dtype=dtype)[:, : self.vocab]
 
-    def chunk(self, rows: Rows) -> Chunk:
-        """The positions `rows` against all of the head."""
-        x = self.inputs(rows)
+    def chunk(self, rows: Rows, score_only: bool = False) -> Chunk:
+        """The positions `rows` against all of the head; `score_only`: their E isn't asked for."""
+        x, out = self.inputs(rows), None
+        self.gathered = rows, x
+        if self.apart is not None and not score_only:
+            self.make_room(len(x))
+            out = self.apart.hand(len(x))
         return Chunk(
             x, self.p.target[rows], self.vocab, self.columns, partial(self.parts, self.columns),
-            partial(self.parts, self.chunks.columns), self.epilogue, self.buffer[: x.shape[0]], self.chunks.room,
+            partial(self.parts, self.chunks.columns), self.epilogue, self.buffer[: x.shape[0]], self.chunks.room, out,
         )  # fmt: skip
+
+    def make_room(self, count: int) -> bool:
+        """Whether E of so many rows can be kept apart until it is multiplied."""
+        if self.apart is None or count > len(self.apart.e):
+            return False
+        if not self.apart.has_room(count):
+            self.multiply()
+        return True
 
     def pull_back(
         self, rows: Rows, e_CV: Tensor, r: Tensor | None, active: Tensor | None, out_PH: Tensor | None,
         head: HeadSum | None,
     ) -> None:  # fmt: skip
-        """out[rows] = diag(r) E W, and the part of `rows` in the sum of dW.
+        """out[rows] = diag(r) E W, and the part of `rows` in the sum of dW; with E apart when `multiply` is called.
 
         active: which tiles count for which rows, bool [C, T]; None for all.
         """
         if active is None:
+            if self.apart is not None:
+                self.sinks = out_PH, head
+                self.apart.add(rows, r)
+                return
             if out_PH is not None:
                 self.hidden_rows(out_PH, rows, e_CV, r)
             if head is not None:
@@ -262,9 +322,25 @@ class Products:
         if dx is not None and out_PH is not None:
             out_PH[rows] = times(dx, r).to(out_PH.dtype)
 
+    def multiply(self) -> None:
+        """The products with all E that is kept apart."""
+        if self.apart is None or not self.apart.done:
+            return
+        (out_PH, head), (rows, e_KV, r) = self.sinks, self.apart.take()
+        if out_PH is not None:
+            self.hidden_rows(out_PH, rows, e_KV, r)
+        if head is not None:
+            head.add(e_KV, r, rows)
+
     def inputs(self, rows: Rows) -> Tensor:
         x = self.p.hidden[rows].to(self.dtype)
         return x.contiguous() if self.p.call.impl == "tiled" else x  # whose kernels read along H
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """Hidden states [K, H] in their own dtype, not gathered again where they are those of the last chunk."""
+        if self.gathered is not None and rows is self.gathered[0] and self.gathered[1].dtype == self.p.hidden.dtype:
+            return self.gathered[1]
+        return self.p.hidden[rows]
 
     def parts(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """`weight`, in slices of so many columns at most, for which logits are formed by one product."""
@@ -296,10 +372,13 @@ class Products:
         dx = out_PH[rows] if in_place else e_CV.new_empty(e_CV.shape[0], out_PH.shape[1], dtype=dtype)
         for part, weight in self.weight():
             matmul.mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
-        if r is not None:
-            dx.mul_(r[:, None])
-        if not in_place:
-            out_PH[rows] = dx.to(out_PH.dtype)
+        if in_place:
+            if r is not None:
+                dx.mul_(r[:, None])
+            return
+        for part in spans(len(dx), max(ROW_PIECE, -(-len(dx) // 4))):  # not all of it in two types at once
+            places = slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+            out_PH[places] = times(dx[part], None if r is None else r[part], out_PH.dtype)
 
 
 class HeadSum:
@@ -322,7 +401,7 @@ class HeadSum:
         if self.dbias is not None:
             matmul.mm(e_CV.t(), ones_or(r, e_CV), self.dbias, accumulate=not self.empty)
         for share, total in zip(self.shares, self.sums):
-            x = times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype)
+            x = times(self.products.hidden(rows)[:, share.columns], r, e_CV.dtype)
             if total.dtype == e_CV.dtype or self.products.half:
                 matmul.mm(e_CV.t(), x, total, accumulate=not self.empty)
             else:  # a 16-bit result of float32 operands passes through float32, slice by slice
@@ -388,27 +467,50 @@ class HeadSum:
 class HeadSlices:
     """dW [V, H] and db [V], a slice of the vocabulary at a time; each slice is complete when it is left."""
 
-    def __init__(self, p: Problem, columns: int, rows: int):
+    def __init__(self, p: Problem, columns: int, chunk: int, rows: int):
         self.p, self.set, self.dtype = p, kernel_set(p.call.impl), p.call.dtype
         self.rows, self.pad = rows, p.call.chunks.pad
         self.shares = p.shares()
         self.made = [p.gradient(share) for share in self.shares]
         self.dbias = p.hidden.new_empty(p.vocab, 1, dtype=p.acc_dtype) if p.call.needs[2] else None
         dtype = self.dtype if p.call.impl == "tiled" else p.acc_dtype
-        self.buffer = p.room("slice", rows * (columns + self.pad), dtype=dtype)
+        self.buffer = p.room("slice", chunk * self.stride(columns), dtype=dtype)
+        self.e = p.room("e of slice", rows * self.stride(columns) * p.call.chunks.apart, dtype=self.dtype)
         self.epilogue = p.epilogue()
 
-    def chunk(self, x: Tensor, y: Tensor, part: slice, weight: Tensor) -> Chunk:
+    def stride(self, columns: int) -> int:
+        """Length of a row of logits and of E."""
+        return columns + self.pad if self.pad else aligned(columns)
+
+    def apart(self, columns: int) -> Apart | None:
+        """Where E of a slice is kept, if apart from its logits."""
+        if not self.p.call.chunks.apart:
+            return None
+        stride = self.stride(columns)
+        rows = min(self.rows, len(self.e) // stride)
+        return Apart(self.e[: rows * stride].view(rows, stride)[:, :columns])
+
+    def chunk(self, x: Tensor, y: Tensor, part: slice, weight: Tensor, out: Tensor | None = None) -> Chunk:
         """Rows x [C, H] with targets y [C] against the slice `part` of the head, weight [S, H]."""
         columns = len(weight)
-        stride = columns + self.pad
+        stride = self.stride(columns)
         z = self.buffer[: len(x) * stride].view(len(x), stride)[:, :columns]
         epilogue = self.epilogue.slice(part.start, part.stop)
 
         def whole() -> Iterator[tuple[slice, Tensor]]:
             yield slice(0, columns), weight
 
-        return Chunk(x, inside(y, part), columns, columns, whole, whole, epilogue, z, columns)
+        room = columns if self.pad else stride
+        return Chunk(x, inside(y, part), columns, columns, whole, whole, epilogue, z, room, out)
+
+    def add(
+        self, dw: list[Tensor], db: Tensor | None, x: Tensor, e: Tensor, r: Tensor | None, first: bool
+    ) -> None:  # fmt: skip
+        """The share of rows x [K, H] in the sums of a slice, written where it is the first, else added. e [K, S]"""
+        for share, total in zip(self.shares, dw):
+            matmul.mm(e.t(), times(x[:, share.columns], r, e.dtype), total, accumulate=not first)
+        if db is not None:
+            matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
 
     def room(self, part: slice, count: int) -> tuple[list[Tensor], Tensor | None]:
         """Where the sums of a slice over `count` rows go, [S, H] for each share of the weight, and [S, 1]."""
@@ -447,8 +549,13 @@ class HeadSlices:
         return found
 
 
-def times(x_CH: Tensor, r: Tensor | None) -> Tensor:
-    return x_CH if r is None else x_CH * r[:, None]
+def times(x_CH: Tensor, r: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """diag(r) X, rounded to `dtype` as it is written."""
+    if r is None:
+        return x_CH if dtype is None else x_CH.to(dtype)
+    if dtype is None:
+        return x_CH * r[:, None]
+    return torch.mul(x_CH, r[:, None], out=x_CH.new_empty(x_CH.shape, dtype=dtype))
 
 
 def ones_or(r: Tensor | None, like_CV: Tensor) -> Tensor:
@@ -467,6 +574,29 @@ def even_spans(total: int, most: int) -> Iterator[slice]:
     of the weight, too."""
     count = -(-total // max(most, 1))
     yield from spans(total, min(most, -(-total // max(count * ROW_UNIT, 1)) * ROW_UNIT))
+
+
+def chunk_spans(total: int, chunk: int, together: int, even: bool) -> Iterator[slice]:
+    """0 … total in spans of at most `chunk`, none of them across a multiple of `together`: of about equal length, or
+    all but the last of each full."""
+    cut = even_spans if even else spans
+    for whole in cut(total, together):
+        for part in cut(whole.stop - whole.start, chunk):
+            yield slice(whole.start + part.start, whole.start + part.stop)
+
+
+def joined(rows: Sequence[Rows], device: torch.device) -> Rows:
+    """All of some rows, one after the other."""
+    if all(isinstance(x, slice) for x in rows) and all(a.stop == b.start for a, b in pairwise(rows)):  # type: ignore[union-attr]
+        return slice(rows[0].start, rows[-1].stop)  # type: ignore[union-attr]
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat([torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x for x in rows])
+
+
+def length(rows: Rows) -> int:
+    """How many they are."""
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def split_rows(rows: Rows, step: int) -> list[Rows]:

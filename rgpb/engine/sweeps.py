@@ -24,22 +24,22 @@ from rgpb.engine.call import Call, Tensors
 from rgpb.engine.coefficients import Coefficients
 from rgpb.engine.operator import is_intercepted, is_traced, operator
 from rgpb.engine.products import (
+    Apart,
     HeadSlices,
     HeadSum,
     Kept,
     Problem,
     Products,
     Rows,
+    chunk_spans,
     empty_statistics,
-    even_spans,
-    ones_or,
+    length,
     spans,
     split_rows,
-    times,
 )
-from rgpb.kernels import devices, matmul
+from rgpb.kernels import devices
 from rgpb.kernels.torch_rows import TorchRows, apply_
-from rgpb.kernels.types import Statistics, TokenTerms, Upstream, acc_dtype
+from rgpb.kernels.types import Chunk, Statistics, TokenTerms, Upstream, Weighed, acc_dtype
 from rgpb.objectives import resolve
 
 
@@ -136,9 +136,10 @@ def _score(tensors: Tensors, call: Call) -> Scored:
         active = p.hidden.new_zeros((len(p.target), tiles_of(p.weight, call)) if skip else 0, dtype=torch.bool)
         left_out = p.hidden.new_zeros(len(p.target) if skip else 0, dtype=torch.float32)
         score_only = not (call.accumulate or skip)
-        rows = min(call.chunks.scored_rows if score_only else call.chunks.rows, kept.count)
-        products = Products(p, rows, score_only)
-        for chunk in kept.chunks(rows):
+        scored = min(call.chunks.scored_rows, kept.count)
+        rows, together = (scored, scored) if score_only else call.chunks.sweep_for(kept.count)
+        products = Products(p, rows, together, score_only)
+        for chunk in kept.chunks(rows, together, call.chunks.even):
             given, tile, some = products.chunk(chunk), call.tile or None, None
             if call.accumulate:
                 found, masses, weighed = products.set.weigh(given, call.entropy, tile)
@@ -153,6 +154,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
                 e, r = products.set.pull_back(given, weighed, found, Upstream(-one, one))
                 products.pull_back(chunk, e, r, some, accumulated, None)
             statistics = filled(statistics, found, chunk, p)
+        products.multiply()
         statistics = statistics or empty_statistics(p, call.entropy)
     report = p.hidden.new_full((len(p.target) + 1 if skip else 0,), torch.nan, dtype=torch.float32)
     h_o = p.hidden.new_empty(0, dtype=p.acc_dtype) if statistics.h_o is None else statistics.h_o
@@ -356,31 +358,37 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         entropy, tile = objective.spec.entropy, call.tile or None
         p, _ = in_order(p, kept)
         report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
-        most = max(1, min(call.chunks.single_rows(kept.count), kept.count))
+        most, together = (max(1, rows) for rows in call.chunks.sweep_for(kept.count))
         statistics: Statistics | None = None
         dhidden = empty_rows(p, kept) if call.needs[0] else None
-        products = Products(p, most)
-        head, pairs = HeadSum(p, products, one_chunk=kept.count <= most), 0
-        for rows, lengths, coefficients in objective.chunks(kept, most, counts):
+        products = Products(p, most, together)
+        head, pairs = HeadSum(p, products, one_chunk=kept.count <= together), 0
+        for rows, lengths, coefficients in objective.chunks(kept, most, together, counts):
             if isinstance(coefficients, TokenTerms):
                 found, value, e, r = products.set.token_loss(products.chunk(rows), coefficients)
-                objective.add(value.double().sum())
+                objective.add(value.sum(dtype=torch.float64))
                 statistics = filled(statistics, found, rows, p) if call.scored else None
                 products.pull_back(rows, e, r, None, dhidden, head)
                 continue
             blocks = split_rows(rows, most)
+            # whose weights stay until the coefficients are known; of others only the statistics do
+            stay = len(blocks) == 1 or (call.chunks.weighs and products.make_room(sum(map(length, blocks))))
+            swept: list[tuple[Chunk, Tensor | None, Weighed]] = []
             for block in blocks:
-                chunk = products.chunk(block)
-                if len(blocks) == 1:
+                chunk = products.chunk(block, score_only=not stay)
+                if stay:
                     found, masses, weighed = products.set.weigh(chunk, entropy, tile)
+                    swept.append((chunk._replace(x=chunk.x[:0]), masses, weighed))
                 else:
                     found, _ = products.set.score(chunk, entropy)
                 statistics = filled(statistics, found, block, p)
             assert statistics is not None  # of a block at least
             upstream = coefficients(statistics.at(rows))
             largest = skipping.largest_of_response(upstream.g_lo, None if call.by_row else lengths)
-            for block, part in zip(blocks, spans(len(upstream.g_zy), most)):
-                if len(blocks) > 1:
+            for at, (block, part) in enumerate(zip(blocks, spans(len(upstream.g_zy), most))):
+                if stay:
+                    chunk, masses, weighed = swept[at]
+                else:
                     chunk = products.chunk(block)
                     found, masses, weighed = products.set.weigh(chunk, entropy, tile)
                 active, given = None, (statistics.at(block), upstream.at(part))
@@ -391,6 +399,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     pairs += int(active.sum())
                 e, r = products.set.pull_back(chunk, weighed, *given)
                 products.pull_back(block, e, r, active, dhidden, head)
+        products.multiply()
         if statistics is None or not call.scored:
             statistics = empty_statistics(p, entropy, len(p.target) if call.scored else 0)
         found_head = head.finished()
@@ -441,14 +450,19 @@ def _loss_backward(ctx: Any, upstream: Sequence[Tensor | None]) -> dict[str, Ten
     made: dict[str, Tensor | None] = {}
     for name in ("hidden", "weight", "bias", "more"):
         gradient = ctx.gradients.pop(0)
-        made[name] = _scale_(gradient, g) if name in ctx.needs else None
+        made[name] = _scale_(gradient, g, ctx.call.impl) if name in ctx.needs else None
     return made
 
 
-def _scale_(gradient: Tensor, g: Tensor) -> Tensor:
-    """Times the upstream scalar: in place, on a CPU not at all for the usual 1; out of place in a traced graph."""
+def _scale_(gradient: Tensor, g: Tensor, impl: str) -> Tensor:
+    """Times the upstream scalar: in place, with Triton and on a CPU not at all for the usual 1; out of place in a
+    traced graph."""
     if is_traced(gradient):
         return gradient * g.to(gradient.dtype)
+    if impl in ("triton", "tiled"):
+        from rgpb.kernels.triton_scale import scale_  # only where Triton is
+
+        return scale_(gradient, g)
     if devices.kind(gradient.device) == "cpu" and g.item() == 1:
         return gradient
     return gradient.mul_(g)
@@ -514,11 +528,10 @@ def head_gradient(
     if not kept.count:
         zeros = {share.name: torch.zeros_like(share.like) for share in p.shares()}
         return zeros | ({"bias": p.hidden.new_zeros(vocab, dtype=p.weight_dtype)} if p.call.needs[2] else {})
-    columns, most = p.call.chunks.slice_for(kept.count)
-    most = min(most, kept.count)
+    columns, rows, together = p.call.chunks.slice_for(kept.count)
     tile = vocab if rows_of is None else p.call.tile
     columns = min(columns, tile)
-    sums = HeadSlices(p, columns, most)
+    sums = HeadSlices(p, columns, rows, together)
     for part in (
         slice(t.start + s.start, t.start + s.stop) for t in spans(vocab, tile) for s in spans(t.stop - t.start, columns)
     ):
@@ -526,26 +539,34 @@ def head_gradient(
         chosen = None if rows_of is None else rows_of(part.start // tile)
         count = kept.count if chosen is None else len(chosen)
         dw, db = sums.room(part, count)
-        for span in even_spans(count, most):
-            rows = kept.rows((span.start, span.stop)) if chosen is None else chosen[span]
-            add_slice(p, sums, rows, part, weight, statistics, upstream, dw, db, first=span.start == 0)
+        apart, empty = sums.apart(len(weight)), True
+        for span in chunk_spans(count, rows, together, p.call.chunks.even):
+            some = kept.rows((span.start, span.stop)) if chosen is None else chosen[span]
+            x, e, r = slice_of_rows(p, sums, some, part, weight, statistics, upstream, apart)
+            if apart is not None:
+                del x
+                apart.add(some, r)
+                if span.stop % together and span.stop < count:
+                    continue
+                some, e, r = apart.take()
+                x = p.hidden[some].to(p.call.dtype)
+            sums.add(dw, db, x, e, r, first=empty)
+            empty = False
+            del x  # the next rows are not held beside these
         sums.keep(part, count, dw, db)
         del weight, dw  # the next slice is not held beside this one
     return sums.finished()
 
 
-def add_slice(
+def slice_of_rows(
     p: Problem, sums: HeadSlices, rows: Rows, part: slice, weight: Tensor, statistics: Statistics, upstream: Upstream,
-    dw: list[Tensor], db: Tensor | None, first: bool,
-) -> None:  # fmt: skip
-    """The share of `rows` in a slice of dW [S, H] and db [S, 1], written where it is the first, else added."""
+    apart: Apart | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(x, E, r) of `rows` and a slice of V."""
     x = p.hidden[rows].to(p.call.dtype)
-    chunk = sums.chunk(x, p.target[rows], part, weight)
-    e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
-    for share, total in zip(sums.shares, dw):
-        matmul.mm(e.t(), times(x[:, share.columns], r).to(e.dtype), total, accumulate=not first)
-    if db is not None:
-        matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
+    out = None if apart is None else apart.hand(len(x))
+    chunk = sums.chunk(x, p.target[rows], part, weight, out)
+    return x, *sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
 
 
 def hidden_gradient(
@@ -553,9 +574,10 @@ def hidden_gradient(
 ) -> Tensor:
     """dX [P, H] with the logits formed again: where H_o has a gradient, O alone doesn't give it."""
     dhidden = empty_rows(p, kept)
-    rows = min(p.call.chunks.rows, kept.count)
-    products = Products(p, rows)
-    for chunk in kept.chunks(rows):
+    rows, together = p.call.chunks.sweep_for(kept.count)
+    products = Products(p, rows, together)
+    for chunk in kept.chunks(rows, together, p.call.chunks.even):
         e, r = products.set.gradients(products.chunk(chunk), statistics.at(chunk), upstream.at(chunk))
         products.pull_back(chunk, e, r, None if active is None else active[chunk], dhidden, None)
+    products.multiply()
     return dhidden

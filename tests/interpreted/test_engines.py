@@ -8,6 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from covering import covering
@@ -25,12 +26,14 @@ from engine_suite import (
     small,
 )
 from skipping_suite import check_rows
+from triton.runtime import interpreter
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
+from rgpb.bench.measure import Result, peak_memory
 from rgpb.engine import plan as planning
 from rgpb.engine.call import Tensors
 from rgpb.fused import bnf_loss, dpo_loss
-from rgpb.kernels import matmul
+from rgpb.kernels import matmul, triton_scale
 from rgpb.validation import How, make_call
 
 IMPLS = ("triton", "tiled")
@@ -414,3 +417,122 @@ def test_skipping_with_a_sorted_vocabulary_on_a_head_of_any_width(monkeypatch):
     torch.testing.assert_close(
         runs[0], torch.autograd.grad(fused_loss(hidden, head, target, objective="mle"), head.weight)[0]
     )
+
+
+# -- E apart from the logits ------------------------------------------------------------------------------------------
+
+
+def wide(x):
+    """16-bit values as float64 in memory that torch doesn't count."""
+    if x.dtype == torch.bfloat16:
+        return (x.view(torch.int16).numpy().astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.numpy().astype(np.float64)
+
+
+@pytest.fixture
+def products(as_on_cuda, monkeypatch):
+    """What is multiplied: (a, b, out, accumulate) of each product, the first three without their data."""
+    made = []
+
+    def product(a, b, out, accumulate=False):
+        assert a.dtype == b.dtype
+        seen = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (a, b, out))
+        made.append((*seen, accumulate))
+        result = torch.from_numpy(wide(a) @ wide(b) + (wide(out) if accumulate else 0))
+        for rows in range(0, len(out), 8):  # as it is rounded, a few rows are there twice
+            out[rows : rows + 8] = result[rows : rows + 8]
+
+    monkeypatch.setattr(matmul, "mm", product)
+    return made
+
+
+def leading(x):
+    """Elements from a row (column) of a matrix to the next, or 0 for a vector."""
+    return 0 if 1 in x.shape else x.stride(0) if x.stride(1) == 1 else x.stride(1)
+
+
+APART = {"path": ("single", "two_pass", "frozen"), "name": ("bnf", "dpo"), "impl": ("triton", "torch")}
+
+
+@pytest.mark.parametrize(("path", "name", "impl"), covering(2, **APART))
+def test_e_of_several_chunks_is_multiplied_at_once(products, path, name, impl):
+    """Chunks, products, sums of dW and leading dimensions, in memory for a few rows; V is odd, some rows are gathered.
+    The results are those of float64 within the budget."""
+    B, T, V, H = 2, 40, 77, 24
+    hidden, head, target, ref_logits = batch((B, T, V, H), torch.bfloat16)
+    head = LMHead(head.weight.detach().requires_grad_(path != "frozen"))
+    ours, oracle = arguments(name, ref_logits, target)
+    workspace = (80 * 4 * 6 + 80 * 2 * 16 + H * 10 * 16) + (V * (H + 1) * 4 if path == "single" else 0)
+    workspace += 8 * V * 4 * 4 if impl == "torch" else 0  # its scratch
+    how = {"impl": impl, "workspace": workspace, "path": path, **ours}
+    loss = fused_loss(hidden, head, target, objective=name, **how)
+    wanted = [x for x in (hidden, head.weight) if x.requires_grad]
+    gradients = torch.autograd.grad(1.5 * loss, wanted)
+
+    N = int((target != -100).sum())
+    shape = planning.sizes(V, H, torch.bfloat16, torch.bfloat16, "cpu", impl)
+    C, K = planning.chunks(shape, workspace, path).sweep_for(N)
+    assert 1 < C < K < N, (C, K, N)
+    for a, b, out, _ in products:
+        assert all(leading(x) % 8 == 0 for x in (a, b)), (a.shape, a.stride(), b.shape, b.stride())
+        assert leading(out) % (8 if out.dtype == torch.bfloat16 else 4) == 0
+    logits = [len(a) for a, b, out, _ in products if a.shape[1] == H and out.shape[1] == V]
+    hidden_rows = [len(a) for a, b, *_ in products if a.shape[1] == V]
+    sums = [(a.shape[1], accumulate) for a, b, _, accumulate in products if len(a) == V]
+    assert max(logits) == C
+    if name == "bnf" or path != "single":
+        assert hidden_rows == [K] * (N // K) + [N % K] * (N % K > 0)
+    assert sum(hidden_rows) == N
+    if path == "single":
+        assert [rows for rows, _ in sums] == hidden_rows
+        assert [accumulate for _, accumulate in sums] == [False] + [True] * (len(sums) - 1)
+
+    naive, rough = oracle_in(torch.bfloat16, name, hidden, head, target, oracle)
+    exact, truth = oracle_in(torch.float64, name, hidden, head, target, oracle)
+    terms, _ = oracle_in(torch.float64, name, hidden, head, target, oracle, reduction="none")
+    assert_in_budget(loss, naive, exact, torch.float32, scale=terms.abs().max().item())
+    for gradient, a, b in zip(gradients, rough, truth):
+        assert_in_budget(gradient, 1.5 * a, 1.5 * b, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("path", "name", "impl"), covering(2, **{**APART, "impl": ("torch",)}))
+def test_the_workspace_bounds_what_is_held_with_e_apart(products, path, name, impl):
+    shape = B, T, V, H = (4, 60, 1013, 16)  # one row of logits has 4 kB
+    hidden, head, target, ref_logits = batch(shape, torch.bfloat16)
+    head = LMHead(head.weight.detach().requires_grad_(path != "frozen"))
+    ours, _ = arguments(name, ref_logits, target)
+    workspace = 2**18 + (V * (H + 1) * 4 if path == "single" else 0)
+
+    def run():
+        loss = fused_loss(hidden, head, target, objective=name, impl=impl, workspace=workspace, path=path, **ours)
+        return Result(loss.detach(), torch.autograd.grad(loss, [x for x in (hidden, head.weight) if x.requires_grad]))
+
+    assert peak_memory(run, "cpu").extra <= workspace + 256 * B * T
+
+
+def test_an_upstream_gradient_of_one_touches_nothing(monkeypatch):
+    stored = []
+    store = interpreter.InterpreterBuilder.create_masked_store
+    plain = interpreter.InterpreterBuilder.create_store
+
+    def noted(function):
+        def call(self, *arguments):
+            stored.append(1)
+            return function(self, *arguments)
+
+        return call
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted(store))
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_store", noted(plain))
+    wide, narrow = torch.float64, torch.bfloat16
+    for shape, dtype in (((90, 100), torch.float32), ((100, 90), narrow), ((7,), wide), ((0, 3), wide)):
+        x = torch.randn(shape).to(dtype)
+        for given in (x, x.t() if x.ndim == 2 else x):
+            stored.clear()
+            made = triton_scale.scale_(given.clone(), torch.ones(()))
+            assert not stored
+            assert torch.equal(made, given)
+            made = triton_scale.scale_(given.clone(), torch.tensor(-1.5))
+            assert bool(stored) == bool(x.numel())
+            assert torch.equal(made, given * -1.5)
+    assert triton_scale.scale_(torch.ones(3), torch.tensor(torch.nan)).isnan().all()

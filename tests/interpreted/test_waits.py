@@ -66,7 +66,7 @@ def test_waits_and_launches_are_those_of_the_documents(case, monkeypatch):
         assert len(found.launches) <= most[1], found
 
 
-@pytest.mark.parametrize(("objective", "kernel"), [("bnf", "token_loss_kernel"), ("dpo", "gradients_kernel")])
+@pytest.mark.parametrize(("objective", "kernel"), [("bnf", "token_loss_kernel"), ("dpo", "target_kernel")])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_more_chunks_take_no_more_waits(objective, kernel, packed, monkeypatch):
     """How long pairs are is read with what else the door checks."""
