@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rgpb import cli
 from rgpb.bench.plan import HEADS, predictions
 from rgpb.bench.tables import Row as BenchRow
-from rgpb.engine.plan import RATES
+from rgpb.engine.plan import RATES, Sizes, plan, product_seconds, sizes
 from rgpb.objectives import OBJECTIVES, Objective, describe_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -526,8 +528,15 @@ def kernel_predictions() -> str:
     rates, logits = RATES["sm_90"], tokens * vocab
     flops, operands = 2 * logits * width, 2 * width * (tokens + vocab)
     partials = 3 * 4 * tokens * (vocab // 128)
+    whole, rest = divmod(tokens, 640)
+    formed, last, dx, dw = (
+        product_seconds(rates, *each, 2)
+        for each in ((640, vocab, width), (rest, vocab, width), (tokens, width, vocab), (vocab, width, tokens))
+    )
     kernels = (
-        ("library product → float32 logits", True, 4 * logits + operands, flops / rates.library),
+        ("library product → float32 logits, 640 rows at a time", True, 4 * logits + operands, whole * formed + last),
+        ("library product → dX", True, 2 * logits + operands, dx),
+        ("library product → dW", True, 2 * logits + operands, dw),
         ("`statistics_kernel`", False, 4 * logits, 4 * logits / rates.copy),
         ("`statistics_kernel`, weights written", False, 6 * logits, 6 * logits / rates.copy),
         ("`gradients_kernel`, bf16 out", False, 6 * logits, 6 * logits / rates.copy),
@@ -541,6 +550,52 @@ def kernel_predictions() -> str:
         lines.append((name, work[0], f"{size / 1e9:.1f} GB", work[1], f"{seconds * 1e3:.1f} ms"))
     headers = ("kernel", "flops", "bytes", "bound by", "predicted")
     return table(headers, lines)
+
+
+def predicted_aims() -> str:
+    """What was aimed at on an H200, for Llama-3-8B's head in bf16, beside what the plan predicts."""
+    jobs: tuple[tuple[str, int, float, dict[str, Any]], ...] = (
+        ("BNF, N = 8192, 4 GiB", 8192, 1.08, {"couples": "token", "workspace": 4 << 30}),
+        ("BNF, N = 8192, 512 MiB", 8192, 1.10, {"couples": "token"}),
+        ("BNF, N = 512, 512 MiB", 512, 1.35, {"couples": "token"}),
+    )
+    lines = []
+    for name, tokens, aim, request in jobs:
+        made = plan(tokens, llama("triton"), **request)
+        assert made.seconds is not None
+        over = made.seconds * RATES["sm_90"].library / made.flops
+        lines.append(
+            (
+                name, f"{aim:.2f} × {made.units}U", f"{over:.3f} × {made.units}U", "met" if over <= aim else "missed",
+                f"{made.path}, {made.rows} rows of logits, {made.together} of E, {made.extra_bytes / 2**30:.1f} GiB",
+            )
+        )  # fmt: skip
+    return table(("call", "aim", "predicted", "", "plan"), lines)
+
+
+def crossings() -> str:
+    """From which workspace on a token-wise loss takes a single pass, and from which rate on tile kernels are faster."""
+    rates, (width, vocab, _) = RATES["sm_90"], HEADS["llama-3-8b"]
+    lines = []
+    for tokens in (512, 2048, 8192, 32768):
+        sizes_of = range(128 << 20, 8 << 30, 64 << 20)
+        calls = ((size, plan(tokens, llama("triton"), couples="token", workspace=size)) for size in sizes_of)
+        single = next(size for size, made in calls if made.path == "single")
+        rows, tiles = (
+            plan(tokens, llama(impl), couples="token", path="single", workspace=4 << 30) for impl in ("triton", "tiled")
+        )
+        assert rows.seconds is not None
+        assert tiles.seconds is not None
+        flops = 2 * tokens * vocab * width
+        level = flops / (rows.seconds - tiles.seconds + flops / rates.tile) / rates.library
+        lines.append((f"{tokens:,}", f"{single >> 20:,} MiB", f"{level:.0%}".replace("%", " %")))
+    return table(("N", "a single pass from a workspace of", "`tiled` level with `triton` at"), lines)
+
+
+def llama(impl: str) -> Sizes:
+    """Llama-3-8B's head in bf16 on an H200."""
+    width, vocab, _ = HEADS["llama-3-8b"]
+    return sizes(vocab, width, torch.bfloat16, torch.bfloat16, "cuda", impl, arch="sm_90")
 
 
 def planned(command: str) -> str:
@@ -574,6 +629,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "longest": longest,
     "predictions": predictions,
     "kernel-predictions": kernel_predictions,
+    "predicted-aims": predicted_aims,
+    "crossings": crossings,
     "tally": tally,
     "decisions": decisions,
     "options-response": lambda: options("response"),
