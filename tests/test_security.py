@@ -132,8 +132,9 @@ def torch_file(folder, value):
     return (folder / "saved").read_bytes()
 
 
-def test_code_of_a_model(tmp_path, model):
-    """Refused without a question, which transformers would ask on a terminal."""
+def test_code_of_a_model(tmp_path, model, monkeypatch):
+    """Refused without the question that transformers would ask, whose answer here is yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     model.save_pretrained(tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     settings |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
