@@ -63,8 +63,10 @@ def required(distribution: Distribution, here: dict[str, Distribution]) -> list[
 
 def component(distribution: Distribution, kind: ComponentType, **more: Any) -> Component:
     """A distribution as CycloneDX has it."""
-    name, version, metadata = canonicalize_name(distribution.name), distribution.version, distribution.metadata
-    said = metadata.get("License-Expression") or metadata.get("License") or ""  # some have the licence's whole text
+    name, version, metadata = canonicalize_name(distribution.name), distribution.version, distribution.metadata.json
+    said = str(
+        metadata.get("license_expression") or metadata.get("license") or ""
+    )  # some have the licence's whole text
     licences = [LicenseFactory().make_from_string(said)] if said and "\n" not in said else []
     purl = PackageURL("pypi", None, name, version)
     return Component(name=name, version=version, type=kind, purl=purl, bom_ref=str(purl), licenses=licences, **more)
