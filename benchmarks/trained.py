@@ -304,7 +304,7 @@ def made_once(place: Path, make: Callable[[], Any]) -> Any:
     if not place.exists():
         made = make()
         save_whole_file(place, lambda path: torch.save(made, path))
-    return torch.load(place)
+    return torch.load(place, weights_only=True)
 
 
 def place_of(a: argparse.Namespace, name: tuple[str, int]) -> Path:
@@ -315,10 +315,10 @@ def place_of(a: argparse.Namespace, name: tuple[str, int]) -> Path:
 def report(a: argparse.Namespace, before: dict[str, Tensor], pairs: int) -> None:
     """Table and picture of the runs that are there."""
     table, curves = [], {}
-    first: dict[str, Any] = torch.load(place_of(a, RUNS[0]))
+    first: dict[str, Any] = torch.load(place_of(a, RUNS[0]), weights_only=True)
     for name in RUNS:
         if place_of(a, name).exists():
-            made = torch.load(place_of(a, name))
+            made = torch.load(place_of(a, name), weights_only=True)
             distance = None if name == RUNS[0] else off(first["weights"], made["weights"], before)
             table.append(line(name, made["kept"], made["held"], first["held"], distance))
             curves[f"{name[0]}, seed {name[1]}"] = [round(loss, 5) for loss in made["kept"]["loss"]]

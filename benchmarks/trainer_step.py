@@ -313,7 +313,7 @@ def _peak_of(process: int | None) -> int:
 def weigh(setting: Setting, data: Path, name: str) -> int:
     """The most that the process held during one step."""
     model, way = setting.model(), WAYS[name]
-    run, optimizer = way.make(model, Pairs(**torch.load(data)), way.loss), optimizer_of(model)
+    run, optimizer = way.make(model, Pairs(**torch.load(data, weights_only=True)), way.loss), optimizer_of(model)
     reset_peak(torch.device("cpu"))
     whole_step(run, optimizer)
     return peak_bytes(torch.device("cpu"))

@@ -396,6 +396,20 @@ def real() -> str:
 VERDICTS = ("**holds**", "**does not hold**", "**not decidable at this size**")
 
 
+def versions() -> str:
+    """What `make versions` found."""
+    rows = json.loads((ROOT / "tests" / "versions.json").read_text(encoding="utf-8"))
+    names = ("transformers", "PEFT", "TRL", "Triton", "numpy")
+    return table(
+        ["", *names, "passed", "failed"],
+        [
+            [name, *(row["versions"][each.lower()] for each in names), f"{row['passed']}", f"{len(row['failed'])}"]
+            for name, row in rows.items()
+        ],
+        right=len(names) + 1,
+    )
+
+
 def claims() -> list[tuple[str, str]]:
     """(claim, verdict) of each row of docs/claims.md."""
     rows = [line.strip("| ").split(" | ") for line in CLAIMS.read_text(encoding="utf-8").splitlines()]
@@ -631,6 +645,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kernel-predictions": kernel_predictions,
     "predicted-aims": predicted_aims,
     "crossings": crossings,
+    "versions": versions,
     "tally": tally,
     "decisions": decisions,
     "options-response": lambda: options("response"),

@@ -41,7 +41,8 @@ SOURCES = Path(__file__).parents[1] / "csrc"  # there in a checkout, where the l
 
 def _load() -> str | None:
     """Register the operators; why that can't be done, or None."""
-    places = [Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES]
+    # the plain .so first: one that bears the interpreter's name is of an earlier build
+    places = [Path(__file__).with_name(NAME + suffix) for suffix in reversed(EXTENSION_SUFFIXES)]
     library = next((place for place in places if place.exists()), None)
     if library is None:
         return f"the C++ kernels weren't built: {HOW}"

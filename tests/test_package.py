@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -39,10 +40,56 @@ def source(tmp_path):
     return place
 
 
+def packed(source, out, kind):
+    """An sdist or a wheel of sources, as pip and `build` make them."""
+    out.mkdir(exist_ok=True)
+    program = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))"
+    return out / run("-c", program, cwd=source).splitlines()[-1]
+
+
+@pytest.mark.full  # compiles the C++ kernels, twice
+def test_wheel_and_sdist_are_the_same_bits_again(source, tmp_path, monkeypatch):
+    """From sources in another folder, of another age; the wheel from the sdist. SOURCE_DATE_EPOCH says when."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    one, again = packed(source, tmp_path / "one", "sdist"), tmp_path / "again" / "source"
+    shutil.copytree(source, again, ignore=shutil.ignore_patterns("*.egg-info"))
+    for path in again.rglob("*"):
+        os.utime(path, (10**9, 10**9))
+    assert packed(again, tmp_path / "two", "sdist").read_bytes() == one.read_bytes()
+    with tarfile.open(one) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    first, second = (packed(place, tmp_path / place.name, "wheel") for place in (again, unpacked))
+    assert first.name == second.name == f"rgpb-0.1.0-py3-none-{first.name.partition('none-')[2]}"
+    with zipfile.ZipFile(first) as here, zipfile.ZipFile(second) as there:
+        assert {n: here.getinfo(n).CRC for n in here.namelist()} == {n: there.getinfo(n).CRC for n in there.namelist()}
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_sdist_has_what_a_wheel_is_made_of(source, tmp_path):
+    with tarfile.open(packed(source, tmp_path / "out", "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = [source / folder for folder in ("rgpb", "kernels", "csrc")]
+    needed = {str(path.relative_to(source)) for folder in folders for path in folder.rglob("*.*")}
+    assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"} <= names
+
+
+@pytest.mark.skipif(cpp_rows.missing() is not None, reason=str(cpp_rows.missing()))
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_library_is_of_no_python():
+    """So one wheel serves them all."""
+    (library,) = Path(cpp_rows.__file__).parent.glob("_cpp*.so")
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    assert any("torch" in name for name in names)
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+
+
 @pytest.mark.full  # compiles the C++ kernels
 def test_wheel_holds_the_kernels_inside_the_package(source, tmp_path):
     run("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("rgpb-0.1.0-py3-none-")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     program = "import rgpb, rgpb.kernels.cpp_rows as rows; print(rows.__file__, rows.missing(), sep='|')"

@@ -23,6 +23,9 @@ from rgpb.train.files import save_whole_folder, write_json
 from rgpb.train.rows import Preferences
 from rgpb.train.tokens import PreferenceDataset, texts_of, train_tokenizer
 
+# A model's folder is data: it is read where it lies, and the code that some bring is not run, nor offered to be
+HERE = {"local_files_only": True, "trust_remote_code": False}
+
 
 def is_hub_name(path: str) -> bool:
     """Whether that names a model of a hub, OWNER/NAME, rather than a path: no folder of the owner's name is here."""
@@ -89,7 +92,7 @@ def make_tokenizer(config: TrainConfig, family: str | None, folder: Path, prefer
         else:
             tokenizer = train_tokenizer(texts_of(preferences), config.vocab_size)
         save_whole_folder(place, tokenizer.save_pretrained)
-    return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    return AutoTokenizer.from_pretrained(place, **HERE)
 
 
 def make_model(config: TrainConfig, family: str | None, tokenizer: Any) -> PreTrainedModel:
@@ -147,13 +150,13 @@ def load_tokenizer(path: str | Path) -> Any:
         ValueError: a GGUF file that can't be read.
     """
     if not is_gguf(path):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, **HERE)
     path = Path(path)
     check_gguf(path)
     from gguf import GGUFReader
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **HERE)
         fields = GGUFReader(path).fields
     except Exception as error:
         raise ValueError(f"model: expected a GGUF file with a tokenizer, got {str(path)!r} ({error})") from error
@@ -175,10 +178,10 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         ValueError: a GGUF file that can't be read, or lacks weights.
     """
     if not is_gguf(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **HERE)
     path = Path(path)
     check_gguf(path)
-    how: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "local_files_only": True}
+    how: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, **HERE}
     try:
         both: Any = AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True, **how)
     except Exception as error:
@@ -234,7 +237,7 @@ def saved_dtype(config: TrainConfig, family: str | None) -> torch.dtype:
     """Of the weights when they are saved: float32, or with `dtype="bf16"` what the model's folder has, if it is one."""
     if config.dtype == "float32" or family is not None or is_gguf(config.model):
         return torch.float32
-    return AutoConfig.from_pretrained(config.model, local_files_only=True).dtype or torch.float32
+    return AutoConfig.from_pretrained(config.model, **HERE).dtype or torch.float32
 
 
 def save_model(place: Path, model: Any, state: dict[str, Any] | None, dtype: torch.dtype) -> None:

@@ -1,11 +1,14 @@
 """A model on several ranks: whole on each (DDP) or in parts (FSDP2), and its state from and to a checkpoint.
 
 A checkpoint's `dcp/` holds model and optimizer by the parameters' names, in torch.distributed.checkpoint's format, so
-it is read on any number of ranks, under any `--parallel`.
+it is read on any number of ranks, under any `--parallel`. The contents of that format, `.metadata`, are a pickle, and
+torch runs whatever one names; here it names classes of `CONTENTS`, or is refused.
 """
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from transformers import PreTrainedModel
 
 from rgpb import hf
@@ -25,6 +29,17 @@ from rgpb.hf.wrappers import base_of, sharded_by
 from rgpb.train.ranks import Ranks
 
 TRAINED = states.StateDictOptions(ignore_frozen_params=True)
+# By module: records, paths, and torch's names of types and layouts
+CONTENTS = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    **{module: {"PosixPath", "WindowsPath"} for module in ("pathlib", "pathlib._local")},
+}  # fmt: skip
 
 
 def shard(model: Any, ranks: Ranks, device: torch.device) -> Any:
@@ -63,6 +78,40 @@ def at_rest(model: nn.Module) -> None:
             module.reshard()
 
 
+class Contents(pickle.Unpickler):
+    """Reads a checkpoint's `.metadata`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in CONTENTS.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's own, whose pickle of contents can run nothing."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        place = Path(self.path) / ".metadata"
+        with place.open("rb") as file:
+            try:
+                contents: Metadata = Contents(file).load()
+            except pickle.UnpicklingError as error:
+                raise ValueError(f"{place}: expected the records of a checkpoint alone, got {error}") from error
+        contents.storage_meta = contents.storage_meta or StorageMeta()
+        contents.storage_meta.load_id = self.load_id
+        return contents
+
+
+class Planner(dcp.DefaultLoadPlanner):
+    """torch's own, which unpickles numbers and strings freely: here only what was read with `weights_only` first."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        copy = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), copy)
+        copy.seek(0)
+        super().load_bytes(read_item, copy)
+
+
 def save_state(place: Path, model: nn.Module, optimizer: Any, ranks: Ranks) -> None:
     """Model and optimizer of all ranks into a folder. Of a model with adapters, these alone."""
     with _quiet():
@@ -77,7 +126,9 @@ def load_state(place: Path, model: nn.Module, optimizer: Any | None, ranks: Rank
     """
     with _quiet():
         state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=place, process_group=ranks.group, no_dist=ranks.alone)
+        reader = Reader(place)
+        reader.read_metadata()  # what is wrong with it is said here: torch would wrap it, once for each rank
+        dcp.load(state, storage_reader=reader, planner=Planner(), process_group=ranks.group, no_dist=ranks.alone)
         states.set_model_state_dict(model, state["model"], options=states.StateDictOptions(strict=False))
         if optimizer is not None:
             states.set_optimizer_state_dict(model, _bare(optimizer), state["optimizer"], options=TRAINED)
