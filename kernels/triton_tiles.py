@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rgpb.kernels import configs
 from rgpb.kernels.triton_epilogue import finish, gradient
 from rgpb.kernels.triton_rows import dense, relative, with_target_
+from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
 
 
@@ -297,6 +298,9 @@ class Tiles:
     """
 
     token_losses: tuple[str, ...] = ()
+
+    def counting(self, active: Tensor, tile: int) -> Counting:
+        return Counting(active, tile)
 
     def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
         statistics, masses, _ = self._sweep(chunk, entropy, mass_tile, None)

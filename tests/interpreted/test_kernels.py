@@ -13,7 +13,7 @@ from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import FLAGS, NARROW, Implementation, close, dense, epilogue_of, upstream_of
 
-from rgpb.kernels import configs, triton_rows, triton_tiles
+from rgpb.kernels import configs, triton_rows, triton_skipping, triton_tiles
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 
@@ -188,3 +188,46 @@ def test_merge_of_more_tiles_than_a_block(dtype):
     close(lse_other, most + wanted.log(), dtype)
     close(whole, wanted, dtype)
     close(h_o, wanted.log() - (weight * (m + (t - most) * s)).sum(0) / wanted, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "add", "ordered", "factored", "placed", "strided"),
+    covering(
+        2, stored=NARROW, add=(False, True), ordered=(False, True),
+        factored=(False, True), placed=(False, True), strided=(False, True),
+    ),
+)  # fmt: skip
+def test_products_of_what_counts(stored, add, ordered, factored, placed, strided):
+    """dX and dW of a random mask: tiles for no row and for all, rows without a tile, padding that is NaN."""
+    rows, vocab, width, tile = 37, 150, 21, 64  # three blocks of rows, a last tile and a last step that aren't whole
+    acc = torch.float64 if stored == torch.float64 else torch.float32
+    made = torch.float32 if stored == torch.bfloat16 else stored
+    e = torch.full((rows, 160), torch.nan, dtype=stored)[:, :vocab].copy_(torch.randn(rows, vocab))
+    x, w = torch.randn(rows, width).to(stored), torch.randn(vocab, width).to(stored)
+    if strided:
+        x, w = x.t().contiguous().t(), w.t().contiguous().t()
+    active = torch.rand(rows, 3) < torch.linspace(0, 1, rows)[:, None]
+    active[:, 1], active[3] = torch.arange(rows) > 30, True
+    order, places = torch.randperm(vocab), torch.randperm(50)[:rows]
+    r = torch.randn(rows, dtype=acc) if factored else None
+    counting = triton_skipping.Counting(active.clone(), tile)
+
+    wide = e.double() * active.repeat_interleave(tile, 1)[:, :vocab]
+    dw = torch.randn(vocab, width).to(made)
+    exact = wide.t() @ x.double()
+    wanted = dw.double().clone() if add else torch.zeros(vocab, width, dtype=torch.float64)
+    wanted[order if ordered else slice(None)] += exact
+    counting.head(e, [x], [dw], order if ordered else None, 160, add)
+    close(dw, wanted, acc, None if made == acc else made)
+
+    taken = active.sum(1).argsort(descending=True, stable=True)
+    for some in taken.split(16):  # what counts for one of them is taken by all
+        active[some] = active[some].any(0)
+    wide = e.double() * active.repeat_interleave(tile, 1)[:, :vocab]
+    exact = wide @ w.double()[order if ordered else slice(None)] * (1 if r is None else r.double()[:, None])
+    dx = torch.randn(50, width).to(made)
+    at = places if placed else slice(0, rows)
+    wanted = dx.double().clone()
+    wanted[at] = exact + wanted[at] * add
+    counting.hidden(e, w, dx, r, places if placed else None, order if ordered else None, add)
+    close(dx, wanted, acc, None if made == acc else made)
