@@ -157,8 +157,8 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         "score": [Tile(16, 64, 16, 2, 1, 1, 3)],
         "weights": [Tile(16, 64, 16, 2, 1, 1, 3)],
         "gradients": [Tile(16, 64, 16, 2, 1, 1, 3)],
-        "hidden": [Tile(16, 32, 16, 1, 1, 1, 1)],
-        "head": [Tile(16, 32, 16, 1, 1, 1, 1)],
+        "hidden": [Tile(16, 64, 32, 1, 1, 1, 1)],
+        "head": [Tile(16, 64, 32, 1, 1, 1, 1)],
     },
 }  # fmt: skip
 

@@ -199,10 +199,10 @@ def test_merge_of_more_tiles_than_a_block(dtype):
 )  # fmt: skip
 def test_products_of_what_counts(stored, add, ordered, factored, placed, strided):
     """dX and dW of a random mask: tiles for no row and for all, rows without a tile, padding that is NaN."""
-    rows, vocab, width, tile = 37, 150, 21, 64  # three blocks of rows, a last tile and a last step that aren't whole
+    rows, vocab, width, tile = 37, 300, 37, 128  # three blocks of rows, a last tile and a last step that aren't whole
     acc = torch.float64 if stored == torch.float64 else torch.float32
     made = torch.float32 if stored == torch.bfloat16 else stored
-    e = torch.full((rows, 160), torch.nan, dtype=stored)[:, :vocab].copy_(torch.randn(rows, vocab))
+    e = torch.full((rows, 304), torch.nan, dtype=stored)[:, :vocab].copy_(torch.randn(rows, vocab))
     x, w = torch.randn(rows, width).to(stored), torch.randn(vocab, width).to(stored)
     if strided:
         x, w = x.t().contiguous().t(), w.t().contiguous().t()
@@ -217,7 +217,7 @@ def test_products_of_what_counts(stored, add, ordered, factored, placed, strided
     exact = wide.t() @ x.double()
     wanted = dw.double().clone() if add else torch.zeros(vocab, width, dtype=torch.float64)
     wanted[order if ordered else slice(None)] += exact
-    counting.head(e, [x], [dw], order if ordered else None, 160, add)
+    counting.head(e, [x], [dw], order if ordered else None, 304, add)
     close(dw, wanted, acc, None if made == acc else made)
 
     taken = active.sum(1).argsort(descending=True, stable=True)
