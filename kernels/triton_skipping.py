@@ -24,7 +24,10 @@ from rgpb.kernels import configs
 from rgpb.kernels.types import acc_dtype
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_n", "stride_m", "stride_l", "M"],
+    do_not_specialize_on_alignment=["active_ptr", "list_ptr", "count_ptr"],
+)
 def list_kernel(
     active_ptr, stride_n, stride_m,  # [N, M] bool in
     list_ptr, stride_l, count_ptr,  # [N, M], [N] int32 out
@@ -42,7 +45,10 @@ def list_kernel(
     tl.store(count_ptr + row, count)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["C", "V", "stride_l"],
+    do_not_specialize_on_alignment=["order_ptr", "rows_ptr", "list_ptr", "count_ptr", "r_ptr", "place_ptr"],
+)
 def hidden_kernel(
     e_ptr, stride_ec,  # [C, V] in
     w_ptr, stride_wv, stride_wh,  # [V, H] in
@@ -101,7 +107,9 @@ def hidden_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["V", "stride_l"], do_not_specialize_on_alignment=["order_ptr", "list_ptr", "count_ptr"]
+)
 def head_kernel(
     e_ptr, stride_ec,  # [C, V] in
     x_ptr, stride_xc, stride_xh,  # [C, H] in, times the rows' factors

@@ -30,7 +30,15 @@ from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
 
 
-@triton.jit
+# One number to each row or tile is never loaded by more than 4 bytes a thread: its alignment, and how many there are,
+# change no code.
+@triton.jit(
+    do_not_specialize=["C", "V", "stride_t"],
+    do_not_specialize_on_alignment=[
+        "target_ptr", "bias_ptr", "shift_ptr", "ho_ptr", "gzy_ptr", "glo_ptr", "gho_ptr", "zy_ptr", "top_ptr", "sum_ptr",
+        "mean_ptr",
+    ],
+)  # fmt: skip
 def tiles_kernel(
     x, stride_xc,  # [C, H] in: pointer or tensor descriptor
     w, stride_wv,  # [V, H] in: pointer or tensor descriptor
@@ -122,7 +130,10 @@ def tiles_kernel(
             tl.store(e_ptrs, (e * j).to(e_ptr.dtype.element_ty), mask=in_c[:, None] & (offs_v < room)[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["C", "T", "stride_t"],
+    do_not_specialize_on_alignment=["top_ptr", "sum_ptr", "mean_ptr", "shift_ptr", "lo_ptr", "ho_ptr", "total_ptr"],
+)
 def merge_kernel(
     top_ptr, sum_ptr, mean_ptr, stride_t,  # [T, C] in; top_ptr None: all relative to shift; mean_ptr None: no entropy
     shift_ptr,  # [C] in, or None
@@ -213,10 +224,10 @@ def _launch(
     w: Any = TensorDescriptor.from_tensor(w_VH, [config.vocab, config.width]) if tma else w_VH
     top, total, mean = partials or (None, None, None)
     tiles_kernel[(min(tiles, configs.programs(config, x_CH.device)),)](
-        x, x_CH.stride(0), w, w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top, total, mean,
+        x, 0 if tma else x_CH.stride(0), w, 0 if tma else w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top, total, mean,
         0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab, width,
         room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
-        width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
+        tma or width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 

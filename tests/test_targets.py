@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from rgpb.kernels import configs, triton_rows, triton_tiles  # noqa: E402
+from rgpb.kernels import configs, triton_rows, triton_skipping, triton_tiles  # noqa: E402
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
@@ -112,7 +112,7 @@ def recorded(arch):
     """The launches of a block, none of them made, as on a device of `arch`."""
     launches = []
     with contextlib.ExitStack() as stack:
-        for module in (triton_rows, triton_tiles):
+        for module in (triton_rows, triton_skipping, triton_tiles):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
         rows = configs.ROWS.get(arch, configs.ROWS["default"])
@@ -129,12 +129,8 @@ def source(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        aligned = False
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-        ):
+        aligned, anew = False, not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (anew and type(value) is int and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
@@ -144,7 +140,7 @@ def source(kernel, args, kwargs):
         else:
             assert type(value) is int, f"{parameter.name}: expected a tensor, None or an int, got {value!r}"
             signature[parameter.name], aligned = "i32", value % 16 == 0
-        if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+        if aligned and anew and not parameter.do_not_specialize_on_alignment:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
