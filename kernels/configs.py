@@ -54,6 +54,15 @@ class Tile(NamedTuple):
     programs: int
     tma: bool = False
 
+    @property
+    def part(self) -> int:
+        """Columns that have partial statistics of their own: an epilogue of more takes more registers than there are."""
+        return min(self.vocab, 128)
+
+    def parts(self, vocab: int) -> int:
+        """Partial statistics of so many columns, those of whole tiles."""
+        return -(-vocab // self.vocab) * (self.vocab // self.part)
+
 
 # The row kernels are bound by memory: a block of 4096 float32 is four 16-byte loads a thread at 8 warps, and 4 to 8
 # programs fit a multiprocessor (28 to 60 registers), 64 kB or more in flight, which covers the latency.

@@ -59,6 +59,7 @@ SIZES = {
     "plain": (V, H),
     "flags": (V, H),
     "ragged": (1031, 528),  # no multiples of a block; rows of the operands still start at multiples of 16 bytes
+    "padded": (1031, 512),  # the same in rows with room for 16 elements, as the engine's buffers have it
     "unaligned": (1031, 73),  # they don't: no TMA, no vectors
 }
 
@@ -299,15 +300,16 @@ def tile_launch(arch, job, config, variant, dtype=torch.bfloat16):
     acc = torch.promote_types(dtype, torch.float32)
     a, b, c, d, e = torch.ones(5, C, dtype=acc)
     epilogue = Epilogue(torch.ones(vocab, dtype=acc), 30.0, 0.5) if flags else Epilogue(None, None, 1.0)
-    out = torch.empty(C, vocab, dtype=dtype)
+    room = -(-vocab // 16) * 16 if variant == "padded" else vocab
+    out = torch.empty(C, room, dtype=dtype)[:, :vocab]
     with recorded(arch) as launches:
         if job == "gradients":
             scores, upstream = Statistics(a, b, c if flags else None), Upstream(d, e, c if flags else None)
-            triton_tiles.gradients(x, w, target, scores, upstream, epilogue, out, config=config)
+            triton_tiles.gradients(x, w, target, scores, upstream, epilogue, out, room, config=config)
         else:
-            partials = triton_tiles.Partials.empty(a, -(-vocab // config.vocab), C, acc, job == "score", flags)
+            partials = triton_tiles.Partials.empty(a, config.parts(vocab), C, acc, job == "score", flags)
             weights = {} if job == "score" else {"shift": b, "out": out}
-            triton_tiles.score(x, w, target, epilogue, c, partials, config=config, **weights)
+            triton_tiles.score(x, w, target, epilogue, c, partials, room=room, config=config, **weights)
     return launches
 
 

@@ -113,9 +113,10 @@ def test_one_sweep_of_odd_rows(narrow, place):
     )
 
 
-def tiles(entropy, rows, vocab, like, top):
+def tiles(entropy, rows, vocab, like, top, wide):
     config = configs.TILES[configs.INTERPRETED]["score"][0]
-    return triton_tiles.Partials.empty(like, -(-vocab // config.vocab), rows, like.dtype, top, entropy), config
+    config = config._replace(vocab=256) if wide else config  # whose halves have statistics of their own
+    return triton_tiles.Partials.empty(like, config.parts(vocab), rows, like.dtype, top, entropy), config
 
 
 # C, V, H, each with its reason
@@ -123,10 +124,10 @@ SHAPES = {"off every tile, two groups": (35, 150, 24), "less than a tile": (3, 9
 
 
 @pytest.mark.parametrize(
-    ("tma", "stored", "shape", "entropy", "bias", "softcap", "scale"),
-    covering(3, tma=(False, True), stored=NARROW, shape=SHAPES, entropy=(False, True), **FLAGS),
+    ("tma", "wide", "stored", "shape", "entropy", "bias", "softcap", "scale"),
+    covering(3, tma=(False, True), wide=(False, True), stored=NARROW, shape=SHAPES, entropy=(False, True), **FLAGS),
 )
-def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
+def test_tiles(tma, wide, stored, shape, entropy, bias, softcap, scale):
     """Score, weights and gradients."""
     acc = torch.float64 if stored == torch.float64 else torch.float32
     rows, vocab, width = SHAPES[shape]
@@ -139,7 +140,7 @@ def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
     exact_z = (x.double() @ w.double().T).requires_grad_()
     truth, q = dense(exact_z, y, epilogue)
     like = torch.empty(0, dtype=acc)
-    partials, config = tiles(entropy, rows, vocab, like, top=True)
+    partials, config = tiles(entropy, rows, vocab, like, True, wide)
     config = config._replace(tma=tma)
     z_y = torch.zeros(rows, dtype=acc)
     triton_tiles.score(x, w, y, epilogue, z_y, partials, config=config)
@@ -147,12 +148,12 @@ def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
     for a, b in zip((z_y, lse_other, h_o) if entropy else (z_y, lse_other), truth):
         close(a, b.detach(), acc)
     close(
-        triton_tiles.masses(partials, None, lse_other, 2),
-        torch.nn.functional.pad(q.detach(), (0, -vocab % 128)).view(rows, -1, 128).sum(-1), acc,
+        triton_tiles.masses(partials, None, lse_other, 256 // config.part),
+        torch.nn.functional.pad(q.detach(), (0, -vocab % 256)).view(rows, -1, 256).sum(-1), acc,
     )  # fmt: skip
 
     shift = truth.lse_other.detach().to(acc) - 2
-    partials, _ = tiles(entropy, rows, vocab, like, top=False)
+    partials, _ = tiles(entropy, rows, vocab, like, False, wide)
     e = torch.empty(rows, vocab, dtype=stored)
     triton_tiles.score(x, w, y, epilogue, z_y, partials, shift, e, config=config)
     lse_other, h_o, total = triton_tiles.merge(partials, shift, entropy)
