@@ -50,6 +50,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
 }
 JOBS = ("score", "weights", "gradients")
 
@@ -64,7 +66,7 @@ SIZES = {
 }
 
 # Bytes of stack a thread may spill to, outside the matrix loop: without and with bias, soft-cap and entropy at once
-SPILLS = {"plain": 96, "ragged": 3 * KIB // 2, "flags": 3 * KIB}
+SPILLS = {"plain": 96, "padded": 96, "ragged": 3 * KIB // 2, "flags": 3 * KIB}
 
 
 class Device(NamedTuple):
@@ -241,7 +243,7 @@ def test_receipts_are_of_these_kernels(request):
     if request.config.getoption("--write-receipts"):
         return
     assert RECEIPTS["sources"] == sources(), "the kernels have changed since tests/receipts.json: run `make receipts`"
-    cases = [*tile_cases(), *wide_cases(), *row_cases()]
+    cases = [*tile_cases(), *wide_cases(), *skipping_cases(), *row_cases()]
     assert set(RECEIPTS["kernels"]) == {given.values[0] for given in cases}, "run `make receipts`"
 
 
@@ -321,7 +323,7 @@ def tile_cases():
 
     for arch in DEVICES:
         for job in JOBS:
-            for variant in ("plain", "flags", "ragged"):
+            for variant in ("plain", "flags", "ragged", "padded"):
                 yield made(arch, job, 0, variant)
             if job == "score":  # the matrix loop is that of the other jobs
                 yield made(arch, job, 0, "unaligned")
@@ -345,9 +347,13 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
         receipt(name, kernel, *facts)
         return
     assert not [line for line in loop if re.search(r"\bLDL|\bscratch_load", line)], "reloads spills in the matrix loop"
+    if variant == "padded" and job != "score" and arch != "gfx9":
+        assert re.search(r"st\.global\S*\.v4", kernel.assembly), "no stores of 16 bytes"
+        facts.append("16-byte stores")
     if JUDGED:
         fits(kernel, arch, config.programs)
-        assert kernel.stack <= (0 if arch == "gfx9" else SPILLS[variant])
+        first = arch == "sm_90" and index == 0 and variant in ("plain", "padded")
+        assert kernel.stack <= (0 if arch == "gfx9" or first else SPILLS[variant])
     receipt(name, kernel, *facts, "no spills in the matrix loop", f"room for {config.programs}", "stack")
 
 
@@ -370,15 +376,74 @@ def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     receipt(name, kernel, "no tf32", "48 KiB", "wide addresses", f"room for {configs.WIDE.programs}", "no stack")
 
 
+# -- the products of skipping -----------------------------------------------------------------------------------------
+
+
+def skipping_launch(arch, job, variant, dtype=torch.bfloat16):
+    """plain: results as they are stored. sum: float32 sums that are added to, in an order of the vocabulary, off every
+    block in padded rows."""
+    more = variant == "sum"
+    vocab = 1031 if more else V
+    e = torch.empty(C, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
+    x, w = torch.empty(C, H, dtype=dtype), torch.empty(vocab, H, dtype=dtype)
+    counting = triton_skipping.Counting(torch.ones(C, -(-vocab // 256), dtype=torch.bool), 256)
+    order = torch.arange(vocab) if more else None
+    out = [torch.empty(n, H, dtype=torch.float32 if more else dtype) for n in (C, vocab)]
+
+    def tile(job, device, dtype):
+        return configs.TILES[arch][job][0] if dtype.itemsize == 2 else configs.WIDE
+
+    with recorded(arch) as launches, mock.patch.object(configs, "tile", tile):
+        if job == "hidden":
+            counting.hidden(e, w, out[0], torch.ones(C), torch.arange(C) if more else None, order, more)
+        else:
+            counting.head(e, [x], out[1:], order, e.stride(0), more)
+    return launches[:1] if job == "list" else launches[1:]
+
+
+def skipping_cases():
+    for arch in DEVICES:
+        for job in ("hidden", "head"):
+            for variant in ("plain", "sum"):
+                yield case(f"{arch} {job} {variant}", arch, job, variant)
+        yield case(f"{arch} list", arch, "list", "plain")
+
+
+@pytest.mark.parametrize(("name", "arch", "job", "variant"), list(skipping_cases()))
+def test_skipping_kernel(name, arch, job, variant, tmp_path, receipt):
+    device, kernel = DEVICES[arch], compiled(arch, skipping_launch(arch, job, variant), tmp_path)
+    addresses_are_wide(kernel)
+    if job == "list":
+        receipt(name, kernel, "wide addresses")
+        return
+    assert device.matrix in kernel.assembly
+    loop = innermost(kernel.machine, device.machine)
+    assert loop, "no loop around the matrix instructions"
+    assert not [line for line in loop if re.search(r"\b(LDL|STL)|\bscratch_", line)], "spills in the matrix loop"
+    facts = ["matrix instructions", "wide addresses", "no spills in the matrix loop", "room for 1"]
+    fits(kernel, arch, 1)
+    if arch != "gfx9":
+        assert not re.search(r"\bLDG\.E\.U?[SU](8|16)\b", "\n".join(loop)), "operands come in narrow loads"
+        assert re.search(r"\bLDGSTS\S*\.128\b", "\n".join(loop)), "no operand goes to shared memory 16 bytes at a time"
+        facts.append("16-byte copies")
+    if arch == "sm_90":  # four products of 64 × 256 × 16 take 512 cycles, 8 warps issue 2 instructions a cycle at most
+        count = sum(bool(re.search(r"/\*[0-9a-f]{4}\*/", line)) for line in loop)
+        assert count <= 200, count
+        facts.append("200 instructions")
+    if JUDGED:
+        assert kernel.stack <= (0 if variant == "plain" else 512)
+    receipt(name, kernel, *facts, "stack")
+
+
 def test_tables_are_complete():
     """Every architecture has every job, its first choice fits what shares the key, and descriptors are where TMA is."""
     for arch in DEVICES:
-        assert set(configs.TILES[arch]) == set(JOBS)
+        assert set(configs.TILES[arch]) == {*JOBS, "hidden", "head"}
         for job, candidates in configs.TILES[arch].items():
             assert len(set(candidates)) == len(candidates), (arch, job)
             for config in candidates:
                 assert not config.tma or arch in ("sm_90", "sm_100", "sm_120")
-                if arch == "sm_80":  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
+                if arch == "sm_80" and job in JOBS:  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
                     buffers = (config.rows + config.vocab) * config.width * 2 * (config.stages - 1)
                     assert buffers <= 99 * KIB, (job, config)
 

@@ -269,7 +269,7 @@ class Products:
             if head is not None:
                 head.add_part(part, e, [x if chosen is None else x.index_select(0, chosen) for x in sides])
         if dx is not None and out_PH is not None:
-            out_PH[rows] = times(dx, r).to(out_PH.dtype)
+            out_PH[rows] = times(dx, r, out_PH.dtype)
 
     def counted_rows(
         self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None, active: Tensor, direct: bool
@@ -290,7 +290,7 @@ class Products:
             assert some is not None
             some.hidden(e_CV[:, part], weight, out, factor, places, order, add=part.start > 0)
         if not once:
-            out_PH[rows] = times(out, r).to(out_PH.dtype)
+            out_PH[rows] = times(out, r, out_PH.dtype)
 
     def inputs(self, rows: Rows) -> Tensor:
         x = self.p.hidden[rows].to(self.dtype)
@@ -326,10 +326,10 @@ class Products:
         dx = out_PH[rows] if in_place else e_CV.new_empty(e_CV.shape[0], out_PH.shape[1], dtype=dtype)
         for part, weight in self.weight():
             matmul.mm(e_CV[:, part], weight, dx, accumulate=part.start > 0)
-        if r is not None:
-            dx.mul_(r[:, None])
         if not in_place:
-            out_PH[rows] = dx.to(out_PH.dtype)
+            out_PH[rows] = times(dx, r, out_PH.dtype)
+        elif r is not None:
+            dx.mul_(r[:, None])
 
 
 class HeadSum:
@@ -352,7 +352,7 @@ class HeadSum:
         if self.dbias is not None:
             matmul.mm(e_CV.t(), ones_or(r, e_CV), self.dbias, accumulate=not self.empty)
         for share, total in zip(self.shares, self.sums):
-            x = times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype)
+            x = times(self.p.hidden[rows, share.columns], r, e_CV.dtype)
             if total.dtype == e_CV.dtype or self.products.half:
                 matmul.mm(e_CV.t(), x, total, accumulate=not self.empty)
             else:  # a 16-bit result of float32 operands passes through float32, slice by slice
@@ -362,7 +362,7 @@ class HeadSum:
 
     def sides(self, rows: Rows, e_CV: Tensor, r: Tensor | None) -> list[Tensor]:
         """What Eᵀ is multiplied with for each of the sums, [C, columns] in the operands' dtype."""
-        found = [times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype) for share in self.shares]
+        found = [times(self.p.hidden[rows, share.columns], r, e_CV.dtype) for share in self.shares]
         return found if self.dbias is None else [*found, ones_or(r, e_CV)]
 
     def add_counted(self, e_CV: Tensor, r: Tensor | None, rows: Rows, counting: Counting) -> None:
@@ -484,8 +484,11 @@ class HeadSlices:
         return found
 
 
-def times(x_CH: Tensor, r: Tensor | None) -> Tensor:
-    return x_CH if r is None else x_CH * r[:, None]
+def times(x_CH: Tensor, r: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(r) X, rounded once, in one pass."""
+    if r is None:
+        return x_CH.to(dtype)
+    return torch.mul(x_CH, r[:, None], out=x_CH.new_empty(x_CH.shape, dtype=dtype))
 
 
 def ones_or(r: Tensor | None, like_CV: Tensor) -> Tensor:

@@ -544,7 +544,7 @@ def add_slice(
     chunk = sums.chunk(x, p.target[rows], part, weight)
     e, r = sums.set.gradients(chunk, statistics.at(rows), upstream.at(rows))
     for share, total in zip(sums.shares, dw):
-        matmul.mm(e.t(), times(x[:, share.columns], r).to(e.dtype), total, accumulate=not first)
+        matmul.mm(e.t(), times(x[:, share.columns], r, e.dtype), total, accumulate=not first)
     if db is not None:
         matmul.mm(e.t(), ones_or(r, e), db, accumulate=not first)
 
