@@ -107,9 +107,7 @@ def hidden_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit(
-    do_not_specialize=["V", "stride_l"], do_not_specialize_on_alignment=["order_ptr", "list_ptr", "count_ptr"]
-)
+@triton.jit(do_not_specialize=["V", "stride_l"], do_not_specialize_on_alignment=["order_ptr", "list_ptr", "count_ptr"])
 def head_kernel(
     e_ptr, stride_ec,  # [C, V] in
     x_ptr, stride_xc, stride_xh,  # [C, H] in, times the rows' factors
@@ -200,9 +198,8 @@ class Counting(NamedTuple):
         (rows, vocab), width = e_CV.shape, out.shape[1]
         config = configs.tile("hidden", e_CV.device, e_CV.dtype)
         block = min(config.vocab, self.tile)
-        taken = self.active.sum(1).argsort(descending=True, stable=True)
-        padded = torch.nn.functional.pad(self.active[taken], (0, 0, 0, -rows % config.rows))
-        lists, stride, counts = _lists(padded.view(-1, config.rows, self.active.shape[1]).any(1))
+        taken, together = tiles_of_rows(self.active, config.rows)
+        lists, stride, counts = _lists(together)
         r, places, order = dense(r, places, order)
         if rows:
             hidden_kernel[(len(counts) * triton.cdiv(width, config.width),)](
@@ -228,6 +225,14 @@ class Counting(NamedTuple):
                 width, room or vocab, add, self.tile, config.rows, block, config.width, _acc(e_CV),
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
+
+
+def tiles_of_rows(active_CT: Tensor, together: int) -> tuple[Tensor, Tensor]:
+    """The order that rows are taken in, int64 [C], and which tiles count for one of so many of them, bool [R, T]."""
+    rows, tiles = active_CT.shape
+    taken = active_CT.sum(1).argsort(descending=True, stable=True)
+    padded = torch.nn.functional.pad(active_CT[taken], (0, 0, 0, -rows % together))
+    return taken, padded.view(-1, together, tiles).any(1)
 
 
 # Behind each list, for a block of `head` that is read ahead.

@@ -443,7 +443,9 @@ def test_tables_are_complete():
             assert len(set(candidates)) == len(candidates), (arch, job)
             for config in candidates:
                 assert not config.tma or arch in ("sm_90", "sm_100", "sm_120")
-                if arch == "sm_80" and job in JOBS:  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
+                if (
+                    arch == "sm_80" and job in JOBS
+                ):  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
                     buffers = (config.rows + config.vocab) * config.width * 2 * (config.stages - 1)
                     assert buffers <= 99 * KIB, (job, config)
 

@@ -46,9 +46,9 @@ MIN_COLUMNS = 1024
 MIN_SLICE = 1024
 # Rows of a chunk come in multiples of a product's tile, or the last of its tiles is mostly empty.
 ROW_TILE = 128
-# Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more, and take
-# more launches.
-MASS_TILE = {"cpu": 256, "cuda": 1024}
+# Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more. On a GPU two
+# tiles of a product's result, or one of the tile kernels.
+MASS_TILE = {"cpu": 256, "cuda": 256}
 # At least so many rows of a chunk, where gradients may be skipped in memory that is kept: of a narrow tile only a few
 # rows count. In new memory a chunk of that size would cost more than it saves.
 MAX_SKIPPING = 4096
