@@ -7,7 +7,8 @@ interleaved rounds: the bare three products, naive PyTorch, peers that are insta
 tolerance and with one, with memory of its own and with memory that is kept (the head's gradient, too, as the bare
 products do it). Beside the times stand the share of tiles left out and how far that moves the gradients. The last
 table, and the picture, say what other tolerances leave out of each loss, of chosen and rejected responses apart, and of
-flat logits. `--count` measures no time: it says what the Triton kernels would multiply on a GPU. In dpo and swepo all tokens of a response have the same coefficient, so its part is as in mle.
+flat logits. In dpo and swepo all tokens of a response have the same coefficient, so its part is as in mle. `--count`
+measures no time: it says what the Triton kernels would multiply on a GPU.
 
 Dimensions: B responses, T tokens of each, V vocabulary, H hidden size.
 """

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
 
     @property
     def part(self) -> int:
-        """Columns that have partial statistics of their own: an epilogue of more takes more registers than there are."""
+        """Columns that have partial statistics of their own: more at once take too many registers."""
         return min(self.vocab, 128)
 
     def parts(self, vocab: int) -> int:
@@ -80,7 +80,7 @@ ROWS = {
 # every entry. Without bias, soft-cap and entropy they are 0 to 88 bytes a thread (triton 3.6.0), with an entropy up to
 # 1 kB; a soft-cap costs the gradients of 4 warps about 0.5 kB a thread and tile and their weights 2 kB, a quarter
 # megabyte beside the 2 MB of operands of a [128 × 128] tile at H = 4096. 8 warps spill at most 0.3 kB.
-# hidden: [rows × width] of dX, `vocab` columns at a time. head: [vocab × width] of dW, `rows` at a time. Both of skipping.
+# Of skipping: hidden: [rows × width] of dX, `vocab` columns at a time. head: [vocab × width] of dW, `rows` at a time.
 # [64 × 128] reads 96 bytes a cycle at the full rate of an H100's tensor cores, [128 × 128] 64, [128 × 256] 48; the port
 # to the L2 cache carries 64.
 TILES: dict[str, dict[str, list[Tile]]] = {

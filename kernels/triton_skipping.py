@@ -1,8 +1,8 @@
 """The products of skipping in Triton: dX = diag(r) E W and dW = Eᵀ X over the (row, tile) pairs that count alone.
 
-One launch makes lists, on the device, of what counts; one launch each makes dX and dW from them. A program owns a tile
-of the result and walks through its list in order, so nothing is summed by atomics, and results are bitwise the same from
-run to run:
+One launch makes lists, on the device, of what counts; one launch makes dX or dW from them. A program owns a tile of the
+result and walks through its list in order: nothing is summed by atomics, and results are bitwise the same from run to
+run.
     dX    [rows × H] of BLOCK_C rows: through the tiles of the vocabulary that count for one of them
     dW    [vocabulary × H] of one tile: through the rows that count for it
 dX takes more than counts, wherever rows of one program differ. So rows come in the order of how many tiles count for
@@ -85,7 +85,7 @@ def hidden_kernel(
             w_rows = tl.load(order_ptr + offs_v)
         w = tl.load(w_columns + w_rows[:, None] * stride_wv, mask=in_h[None, :], other=0.0)
         acc = tl.dot(e, w, acc, input_precision="ieee", out_dtype=ACC)
-    if RAGGED:
+    if RAGGED:  # noqa: SIM102
         if (count > 0) & (last == V // TILE):  # the columns after the last whole block; behind them anything may lie
             offs_v = whole * BLOCK_V + tl.arange(0, BLOCK_V)
             in_v = offs_v < V
@@ -123,7 +123,7 @@ def head_kernel(
     start_v = tl.program_id(0) // tiles_h * BLOCK_V
     tile = start_v // TILE
     count = tl.load(count_ptr + tile)
-    if ADD:
+    if ADD:  # noqa: SIM102
         if count == 0:
             return
     offs_v = start_v + tl.arange(0, BLOCK_V)

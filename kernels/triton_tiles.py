@@ -81,13 +81,13 @@ def _finish_tile(
 
 # One number to each row or tile is never loaded by more than 4 bytes a thread: its alignment, and how many there are,
 # change no code.
-@triton.jit(
-    do_not_specialize=["C", "V", "stride_t"],
-    do_not_specialize_on_alignment=[
-        "target_ptr", "bias_ptr", "shift_ptr", "ho_ptr", "gzy_ptr", "glo_ptr", "gho_ptr", "zy_ptr", "top_ptr", "sum_ptr",
-        "mean_ptr",
-    ],
-)  # fmt: skip
+VECTORS = [
+    "target_ptr", "bias_ptr", "shift_ptr", "ho_ptr", "gzy_ptr", "glo_ptr", "gho_ptr", "zy_ptr", "top_ptr", "sum_ptr",
+    "mean_ptr", "lo_ptr", "total_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "V", "stride_t"], do_not_specialize_on_alignment=VECTORS)
 def tiles_kernel(
     x, stride_xc,  # [C, H] in: pointer or tensor descriptor
     w, stride_wv,  # [V, H] in: pointer or tensor descriptor
@@ -142,64 +142,18 @@ def tiles_kernel(
             left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_C, 2, 128)), (0, 2, 1)))
             for half in tl.static_range(2):
                 _finish_tile(
-                    left if half == 0 else right,
-                    offs_c,
-                    start_v + 128 * half,
-                    2 * tile_v + half,
-                    target_ptr,
-                    bias_ptr,
-                    shift_ptr,
-                    ho_ptr,
-                    gzy_ptr,
-                    glo_ptr,
-                    gho_ptr,
-                    zy_ptr,
-                    top_ptr,
-                    sum_ptr,
-                    mean_ptr,
-                    stride_t,
-                    e_ptr,
-                    stride_ec,
-                    C,
-                    V,
-                    room,
-                    SOFTCAP,
-                    SCALE,
-                    ACC,
-                )
+                    left if half == 0 else right, offs_c, start_v + 128 * half, 2 * tile_v + half, target_ptr, bias_ptr,
+                    shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr, zy_ptr, top_ptr, sum_ptr, mean_ptr, stride_t, e_ptr,
+                    stride_ec, C, V, room, SOFTCAP, SCALE, ACC,
+                )  # fmt: skip
         else:
             _finish_tile(
-                z,
-                offs_c,
-                start_v,
-                tile_v,
-                target_ptr,
-                bias_ptr,
-                shift_ptr,
-                ho_ptr,
-                gzy_ptr,
-                glo_ptr,
-                gho_ptr,
-                zy_ptr,
-                top_ptr,
-                sum_ptr,
-                mean_ptr,
-                stride_t,
-                e_ptr,
-                stride_ec,
-                C,
-                V,
-                room,
-                SOFTCAP,
-                SCALE,
-                ACC,
-            )
+                z, offs_c, start_v, tile_v, target_ptr, bias_ptr, shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr, zy_ptr,
+                top_ptr, sum_ptr, mean_ptr, stride_t, e_ptr, stride_ec, C, V, room, SOFTCAP, SCALE, ACC,
+            )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["C", "T", "stride_t"],
-    do_not_specialize_on_alignment=["top_ptr", "sum_ptr", "mean_ptr", "shift_ptr", "lo_ptr", "ho_ptr", "total_ptr"],
-)
+@triton.jit(do_not_specialize=["C", "T", "stride_t"], do_not_specialize_on_alignment=VECTORS)
 def merge_kernel(
     top_ptr, sum_ptr, mean_ptr, stride_t,  # [T, C] in; top_ptr None: all relative to shift; mean_ptr None: no entropy
     shift_ptr,  # [C] in, or None
@@ -250,7 +204,7 @@ def merge_kernel(
 
 
 class Partials(NamedTuple):
-    """Per part of a tile of the vocabulary (`Tile.part`) and row, [T, C] each: maximum (or None), Σ exp, Σ exp · z (or None)."""
+    """Of each `Tile.part` of the vocabulary and row, [T, C]: maximum (or None), Σ exp, Σ exp · z (or None)."""
 
     top: Tensor | None
     total: Tensor
@@ -290,10 +244,10 @@ def _launch(
     w: Any = TensorDescriptor.from_tensor(w_VH, [config.vocab, config.width]) if tma else w_VH
     top, total, mean = partials or (None, None, None)
     tiles_kernel[(min(tiles, configs.programs(config, x_CH.device)),)](
-        x, 0 if tma else x_CH.stride(0), w, 0 if tma else w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top, total, mean,
-        0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab, width,
-        room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
-        tma or width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
+        x, 0 if tma else x_CH.stride(0), w, 0 if tma else w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top,
+        total, mean, 0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab,
+        width, room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group,
+        tma, tma or width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
