@@ -239,7 +239,7 @@ def counted(batch: Batch, losses: tuple[str, ...], tolerance: float) -> list[dic
         row |= {"tile": tile, "pairs": round(active.float().mean().item(), 3), "dW": round(dw, 3), "dX": round(dx, 3)}
         row |= {"dX, rows as they lie": round(lying.any(1).float().mean().item(), 3), "MB": round(loads * 2 / 1e6)}
         table.append(row | {"over 3U": round((1 + (dx + dw) * rates.library / rates.tile) / 3, 2)})
-        print("\n".join(free_table(table[-1:])), flush=True)
+    print("\n".join(free_table(table)))
     return table
 
 
