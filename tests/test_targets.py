@@ -428,8 +428,8 @@ def test_skipping_kernel(name, arch, job, variant, tmp_path, receipt):
         facts.append("16-byte copies")
     if arch == "sm_90":  # four products of 64 × 256 × 16 take 512 cycles, 8 warps issue 2 instructions a cycle at most
         count = sum(bool(re.search(r"/\*[0-9a-f]{4}\*/", line)) for line in loop)
-        assert count <= 200, count
-        facts.append("200 instructions")
+        assert count <= 220, count
+        facts.append("220 instructions")
     if JUDGED:
         assert kernel.stack <= (0 if variant == "plain" else 512)
     receipt(name, kernel, *facts, "stack")
