@@ -7,7 +7,8 @@ interleaved rounds: the bare three products, naive PyTorch, peers that are insta
 tolerance and with one, with memory of its own and with memory that is kept (the head's gradient, too, as the bare
 products do it). Beside the times stand the share of tiles left out and how far that moves the gradients. The last
 table, and the picture, say what other tolerances leave out of each loss, of chosen and rejected responses apart, and of
-flat logits. In dpo and swepo all tokens of a response have the same coefficient, so its part is as in mle.
+flat logits. In dpo and swepo all tokens of a response have the same coefficient, so its part is as in mle. `--count`
+measures no time: it says what the Triton kernels would multiply on a GPU.
 
 Dimensions: B responses, T tokens of each, V vocabulary, H hidden size.
 """
@@ -19,8 +20,10 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from matplotlib.figure import Figure
@@ -32,7 +35,9 @@ from rgpb.arguments import argument, positive
 from rgpb.bench.contest import NAIVE, Batch, Floor, Job, finished, fused, naive
 from rgpb.bench.measure import Result, explain, installed, interleaved, provenance
 from rgpb.bench.tables import free_table, save
-from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine import skipping
+from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
+from rgpb.engine.skipping import choose
 
 LOSSES = ("bnf", "dpo", "swepo", "mle")
 TOLERANCES = tuple(2.0**-k for k in range(4, 25, 4))
@@ -191,6 +196,53 @@ def sweep(batch: Batch, losses: tuple[str, ...]) -> list[dict[str, Any]]:
     return table
 
 
+def counted(batch: Batch, losses: tuple[str, ...], tolerance: float) -> list[dict[str, Any]]:
+    """What the Triton kernels multiply for the masks of this model, and what is predicted of it on an H200.
+
+    Columns: `pairs`: of all (row, tile) pairs those that count. `dW`: the rows that count for each tile, in whole steps
+    of them. `dX`: (tile of rows, tile) pairs with one that counts, `as they lie` and in the order that they are taken
+    in. `MB`: E, W and X that the programs of dX and dW load, at this model's width. `over 3U`: predicted time of the
+    products over that of three whole ones by the library.
+    """
+    from rgpb.kernels import configs, triton_skipping
+
+    hidden, head = (configs.TILES["sm_90"][name][0] for name in ("hidden", "head"))
+    width, rates, table = batch.weight.shape[1], RATES["sm_90"], []
+    for tokens, loss, ordered in product((1024, 2048, 4096), losses, (False, True)):
+        count, length = tokens // batch.target.shape[1], len(batch.target) // 2
+        some = torch.cat([torch.arange(count // 2), length + torch.arange(count // 2)])  # of chosen and rejected alike
+        masks: list[Tensor] = []
+
+        def keeping(*given: Any) -> tuple[Tensor, Tensor]:
+            active, bound = choose(*given)
+            masks.append(active)  # noqa: B023
+            return active, bound
+
+        data = batch._replace(
+            hidden=batch.hidden.detach()[some].requires_grad_(), target=batch.target[some], label=batch.label[some],
+            ref=batch.ref[some],
+        )  # fmt: skip
+        with mock.patch.object(skipping, "choose", keeping):
+            left_out(data, loss, grad_tolerance=tolerance, sort_vocab=ordered, workspace=4 << 30)
+        active = torch.cat(masks)
+        lying = torch.nn.functional.pad(active, (0, 0, 0, -len(active) % hidden.rows)).view(
+            -1, hidden.rows, active.shape[1]
+        )
+        _, together = triton_skipping.tiles_of_rows(active, hidden.rows)
+        steps = -(-active.sum(0) // head.rows)
+        dx = together.sum().item() * hidden.rows / active.numel()
+        dw = steps.sum().item() * head.rows / active.numel()
+        tile = -(-len(batch.weight) // active.shape[1])
+        loads = together.sum().item() * tile * (hidden.rows * -(-width // hidden.width) + width)
+        loads += steps.sum().item() * head.rows * (tile * -(-width // head.width) + width * tile // head.vocab)
+        row: dict[str, Any] = {"tokens": tokens, "loss": loss, "order": "sorted" if ordered else "as it lies"}
+        row |= {"tile": tile, "pairs": round(active.float().mean().item(), 3), "dW": round(dw, 3), "dX": round(dx, 3)}
+        row |= {"dX, rows as they lie": round(lying.any(1).float().mean().item(), 3), "MB": round(loads * 2 / 1e6)}
+        table.append(row | {"over 3U": round((1 + (dx + dw) * rates.library / rates.tile) / 3, 2)})
+    print("\n".join(free_table(table)))
+    return table
+
+
 def draw(table: list[dict[str, Any]], path: Path) -> None:
     """Units of products over the tolerance."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -220,6 +272,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tolerance", type=float, default=2.0**-8, help="default 2^-8")
     parser.add_argument("--head-scale", type=float, default=1.0, help="factor of the head; 0.01 makes flat logits")
+    parser.add_argument("--count", action="store_true", help="only what Triton's kernels would multiply")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and results.png")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -232,6 +285,11 @@ def main() -> None:
         "cpu", model=a.model.name, pairs=a.pairs.name, shape=f"{target.numel()} x {weight.shape[1]} x {len(weight)}",
         length=a.length, dtype=a.dtype, tolerance=a.tolerance, rounds=a.rounds, head_scale=a.head_scale,
     )  # fmt: skip
+    if a.count:
+        a.out.mkdir(parents=True, exist_ok=True)
+        table = counted(batch, tuple(a.losses), a.tolerance)
+        save(a.out / "results.json", {"provenance": facts, "rows": [], "points": [], "table": table})
+        return
     table = race(batch, tuple(a.losses), a.tolerance, a.rounds)
     units = sweep(batch, tuple(a.losses))
     a.out.mkdir(parents=True, exist_ok=True)

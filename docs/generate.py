@@ -45,6 +45,7 @@ PRODUCTS = "cpu-2-threads/products/results.json"
 SKIPPING = "cpu-2-threads/skipping/results.json"
 KEPT = "cpu-2-threads/kept-2048-512-32000/results.json"
 KEPT_LARGE = "cpu-2-threads-avx2/kept-1024-2048-128256/results.json"
+SKIPPING_TILES = "cpu-2-threads/skipping-tiles/results.json"
 SKIPPING_BF16 = "cpu-2-threads-avx2/skipping-bf16/results.json"
 SKIPPING_FLAT = "cpu-2-threads-avx2/skipping-flat/results.json"
 GROWTH = "cpu-2-threads/growth/results.json"
@@ -166,6 +167,22 @@ def skipping_other() -> str:
         source = f"[data](../benchmarks/results/{name})"
         lines.append((f"{what}, {tokens:,} tokens", *cells, f"{share:.2f}", source))
     return table(("BNF, τ = 2⁻⁸", "naive", "rgpb, kept", "with tolerance", "left out", ""), lines)
+
+
+def skipping_tiles() -> str:
+    """What the Triton kernels would multiply of the same model's masks."""
+    lines = [
+        (
+            f"{row['loss']}, {row['tokens']:,} tokens, {row['order']}",
+            *(f"{row[name]:.2f}" for name in ("pairs", "dW", "dX", "dX, rows as they lie")), f"{row['MB']:,} MB",
+            f"{row['over 3U']:.2f}",
+        )
+        for row in load(SKIPPING_TILES)["table"]
+    ]  # fmt: skip
+    headers = ("", "pairs that count", "in dW", "in dX", "in dX with rows as they lie", "loaded", "predicted / 3U")
+    made = load(SKIPPING_TILES)["provenance"]
+    source = f"[data](../benchmarks/results/{SKIPPING_TILES})"
+    return f"{table(headers, lines)}\n\nCounted {made['date'][:10]} at commit `{made['commit'][:7]}`: {source}."
 
 
 def _error(row: Row) -> str:
@@ -635,6 +652,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "kept": lambda: measured(KEPT),
     "kept-large": lambda: measured(KEPT_LARGE),
     "skipping-other": skipping_other,
+    "skipping-tiles": skipping_tiles,
     "growth": growth,
     "calls": small,
     "trained": trained,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rgpb.kernels import cpp_rows
-from rgpb.kernels.types import Chunk, Statistics, TokenTerms, Upstream, Weighed
+from rgpb.kernels.types import Chunk, Counting, Statistics, TokenTerms, Upstream, Weighed
 
 IMPLEMENTATIONS = ("auto", "triton", "tiled", "cpp", "torch")
 HAS_TRITON = find_spec("triton") is not None
@@ -62,6 +62,10 @@ class KernelSet(Protocol):
 
     def gradients(self, chunk: Chunk, statistics: Statistics, upstream: Upstream) -> tuple[Tensor, Tensor | None]:
         """(E, r) from known statistics: logits again, also for a slice of the vocabulary."""
+
+    def counting(self, active: Tensor, tile: int) -> Counting | None:
+        """The products of skipping, where `active` [C, T] says which tiles count; None where the set has no kernels for
+        them."""
 
     def token_loss(self, chunk: Chunk, terms: TokenTerms) -> tuple[Statistics, Tensor, Tensor, Tensor | None]:
         """(statistics, loss of each token [C], E, r) in one launch."""

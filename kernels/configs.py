@@ -54,6 +54,15 @@ class Tile(NamedTuple):
     programs: int
     tma: bool = False
 
+    @property
+    def part(self) -> int:
+        """Columns that have partial statistics of their own: more at once take too many registers."""
+        return min(self.vocab, 128)
+
+    def parts(self, vocab: int) -> int:
+        """Partial statistics of so many columns, those of whole tiles."""
+        return -(-vocab // self.vocab) * (self.vocab // self.part)
+
 
 # The row kernels are bound by memory: a block of 4096 float32 is four 16-byte loads a thread at 8 warps, and 4 to 8
 # programs fit a multiprocessor (28 to 60 registers), 64 kB or more in flight, which covers the latency.
@@ -71,6 +80,7 @@ ROWS = {
 # every entry. Without bias, soft-cap and entropy they are 0 to 88 bytes a thread (triton 3.6.0), with an entropy up to
 # 1 kB; a soft-cap costs the gradients of 4 warps about 0.5 kB a thread and tile and their weights 2 kB, a quarter
 # megabyte beside the 2 MB of operands of a [128 × 128] tile at H = 4096. 8 warps spill at most 0.3 kB.
+# Of skipping: hidden: [rows × width] of dX, `vocab` columns at a time. head: [vocab × width] of dW, `rows` at a time.
 # [64 × 128] reads 96 bytes a cycle at the full rate of an H100's tensor cores, [128 × 128] 64, [128 × 256] 48; the port
 # to the L2 cache carries 64.
 TILES: dict[str, dict[str, list[Tile]]] = {
@@ -84,24 +94,29 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         ],
         "weights": [Tile(128, 128, 64, 8, 8, 4, 1), Tile(128, 128, 64, 8, 4, 3, 2), Tile(64, 128, 64, 8, 4, 3, 2)],
         "gradients": [Tile(128, 128, 64, 8, 8, 4, 1), Tile(128, 128, 64, 8, 4, 3, 2), Tile(64, 128, 64, 8, 4, 3, 2)],
+        "hidden": [Tile(128, 64, 128, 1, 8, 6, 1)],
+        "head": [Tile(64, 128, 128, 1, 8, 3, 1)],
     },
     "sm_90": {
-        # wgmma wants 64 rows a warpgroup: one warpgroup with two of them, 252 to 255 registers, exactly two programs in
-        # the register file and 2 × 96 KiB of shared memory. Next the fewest bytes per product, [128 × 256] alone on its
-        # multiprocessor; 8 warps on [128 × 128] have the fewest spills, but no second program (172 to 250 registers)
+        # first the fewest bytes per product, [128 × 256] alone on its multiprocessor. wgmma wants 64 rows a warpgroup:
+        # [128 × 128] is one warpgroup with two of them, 252 to 255 registers, exactly two programs in the register file
+        # and 2 × 96 KiB of shared memory; with 8 warps it has the fewest spills, but no second program (172 to 250)
         "score": [
-            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True), Tile(128, 128, 64, 8, 4, 3, 2, True),
             Tile(128, 128, 64, 8, 8, 4, 1, True), Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
         ],
         "weights": [
-            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True), Tile(128, 128, 64, 8, 4, 3, 2, True),
             Tile(128, 128, 64, 8, 8, 4, 1, True), Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
         ],
         "gradients": [
-            Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 256, 64, 8, 8, 4, 1, True),
+            Tile(128, 256, 64, 8, 8, 4, 1, True), Tile(128, 128, 64, 8, 4, 3, 2, True),
             Tile(256, 128, 64, 8, 8, 3, 1, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
             Tile(64, 128, 64, 8, 4, 4, 2, True), Tile(128, 128, 64, 8, 4, 3, 2),
         ],
+        # 128 × 256 a program: 12 loads of 16 bytes a thread for four wgmma of 64 × 256 × 16 each warpgroup
+        "hidden": [Tile(128, 64, 256, 1, 8, 6, 1)],
+        "head": [Tile(64, 128, 256, 1, 8, 3, 1)],
     },
     "sm_100": {
         # accumulators live in tensor memory, 128 of its 512 columns a program; the epilogue still takes them through
@@ -119,6 +134,8 @@ TILES: dict[str, dict[str, list[Tile]]] = {
             Tile(128, 128, 64, 8, 4, 3, 2, True), Tile(128, 128, 64, 8, 8, 4, 1, True),
             Tile(128, 256, 64, 8, 8, 4, 1, True),
         ],
+        "hidden": [Tile(128, 64, 256, 1, 8, 6, 1)],
+        "head": [Tile(64, 128, 256, 1, 8, 3, 1)],
     },
     "sm_120": {
         # 99 KiB of shared memory and no wgmma: the shapes of sm_80, 64 KiB. No TMA: in triton 3.6 each of its loads
@@ -132,6 +149,8 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         "gradients": [
             Tile(128, 128, 64, 8, 8, 3, 1), Tile(64, 128, 64, 8, 4, 3, 2), Tile(128, 128, 64, 8, 8, 3, 1, True),
         ],
+        "hidden": [Tile(128, 64, 128, 1, 8, 6, 1)],
+        "head": [Tile(64, 128, 128, 1, 8, 3, 1)],
     },
     "gfx9": {
         # 64 KiB of LDS a compute unit, waves of 64: 32 KiB in one buffer of (128 + 128) × 64 × 2 bytes beside the loads
@@ -139,12 +158,16 @@ TILES: dict[str, dict[str, list[Tile]]] = {
         "score": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
         "weights": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
         "gradients": [Tile(128, 128, 64, 8, 8, 2, 1), Tile(128, 128, 32, 8, 8, 3, 1)],
+        "hidden": [Tile(128, 64, 128, 1, 8, 2, 1)],
+        "head": [Tile(64, 128, 128, 1, 8, 2, 1)],
     },
     INTERPRETED: {
         # several tiles along each dimension of a small problem, and more tiles than programs
         "score": [Tile(16, 64, 16, 2, 1, 1, 3)],
         "weights": [Tile(16, 64, 16, 2, 1, 1, 3)],
         "gradients": [Tile(16, 64, 16, 2, 1, 1, 3)],
+        "hidden": [Tile(16, 64, 32, 1, 1, 1, 1)],
+        "head": [Tile(16, 64, 32, 1, 1, 1, 1)],
     },
 }  # fmt: skip
 
@@ -180,7 +203,7 @@ def rows(device: torch.device) -> Rows:
 
 @cache
 def tile(kernel: str, device: torch.device, dtype: torch.dtype) -> Tile:
-    """The configuration of "score", "weights" or "gradients" on `device` for operands of `dtype`."""
+    """The configuration of a kernel of `TILES` on `device` for operands of `dtype`."""
     key = arch(device)
     if key != INTERPRETED and dtype.itemsize > 2:
         return WIDE

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from rgpb.kernels import matmul
-from rgpb.kernels.types import Chunk, Statistics, TokenTerms, Upstream, Weighed
+from rgpb.kernels.types import Chunk, Counting, Statistics, TokenTerms, Upstream, Weighed
 
 
 class RowSet(ABC):
@@ -33,6 +33,10 @@ class RowSet(ABC):
             return chunk.out
         z, dtype = chunk.buffer, chunk.x.dtype
         return z.view(dtype)[:, : z.shape[1]] if dtype.itemsize == 2 else None
+
+    def counting(self, active: Tensor, tile: int) -> Counting | None:
+        """None: a loop over the tiles does it."""
+        return None
 
     @abstractmethod
     def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]: ...

@@ -34,6 +34,7 @@ from torch import Tensor
 from rgpb.kernels import configs
 from rgpb.kernels.rows import RowSet
 from rgpb.kernels.triton_epilogue import IMPOSSIBLE, exp, finish, gradient
+from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.triton_token_losses import token_loss
 from rgpb.kernels.types import (
     LARGEST_RATIO,
@@ -606,6 +607,9 @@ class TritonRows(RowSet):
     these stay as they are until the coefficients are known."""
 
     token_losses = TOKEN_LOSSES
+
+    def counting(self, active: Tensor, tile: int) -> Counting:
+        return Counting(active, tile)
 
     def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
         return statistics(self.logits(chunk), chunk.y, chunk.epilogue, entropy, mass_tile, chunk.room)

@@ -10,7 +10,7 @@ One kernel, three jobs, told apart by what it is given:
 
 Programs are persistent: each takes every n-th tile, in an order in which neighbours share their slice of the weight.
 
-Dimensions: C rows, V vocabulary (or a slice of it), H hidden size, T tiles of the vocabulary.
+Dimensions: C rows, V vocabulary (or a slice of it), H hidden size, T parts of tiles of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +26,68 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rgpb.kernels import configs
 from rgpb.kernels.triton_epilogue import finish, gradient
 from rgpb.kernels.triton_rows import dense, relative, with_target_
+from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
 
 
 @triton.jit
+def _finish_tile(
+    z, offs_c, start_v, tile_v,  # [C, V] raw products of rows offs_c and columns from start_v on, the partials' place
+    target_ptr, bias_ptr, shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr, zy_ptr, top_ptr, sum_ptr, mean_ptr, stride_t,
+    e_ptr, stride_ec, C, V, room, SOFTCAP: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What follows the product, of some columns."""
+    offs_v = start_v + tl.arange(0, z.shape[1])
+    in_c = offs_c < C
+    in_v = offs_v < V
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_v, mask=in_v, other=0.0).to(ACC)[None, :]
+    z, j = finish(z, bias, SOFTCAP, SCALE)
+    y = tl.load(target_ptr + offs_c, mask=in_c, other=-1)
+    is_target = offs_v[None, :] == y[:, None]
+
+    if glo_ptr is not None:
+        lse_other = tl.load(shift_ptr + offs_c, mask=in_c, other=0.0)
+        lse_other = tl.where(lse_other == -float("inf"), 0.0, lse_other)  # no other token: every q is 0
+        g_zy = tl.load(gzy_ptr + offs_c, mask=in_c, other=0.0)
+        g_lo = tl.load(glo_ptr + offs_c, mask=in_c, other=0.0)
+        h_o = None
+        g_ho = None
+        if gho_ptr is not None:
+            h_o = tl.load(ho_ptr + offs_c, mask=in_c, other=0.0)[:, None]
+            g_ho = tl.load(gho_ptr + offs_c, mask=in_c, other=0.0)[:, None]
+        d = gradient(z, lse_other[:, None], h_o, g_lo[:, None], g_ho)
+        e = tl.where(is_target, g_zy[:, None], d)
+    else:
+        z_y = tl.sum(tl.where(is_target, z, 0.0), 1)
+        tl.store(zy_ptr + offs_c, z_y, mask=in_c & (y >= start_v) & (y < start_v + z.shape[1]))
+        others = tl.where(is_target | (offs_v >= V)[None, :], -float("inf"), z)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + offs_c, mask=in_c, other=0.0)
+        else:
+            shift = tl.max(others, 1)
+            shift = tl.where(shift == -float("inf"), 0.0, shift)
+            tl.store(top_ptr + tile_v.to(tl.int64) * stride_t + offs_c, shift, mask=in_c)
+        e = tl.exp(others - shift[:, None])
+        tl.store(sum_ptr + tile_v.to(tl.int64) * stride_t + offs_c, tl.sum(e, 1), mask=in_c)
+        if mean_ptr is not None:
+            mean = tl.sum(tl.where(e > 0, e * (z - shift[:, None]), 0.0), 1)
+            tl.store(mean_ptr + tile_v.to(tl.int64) * stride_t + offs_c, mean, mask=in_c)
+    if e_ptr is not None:
+        e_ptrs = e_ptr + offs_c.to(tl.int64)[:, None] * stride_ec + offs_v[None, :]
+        tl.store(e_ptrs, (e * j).to(e_ptr.dtype.element_ty), mask=in_c[:, None] & (offs_v < room)[None, :])
+
+
+# One number to each row or tile is never loaded by more than 4 bytes a thread: its alignment, and how many there are,
+# change no code.
+VECTORS = [
+    "target_ptr", "bias_ptr", "shift_ptr", "ho_ptr", "gzy_ptr", "glo_ptr", "gho_ptr", "zy_ptr", "top_ptr", "sum_ptr",
+    "mean_ptr", "lo_ptr", "total_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["C", "V", "stride_t"], do_not_specialize_on_alignment=VECTORS)
 def tiles_kernel(
     x, stride_xc,  # [C, H] in: pointer or tensor descriptor
     w, stride_wv,  # [V, H] in: pointer or tensor descriptor
@@ -80,48 +138,22 @@ def tiles_kernel(
                 a_ptrs += BLOCK_H
                 b_ptrs += BLOCK_H
 
-        in_c = offs_c < C
-        in_v = offs_v < V
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs_v, mask=in_v, other=0.0).to(ACC)[None, :]
-        z, j = finish(z, bias, SOFTCAP, SCALE)
-        y = tl.load(target_ptr + offs_c, mask=in_c, other=-1)
-        is_target = offs_v[None, :] == y[:, None]
-
-        if glo_ptr is not None:
-            lse_other = tl.load(shift_ptr + offs_c, mask=in_c, other=0.0)
-            lse_other = tl.where(lse_other == -float("inf"), 0.0, lse_other)  # no other token: every q is 0
-            g_zy = tl.load(gzy_ptr + offs_c, mask=in_c, other=0.0)
-            g_lo = tl.load(glo_ptr + offs_c, mask=in_c, other=0.0)
-            h_o = None
-            g_ho = None
-            if gho_ptr is not None:
-                h_o = tl.load(ho_ptr + offs_c, mask=in_c, other=0.0)[:, None]
-                g_ho = tl.load(gho_ptr + offs_c, mask=in_c, other=0.0)[:, None]
-            d = gradient(z, lse_other[:, None], h_o, g_lo[:, None], g_ho)
-            e = tl.where(is_target, g_zy[:, None], d)
+        if BLOCK_V == 256:  # finished 128 columns at a time: registers hold what one half needs beside the other
+            left, right = tl.split(tl.permute(tl.reshape(z, (BLOCK_C, 2, 128)), (0, 2, 1)))
+            for half in tl.static_range(2):
+                _finish_tile(
+                    left if half == 0 else right, offs_c, start_v + 128 * half, 2 * tile_v + half, target_ptr, bias_ptr,
+                    shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr, zy_ptr, top_ptr, sum_ptr, mean_ptr, stride_t, e_ptr,
+                    stride_ec, C, V, room, SOFTCAP, SCALE, ACC,
+                )  # fmt: skip
         else:
-            z_y = tl.sum(tl.where(is_target, z, 0.0), 1)
-            tl.store(zy_ptr + offs_c, z_y, mask=in_c & (y >= start_v) & (y < start_v + BLOCK_V))
-            others = tl.where(is_target | (offs_v >= V)[None, :], -float("inf"), z)
-            if shift_ptr is not None:
-                shift = tl.load(shift_ptr + offs_c, mask=in_c, other=0.0)
-            else:
-                shift = tl.max(others, 1)
-                shift = tl.where(shift == -float("inf"), 0.0, shift)
-                tl.store(top_ptr + tile_v.to(tl.int64) * stride_t + offs_c, shift, mask=in_c)
-            e = tl.exp(others - shift[:, None])
-            tl.store(sum_ptr + tile_v.to(tl.int64) * stride_t + offs_c, tl.sum(e, 1), mask=in_c)
-            if mean_ptr is not None:
-                mean = tl.sum(tl.where(e > 0, e * (z - shift[:, None]), 0.0), 1)
-                tl.store(mean_ptr + tile_v.to(tl.int64) * stride_t + offs_c, mean, mask=in_c)
-        if e_ptr is not None:
-            e_ptrs = e_ptr + rows[:, None] * stride_ec + offs_v[None, :]
-            tl.store(e_ptrs, (e * j).to(e_ptr.dtype.element_ty), mask=in_c[:, None] & (offs_v < room)[None, :])
+            _finish_tile(
+                z, offs_c, start_v, tile_v, target_ptr, bias_ptr, shift_ptr, ho_ptr, gzy_ptr, glo_ptr, gho_ptr, zy_ptr,
+                top_ptr, sum_ptr, mean_ptr, stride_t, e_ptr, stride_ec, C, V, room, SOFTCAP, SCALE, ACC,
+            )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "T", "stride_t"], do_not_specialize_on_alignment=VECTORS)
 def merge_kernel(
     top_ptr, sum_ptr, mean_ptr, stride_t,  # [T, C] in; top_ptr None: all relative to shift; mean_ptr None: no entropy
     shift_ptr,  # [C] in, or None
@@ -172,7 +204,7 @@ def merge_kernel(
 
 
 class Partials(NamedTuple):
-    """Per tile of the vocabulary and row, [T, C] each: maximum (or None), Σ exp, Σ exp · z (or None)."""
+    """Of each `Tile.part` of the vocabulary and row, [T, C]: maximum (or None), Σ exp, Σ exp · z (or None)."""
 
     top: Tensor | None
     total: Tensor
@@ -212,10 +244,10 @@ def _launch(
     w: Any = TensorDescriptor.from_tensor(w_VH, [config.vocab, config.width]) if tma else w_VH
     top, total, mean = partials or (None, None, None)
     tiles_kernel[(min(tiles, configs.programs(config, x_CH.device)),)](
-        x, x_CH.stride(0), w, w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top, total, mean,
-        0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab, width,
-        room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group, tma,
-        width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
+        x, 0 if tma else x_CH.stride(0), w, 0 if tma else w_VH.stride(0), target_C, bias, shift, *upstream, z_y, top,
+        total, mean, 0 if total is None else total.stride(0), e_CV, 0 if e_CV is None else e_CV.stride(0), rows, vocab,
+        width, room or vocab, epilogue.softcap, epilogue.scale, config.rows, config.vocab, config.width, config.group,
+        tma, tma or width % config.width == 0, tl.float64 if x_CH.dtype == torch.float64 else tl.float32,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -272,7 +304,7 @@ def merge(partials: Partials, shift: Tensor | None, entropy: bool) -> tuple[Tens
 
 
 def masses(partials: Partials, shift: Tensor | None, lse_other: Tensor, per: int) -> Tensor:
-    """Softmax mass over the other tokens of each `per` tiles, [C, ⌈T / per⌉]."""
+    """Softmax mass over the other tokens of each `per` parts, [C, ⌈T / per⌉]."""
     top = shift[None] if partials.top is None else partials.top  # type: ignore[index]
     lse_other = torch.where(lse_other == -torch.inf, 0, lse_other)
     mass = partials.total * torch.exp(top - lse_other)
@@ -297,6 +329,9 @@ class Tiles:
     """
 
     token_losses: tuple[str, ...] = ()
+
+    def counting(self, active: Tensor, tile: int) -> Counting:
+        return Counting(active, tile)
 
     def score(self, chunk: Chunk, entropy: bool, mass_tile: int | None = None) -> tuple[Statistics, Tensor | None]:
         statistics, masses, _ = self._sweep(chunk, entropy, mass_tile, None)
@@ -334,10 +369,11 @@ class Tiles:
         raise ValueError(f"loss: expected one of {self.token_losses}, got {terms.loss!r}")
 
     def _first_maximum(self, chunk: Chunk) -> Tensor:
-        """The largest logit of each row's first tile, the target's aside. [C]"""
+        """The largest logit of each row's first columns, the target's aside. [C]"""
         x, (_, weight) = chunk.x, next(chunk.parts())
-        first = slice(0, min(len(weight), configs.tile("score", x.device, x.dtype).vocab))
-        partials = Partials.empty(x, 1, len(x), acc_dtype(x.dtype), True, False)
+        config = configs.tile("score", x.device, x.dtype)
+        first = slice(0, min(len(weight), config.part))
+        partials = Partials.empty(x, config.parts(first.stop), len(x), acc_dtype(x.dtype), True, False)
         z_y = torch.empty_like(partials.total[0])
         score(x, weight[first], inside(chunk.y, first), chunk.epilogue.slice(0, first.stop), z_y, partials)
         return partials.top[0]  # type: ignore[index]
@@ -347,13 +383,14 @@ class Tiles:
     ) -> tuple[Statistics, Tensor | None, Tensor]:
         """Statistics, masses and Σ exp(z − shift); with a shift also E in the buffer."""
         x, vocab, step = chunk.x, chunk.vocab, chunk.step
-        block = configs.tile("score" if shift is None else "weights", x.device, x.dtype).vocab
+        config = configs.tile("score" if shift is None else "weights", x.device, x.dtype)
+        block = config.vocab
         if mass_tile is not None and (mass_tile % block or (step < vocab and step % mass_tile)):
             raise ValueError(
                 f"impl: expected another than 'tiled' for masses of {mass_tile} columns, which tiles of {block} in "
                 f"slices of {step} don't make up"
             )
-        each = [-(-min(step, vocab - start) // block) for start in range(0, vocab, step)]
+        each = [config.parts(min(step, vocab - start)) for start in range(0, vocab, step)]
         partials = Partials.empty(x, sum(each), len(x), acc_dtype(x.dtype), shift is None, entropy)
         z_y = x.new_zeros(len(x), dtype=acc_dtype(x.dtype))
         done = 0
@@ -366,7 +403,7 @@ class Tiles:
             score(x, weight, inside(chunk.y, part), epilogue, z_y, these, shift, out, _room(chunk, part))
             done += tiles
         lse_other, h_o, total = merge(partials, shift, entropy)
-        made = None if mass_tile is None else masses(partials, shift, lse_other, mass_tile // block)
+        made = None if mass_tile is None else masses(partials, shift, lse_other, mass_tile // config.part)
         return Statistics(z_y, lse_other, h_o), made, total
 
 

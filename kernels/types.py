@@ -6,7 +6,7 @@ Dimensions: C rows of a chunk, V vocabulary (or a slice of it), H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -123,6 +123,33 @@ class Weighed(NamedTuple):
     e: Tensor
     total: Tensor | None
     j_y: Tensor | None = None
+
+
+class Counting(Protocol):
+    """The products of skipping over the (row, tile) pairs that count: `triton_skipping.Counting`."""
+
+    def hidden(
+        self, e_CV: Tensor, weight_VH: Tensor, out: Tensor, r: Tensor | None = None, places: Tensor | None = None,
+        order: Tensor | None = None, add: bool = False,
+    ) -> None:  # fmt: skip
+        """out[places] = diag(r) E W[order], or added to: [·, H] of any floating type. Takes at least what counts.
+
+        Args:
+            e_CV, weight_VH: of one dtype; the weight has any strides.
+            r: [C] in the accumulators' type.
+            places, order: int64 [C] and [V]; default: one after the other.
+        """
+
+    def head(
+        self, e_CV: Tensor, sides: list[Tensor], out: list[Tensor], order: Tensor | None = None,
+        room: int | None = None, add: bool = False,
+    ) -> None:  # fmt: skip
+        """out[order] = Eᵀ X for each X of `sides`, or added to: [V, H] of any floating type.
+
+        Args:
+            sides: [C, H] each, of the dtype of E, times the factors of the rows; any strides.
+            room: columns of E that may be read: V, and the padding of its rows.
+        """
 
 
 def aligned(length: int) -> int:

@@ -62,9 +62,9 @@ def linear_logprob(
             together lie together, so that more is left out. Default None: where a `Workspace` keeps the order between
             calls.
         workspace: bytes held at most beyond inputs, gradients and a few numbers per token (with `grad_tolerance` also a
-            byte per 256 entries of the vocabulary, on a GPU per 1024, with `sort_vocab` a few per entry): a number, or
-            a text such as "64MiB"; or a `Workspace`, whose memory is kept between calls; or "auto" (default): 512 MiB,
-            and on a GPU the largest of 1, 2 and 4 GiB that is at most half of what is free. See `fused_loss`.
+            byte per 256 entries of the vocabulary, with `sort_vocab` a few per entry): a number, or a text such as
+            "64MiB"; or a `Workspace`, whose memory is kept between calls; or "auto" (default): 512 MiB, and on a GPU
+            the largest of 1, 2 and 4 GiB that is at most half of what is free. See `fused_loss`.
         validate: False for a call that never waits for the device, as a CUDA graph asks for. What tensors hold is then
             not checked: it is up to the caller that targets are in range, hidden states and reference scores finite
             also where `target` is ignored, and `cu_seqlens`, labels and rewards as they should be. Ignored positions

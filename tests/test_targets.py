@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from rgpb.kernels import configs, triton_rows, triton_scale, triton_tiles  # noqa: E402
+from rgpb.kernels import configs, triton_rows, triton_scale, triton_skipping, triton_tiles  # noqa: E402
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream  # noqa: E402
 
 # triton 3.9 announces another default of a later version
@@ -50,6 +50,8 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
 }
 JOBS = ("score", "weights", "gradients")
 
@@ -59,11 +61,12 @@ SIZES = {
     "plain": (V, H),
     "flags": (V, H),
     "ragged": (1031, 528),  # no multiples of a block; rows of the operands still start at multiples of 16 bytes
+    "padded": (1031, 512),  # the same in rows with room for 16 elements, as the engine's buffers have it
     "unaligned": (1031, 73),  # they don't: no TMA, no vectors
 }
 
 # Bytes of stack a thread may spill to, outside the matrix loop: without and with bias, soft-cap and entropy at once
-SPILLS = {"plain": 96, "ragged": 3 * KIB // 2, "flags": 3 * KIB}
+SPILLS = {"plain": 96, "padded": 96, "ragged": 3 * KIB // 2, "flags": 3 * KIB}
 
 
 class Device(NamedTuple):
@@ -112,7 +115,7 @@ def recorded(arch):
     """The launches of a block, none of them made, as on a device of `arch`."""
     launches = []
     with contextlib.ExitStack() as stack:
-        for module in (triton_rows, triton_scale, triton_tiles):
+        for module in (triton_rows, triton_scale, triton_skipping, triton_tiles):
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), launches)))
         rows = configs.ROWS.get(arch, configs.ROWS["default"])
@@ -129,12 +132,8 @@ def source(kernel, args, kwargs):
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        aligned = False
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (type(value) is int and value == 1 and not parameter.do_not_specialize)
-        ):
+        aligned, anew = False, not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (anew and type(value) is int and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], aligned = f"*{TYPES[value.dtype]}", value.data_ptr() % 16 == 0
@@ -144,7 +143,7 @@ def source(kernel, args, kwargs):
         else:
             assert type(value) is int, f"{parameter.name}: expected a tensor, None or an int, got {value!r}"
             signature[parameter.name], aligned = "i32", value % 16 == 0
-        if aligned and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment):
+        if aligned and anew and not parameter.do_not_specialize_on_alignment:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 
@@ -244,7 +243,7 @@ def test_receipts_are_of_these_kernels(request):
     if request.config.getoption("--write-receipts"):
         return
     assert RECEIPTS["sources"] == sources(), "the kernels have changed since tests/receipts.json: run `make receipts`"
-    cases = [*tile_cases(), *wide_cases(), *row_cases()]
+    cases = [*tile_cases(), *wide_cases(), *skipping_cases(), *row_cases()]
     assert set(RECEIPTS["kernels"]) == {given.values[0] for given in cases}, "run `make receipts`"
 
 
@@ -303,15 +302,16 @@ def tile_launch(arch, job, config, variant, dtype=torch.bfloat16):
     acc = torch.promote_types(dtype, torch.float32)
     a, b, c, d, e = torch.ones(5, C, dtype=acc)
     epilogue = Epilogue(torch.ones(vocab, dtype=acc), 30.0, 0.5) if flags else Epilogue(None, None, 1.0)
-    out = torch.empty(C, vocab, dtype=dtype)
+    room = -(-vocab // 16) * 16 if variant == "padded" else vocab
+    out = torch.empty(C, room, dtype=dtype)[:, :vocab]
     with recorded(arch) as launches:
         if job == "gradients":
             scores, upstream = Statistics(a, b, c if flags else None), Upstream(d, e, c if flags else None)
-            triton_tiles.gradients(x, w, target, scores, upstream, epilogue, out, config=config)
+            triton_tiles.gradients(x, w, target, scores, upstream, epilogue, out, room, config=config)
         else:
-            partials = triton_tiles.Partials.empty(a, -(-vocab // config.vocab), C, acc, job == "score", flags)
+            partials = triton_tiles.Partials.empty(a, config.parts(vocab), C, acc, job == "score", flags)
             weights = {} if job == "score" else {"shift": b, "out": out}
-            triton_tiles.score(x, w, target, epilogue, c, partials, config=config, **weights)
+            triton_tiles.score(x, w, target, epilogue, c, partials, room=room, config=config, **weights)
     return launches
 
 
@@ -323,7 +323,7 @@ def tile_cases():
 
     for arch in DEVICES:
         for job in JOBS:
-            for variant in ("plain", "flags", "ragged"):
+            for variant in ("plain", "flags", "ragged", "padded"):
                 yield made(arch, job, 0, variant)
             if job == "score":  # the matrix loop is that of the other jobs
                 yield made(arch, job, 0, "unaligned")
@@ -347,9 +347,13 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
         receipt(name, kernel, *facts)
         return
     assert not [line for line in loop if re.search(r"\bLDL|\bscratch_load", line)], "reloads spills in the matrix loop"
+    if variant == "padded" and job != "score" and arch != "gfx9":
+        assert re.search(r"st\.global\S*\.v4", kernel.assembly), "no stores of 16 bytes"
+        facts.append("16-byte stores")
     if JUDGED:
         fits(kernel, arch, config.programs)
-        assert kernel.stack <= (0 if arch == "gfx9" else SPILLS[variant])
+        first = arch == "sm_90" and index == 0 and variant in ("plain", "padded")
+        assert kernel.stack <= (0 if arch == "gfx9" or first else SPILLS[variant])
     receipt(name, kernel, *facts, "no spills in the matrix loop", f"room for {config.programs}", "stack")
 
 
@@ -372,15 +376,76 @@ def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     receipt(name, kernel, "no tf32", "48 KiB", "wide addresses", f"room for {configs.WIDE.programs}", "no stack")
 
 
+# -- the products of skipping -----------------------------------------------------------------------------------------
+
+
+def skipping_launch(arch, job, variant, dtype=torch.bfloat16):
+    """plain: results as they are stored. sum: float32 sums that are added to, in an order of the vocabulary, off every
+    block in padded rows."""
+    more = variant == "sum"
+    vocab = 1031 if more else V
+    e = torch.empty(C, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
+    x, w = torch.empty(C, H, dtype=dtype), torch.empty(vocab, H, dtype=dtype)
+    counting = triton_skipping.Counting(torch.ones(C, -(-vocab // 256), dtype=torch.bool), 256)
+    order = torch.arange(vocab) if more else None
+    out = [torch.empty(n, H, dtype=torch.float32 if more else dtype) for n in (C, vocab)]
+
+    def tile(job, device, dtype):
+        return configs.TILES[arch][job][0] if dtype.itemsize == 2 else configs.WIDE
+
+    with recorded(arch) as launches, mock.patch.object(configs, "tile", tile):
+        if job == "hidden":
+            counting.hidden(e, w, out[0], torch.ones(C), torch.arange(C) if more else None, order, more)
+        else:
+            counting.head(e, [x], out[1:], order, e.stride(0), more)
+    return launches[:1] if job == "list" else launches[1:]
+
+
+def skipping_cases():
+    for arch in DEVICES:
+        for job in ("hidden", "head"):
+            for variant in ("plain", "sum"):
+                yield case(f"{arch} {job} {variant}", arch, job, variant)
+        yield case(f"{arch} list", arch, "list", "plain")
+
+
+@pytest.mark.parametrize(("name", "arch", "job", "variant"), list(skipping_cases()))
+def test_skipping_kernel(name, arch, job, variant, tmp_path, receipt):
+    device, kernel = DEVICES[arch], compiled(arch, skipping_launch(arch, job, variant), tmp_path)
+    addresses_are_wide(kernel)
+    if job == "list":
+        receipt(name, kernel, "wide addresses")
+        return
+    assert device.matrix in kernel.assembly
+    loop = innermost(kernel.machine, device.machine)
+    assert loop, "no loop around the matrix instructions"
+    assert not [line for line in loop if re.search(r"\b(LDL|STL)|\bscratch_", line)], "spills in the matrix loop"
+    facts = ["matrix instructions", "wide addresses", "no spills in the matrix loop", "room for 1"]
+    fits(kernel, arch, 1)
+    if arch != "gfx9":
+        assert not re.search(r"\bLDG\.E\.U?[SU](8|16)\b", "\n".join(loop)), "operands come in narrow loads"
+        assert re.search(r"\bLDGSTS\S*\.128\b", "\n".join(loop)), "no operand goes to shared memory 16 bytes at a time"
+        facts.append("16-byte copies")
+    if arch == "sm_90":  # four products of 64 × 256 × 16 take 512 cycles, 8 warps issue 2 instructions a cycle at most
+        count = sum(bool(re.search(r"/\*[0-9a-f]{4}\*/", line)) for line in loop)
+        assert count <= 220, count
+        facts.append("220 instructions")
+    if JUDGED:
+        assert kernel.stack <= (0 if variant == "plain" else 512)
+    receipt(name, kernel, *facts, "stack")
+
+
 def test_tables_are_complete():
     """Every architecture has every job, its first choice fits what shares the key, and descriptors are where TMA is."""
     for arch in DEVICES:
-        assert set(configs.TILES[arch]) == set(JOBS)
+        assert set(configs.TILES[arch]) == {*JOBS, "hidden", "head"}
         for job, candidates in configs.TILES[arch].items():
             assert len(set(candidates)) == len(candidates), (arch, job)
             for config in candidates:
                 assert not config.tma or arch in ("sm_90", "sm_100", "sm_120")
-                if arch == "sm_80":  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
+                if (
+                    arch == "sm_80" and job in JOBS
+                ):  # sm_86 and sm_89: 99 KiB a program; Triton keeps one buffer less than stages
                     buffers = (config.rows + config.vocab) * config.width * 2 * (config.stages - 1)
                     assert buffers <= 99 * KIB, (job, config)
 

@@ -90,7 +90,7 @@ def score(given: Inputs) -> Kernel:
         triton_tiles.score(given.x, given.w, given.y, PLAIN, z_y, partials, None, None, given.room, config=config)
         return triton_tiles.merge(partials, None, False)[0]
 
-    tiles = -(-given.shape.vocab // configs.tile("score", given.x.device, given.dtype).vocab)
+    tiles = configs.tile("score", given.x.device, given.dtype).parts(given.shape.vocab)
     return Kernel(run, given.lse_other, _operands(given) + 8 * tiles * given.shape.tokens, product=True)
 
 
@@ -191,8 +191,7 @@ def _operands(given: Inputs) -> int:
 def _partials(given: Inputs, config: Any, with_top: bool) -> Any:
     from rgpb.kernels.triton_tiles import Partials
 
-    tiles = -(-given.shape.vocab // config.vocab)
-    return Partials.empty(given.z, tiles, given.shape.tokens, torch.float32, with_top, False)
+    return Partials.empty(given.z, config.parts(given.shape.vocab), given.shape.tokens, torch.float32, with_top, False)
 
 
 def sweep(

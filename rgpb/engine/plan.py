@@ -54,9 +54,9 @@ PRODUCT_TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.85}
 MOST_LOGITS = 1024
 # So many multiples of ROW_TILE below the most that fits are looked at for one that fills the multiprocessors.
 WAVES_TRIED = 16
-# Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more, and take
-# more launches.
-MASS_TILE = {"cpu": 256, "cuda": 1024}
+# Columns whose softmax mass is kept together, where gradients may be skipped: narrow tiles leave out more. On a GPU two
+# tiles of a product's result, or one of the tile kernels.
+MASS_TILE = {"cpu": 256, "cuda": 256}
 # At least so many rows of a chunk, where gradients may be skipped in memory that is kept: of a narrow tile only a few
 # rows count. In new memory a chunk of that size would cost more than it saves.
 MAX_SKIPPING = 4096

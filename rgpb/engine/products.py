@@ -26,7 +26,7 @@ from rgpb.engine.call import Call, Tensors
 from rgpb.engine.workspace import Workspace, of_key
 from rgpb.kernels import KernelSet, kernel_set, matmul
 from rgpb.kernels.cpp_rows import fresh
-from rgpb.kernels.types import Chunk, Epilogue, Statistics, acc_dtype, aligned, inside
+from rgpb.kernels.types import Chunk, Counting, Epilogue, Statistics, acc_dtype, aligned, inside
 
 Rows = slice | Tensor
 
@@ -303,6 +303,15 @@ class Products:
             if head is not None:
                 head.add(e_CV, r, rows)
             return
+        direct = self.p.weight.dtype == self.dtype and not self.p.assembled
+        if direct or len(self.converted) % self.p.call.tile == 0:
+            counting = self.set.counting(active, self.p.call.tile)
+            if counting is not None:
+                if out_PH is not None:
+                    self.counted_rows(out_PH, rows, e_CV, r, active, direct)
+                if head is not None:
+                    head.add_counted(e_CV, r, rows, counting)
+                return
         sides = [] if head is None else head.sides(rows, e_CV, r)
         dx = None if out_PH is None else e_CV.new_zeros(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype)
         tiles = skipping.tiles_and_rows(active, self.vocab, self.p.call.tile, self.chunks.picked)
@@ -320,7 +329,28 @@ class Products:
             if head is not None:
                 head.add_part(part, e, [x if chosen is None else x.index_select(0, chosen) for x in sides])
         if dx is not None and out_PH is not None:
-            out_PH[rows] = times(dx, r).to(out_PH.dtype)
+            out_PH[rows] = times(dx, r, out_PH.dtype)
+
+    def counted_rows(
+        self, out_PH: Tensor, rows: Rows, e_CV: Tensor, r: Tensor | None, active: Tensor, direct: bool
+    ) -> None:  # fmt: skip
+        """out[rows] = diag(r) E W where `active`. direct: the weight is read where it lies, in any order."""
+        tile, order = self.p.call.tile, self.p.order if direct else None
+        parts = iter([(slice(0, self.vocab), self.p.weight)]) if direct else self.weight()
+        once = direct or len(self.converted) == self.vocab
+        out, places, factor = out_PH, None, r
+        if not once:
+            out, factor = e_CV.new_empty(len(e_CV), out_PH.shape[1], dtype=self.p.acc_dtype), None
+        elif isinstance(rows, slice):
+            out = out_PH[rows]
+        else:
+            places = rows
+        for part, weight in parts:
+            some = self.set.counting(active[:, part.start // tile : -(-part.stop // tile)], tile)
+            assert some is not None
+            some.hidden(e_CV[:, part], weight, out, factor, places, order, add=part.start > 0)
+        if not once:
+            out_PH[rows] = times(out, r, out_PH.dtype)
 
     def multiply(self) -> None:
         """The products with all E that is kept apart."""
@@ -411,8 +441,15 @@ class HeadSum:
 
     def sides(self, rows: Rows, e_CV: Tensor, r: Tensor | None) -> list[Tensor]:
         """What Eᵀ is multiplied with for each of the sums, [C, columns] in the operands' dtype."""
-        found = [times(self.p.hidden[rows, share.columns], r).to(e_CV.dtype) for share in self.shares]
+        found = [times(self.p.hidden[rows, share.columns], r, e_CV.dtype) for share in self.shares]
         return found if self.dbias is None else [*found, ones_or(r, e_CV)]
+
+    def add_counted(self, e_CV: Tensor, r: Tensor | None, rows: Rows, counting: Counting) -> None:
+        """The part of `rows`, of what counts."""
+        totals = self.sums if self.dbias is None else [*self.sums, self.dbias]
+        order, room = None if self.apart else self.p.order, self.products.chunks.room
+        counting.head(e_CV, self.sides(rows, e_CV, r), totals, order, room, add=not self.empty)
+        self.empty = False
 
     def add_part(self, part: slice, e: Tensor, sides: list[Tensor]) -> None:
         """The share of some rows in the entries `part` of the vocabulary: e [R, S], sides [R, columns]."""
@@ -549,12 +586,10 @@ class HeadSlices:
         return found
 
 
-def times(x_CH: Tensor, r: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """diag(r) X, rounded to `dtype` as it is written."""
+def times(x_CH: Tensor, r: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """diag(r) X, rounded once, in one pass."""
     if r is None:
-        return x_CH if dtype is None else x_CH.to(dtype)
-    if dtype is None:
-        return x_CH * r[:, None]
+        return x_CH.to(dtype)
     return torch.mul(x_CH, r[:, None], out=x_CH.new_empty(x_CH.shape, dtype=dtype))
 
 

@@ -362,7 +362,8 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
         statistics: Statistics | None = None
         dhidden = empty_rows(p, kept) if call.needs[0] else None
         products = Products(p, most, together)
-        head, pairs = HeadSum(p, products, one_chunk=kept.count <= together), 0
+        head = HeadSum(p, products, one_chunk=kept.count <= together)
+        pairs: Tensor | int = 0  # a tensor as soon as there are any: nobody waits for it
         for rows, lengths, coefficients in objective.chunks(kept, most, together, counts):
             if isinstance(coefficients, TokenTerms):
                 found, value, e, r = products.set.token_loss(products.chunk(rows), coefficients)
@@ -396,7 +397,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
                     own = chunk.y // call.tile
                     active, bound = skipping.choose(masses, own, *given, largest[part], call.tolerance)
                     report[:-1][block] = bound
-                    pairs += int(active.sum())
+                    pairs += active.sum()
                 e, r = products.set.pull_back(chunk, weighed, *given)
                 products.pull_back(block, e, r, active, dhidden, head)
         products.multiply()
@@ -407,7 +408,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
             share = pairs / (kept.count * tiles_of(p.weight, call))
             report[-1] = 1 - share
             if p.workspace is not None and p.order is not None:
-                p.workspace.measured(key_of(p), share)
+                p.workspace.measured(key_of(p), float(share))
     h_o = statistics.z_y.new_empty(0) if statistics.h_o is None else statistics.h_o
     made = (dhidden, *(found_head.get(name) for name in ("weight", "bias", "more")))
     gradients = [p.hidden.new_empty(0) if g is None else g for g in made]

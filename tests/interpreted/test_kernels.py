@@ -13,7 +13,7 @@ from kernel_suite import *  # noqa: F403
 from row_suite import *  # noqa: F403
 from row_suite import FLAGS, NARROW, Implementation, close, dense, epilogue_of, upstream_of
 
-from rgpb.kernels import configs, triton_rows, triton_tiles
+from rgpb.kernels import configs, triton_rows, triton_skipping, triton_tiles
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
 
@@ -113,9 +113,10 @@ def test_one_sweep_of_odd_rows(narrow, place):
     )
 
 
-def tiles(entropy, rows, vocab, like, top):
+def tiles(entropy, rows, vocab, like, top, wide):
     config = configs.TILES[configs.INTERPRETED]["score"][0]
-    return triton_tiles.Partials.empty(like, -(-vocab // config.vocab), rows, like.dtype, top, entropy), config
+    config = config._replace(vocab=256) if wide else config  # whose halves have statistics of their own
+    return triton_tiles.Partials.empty(like, config.parts(vocab), rows, like.dtype, top, entropy), config
 
 
 # C, V, H, each with its reason
@@ -123,10 +124,10 @@ SHAPES = {"off every tile, two groups": (35, 150, 24), "less than a tile": (3, 9
 
 
 @pytest.mark.parametrize(
-    ("tma", "stored", "shape", "entropy", "bias", "softcap", "scale"),
-    covering(3, tma=(False, True), stored=NARROW, shape=SHAPES, entropy=(False, True), **FLAGS),
+    ("tma", "wide", "stored", "shape", "entropy", "bias", "softcap", "scale"),
+    covering(3, tma=(False, True), wide=(False, True), stored=NARROW, shape=SHAPES, entropy=(False, True), **FLAGS),
 )
-def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
+def test_tiles(tma, wide, stored, shape, entropy, bias, softcap, scale):
     """Score, weights and gradients."""
     acc = torch.float64 if stored == torch.float64 else torch.float32
     rows, vocab, width = SHAPES[shape]
@@ -139,7 +140,7 @@ def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
     exact_z = (x.double() @ w.double().T).requires_grad_()
     truth, q = dense(exact_z, y, epilogue)
     like = torch.empty(0, dtype=acc)
-    partials, config = tiles(entropy, rows, vocab, like, top=True)
+    partials, config = tiles(entropy, rows, vocab, like, True, wide)
     config = config._replace(tma=tma)
     z_y = torch.zeros(rows, dtype=acc)
     triton_tiles.score(x, w, y, epilogue, z_y, partials, config=config)
@@ -147,12 +148,12 @@ def test_tiles(tma, stored, shape, entropy, bias, softcap, scale):
     for a, b in zip((z_y, lse_other, h_o) if entropy else (z_y, lse_other), truth):
         close(a, b.detach(), acc)
     close(
-        triton_tiles.masses(partials, None, lse_other, 2),
-        torch.nn.functional.pad(q.detach(), (0, -vocab % 128)).view(rows, -1, 128).sum(-1), acc,
+        triton_tiles.masses(partials, None, lse_other, 256 // config.part),
+        torch.nn.functional.pad(q.detach(), (0, -vocab % 256)).view(rows, -1, 256).sum(-1), acc,
     )  # fmt: skip
 
     shift = truth.lse_other.detach().to(acc) - 2
-    partials, _ = tiles(entropy, rows, vocab, like, top=False)
+    partials, _ = tiles(entropy, rows, vocab, like, False, wide)
     e = torch.empty(rows, vocab, dtype=stored)
     triton_tiles.score(x, w, y, epilogue, z_y, partials, shift, e, config=config)
     lse_other, h_o, total = triton_tiles.merge(partials, shift, entropy)
@@ -188,3 +189,46 @@ def test_merge_of_more_tiles_than_a_block(dtype):
     close(lse_other, most + wanted.log(), dtype)
     close(whole, wanted, dtype)
     close(h_o, wanted.log() - (weight * (m + (t - most) * s)).sum(0) / wanted, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "add", "ordered", "factored", "placed", "strided"),
+    covering(
+        2, stored=NARROW, add=(False, True), ordered=(False, True),
+        factored=(False, True), placed=(False, True), strided=(False, True),
+    ),
+)  # fmt: skip
+def test_products_of_what_counts(stored, add, ordered, factored, placed, strided):
+    """dX and dW of a random mask: tiles for no row and for all, rows without a tile, padding that is NaN."""
+    rows, vocab, width, tile = 37, 300, 37, 128  # three blocks of rows, a last tile and a last step that aren't whole
+    acc = torch.float64 if stored == torch.float64 else torch.float32
+    made = torch.float32 if stored == torch.bfloat16 else stored
+    e = torch.full((rows, 304), torch.nan, dtype=stored)[:, :vocab].copy_(torch.randn(rows, vocab))
+    x, w = torch.randn(rows, width).to(stored), torch.randn(vocab, width).to(stored)
+    if strided:
+        x, w = x.t().contiguous().t(), w.t().contiguous().t()
+    active = torch.rand(rows, 3) < torch.linspace(0, 1, rows)[:, None]
+    active[:, 1], active[3] = torch.arange(rows) > 30, True
+    order, places = torch.randperm(vocab), torch.randperm(50)[:rows]
+    r = torch.randn(rows, dtype=acc) if factored else None
+    counting = triton_skipping.Counting(active.clone(), tile)
+
+    wide = e.double() * active.repeat_interleave(tile, 1)[:, :vocab]
+    dw = torch.randn(vocab, width).to(made)
+    exact = wide.t() @ x.double()
+    wanted = dw.double().clone() if add else torch.zeros(vocab, width, dtype=torch.float64)
+    wanted[order if ordered else slice(None)] += exact
+    counting.head(e, [x], [dw], order if ordered else None, 304, add)
+    close(dw, wanted, acc, None if made == acc else made)
+
+    taken = active.sum(1).argsort(descending=True, stable=True)
+    for some in taken.split(16):  # what counts for one of them is taken by all
+        active[some] = active[some].any(0)
+    wide = e.double() * active.repeat_interleave(tile, 1)[:, :vocab]
+    exact = wide @ w.double()[order if ordered else slice(None)] * (1 if r is None else r.double()[:, None])
+    dx = torch.randn(50, width).to(made)
+    at = places if placed else slice(0, rows)
+    wanted = dx.double().clone()
+    wanted[at] = exact + wanted[at] * add
+    counting.hidden(e, w, dx, r, places if placed else None, order if ordered else None, add)
+    close(dx, wanted, acc, None if made == acc else made)

@@ -11,6 +11,7 @@ from counting import Count, Methods, Operators, counted
 from engine_suite import batch, ref_scores, small
 
 from rgpb import TokenScores, fused_loss, linear_logprob
+from rgpb.engine import plan
 
 SHAPE = (4, 6, 141, 24)
 CASES = {
@@ -74,6 +75,18 @@ def test_more_chunks_take_no_more_waits(objective, kernel, packed, monkeypatch):
     found = count(monkeypatch, objective, path="single", **how)
     assert found.launches.count(f"{kernel} (Triton)") > 1, found
     assert len(found.waits) == 2 + packed, found
+
+
+def test_skipping_waits_for_nothing(monkeypatch):
+    """In several chunks, with one launch each for the lists and the products of dX and of dW."""
+    monkeypatch.setitem(plan.MASS_TILE, "cpu", 64)
+    how = {"tokens": 40, "workspace": 1 << 17, "path": "single"}
+    found = count(monkeypatch, "dpo", grad_tolerance=0.1, **how)
+    chunks = found.launches.count("head_kernel (Triton)")
+    assert chunks > 1, found
+    assert found.launches.count("hidden_kernel (Triton)") == chunks
+    assert found.launches.count("list_kernel (Triton)") == 2 * chunks
+    assert len(found.waits) == len(count(monkeypatch, "dpo", **how).waits), found
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
