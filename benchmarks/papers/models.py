@@ -9,11 +9,11 @@ Dimensions: B responses, T padded length.
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from rgpb import hf
@@ -108,29 +108,18 @@ def targets(model: PreTrainedModel, batch: Batch) -> Tensor:
     return batch["labels"] if model.config.is_encoder_decoder else hf.aligned_targets(batch["labels"])
 
 
-def train(
-    model: PreTrainedModel, batches: Sequence[Batch], objective: str, *, ref_model: PreTrainedModel | None = None,
-    lr: float, steps: int, schedule: str = "constant", **options: Any,
-) -> list[float]:  # fmt: skip
-    """AdamW (no weight decay, gradient norm clipped to 1) on the batches in turn, in place.
+def descend(
+    model: nn.Module, loss_of: Callable[[int], Tensor], *, lr: float, steps: int, schedule: str = "constant"
+) -> list[float]:
+    """AdamW (no weight decay, gradient norm clipped to 1) on the loss of each step, in place; returns the losses.
 
-    The schedule is "constant", or "cosine" down to a tenth. `ref_model` is the reference, `options` are the objective's
-    and `group_size`. Returns the loss of each step.
+    The schedule is "constant", or "cosine" down to a tenth.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    specs = [OBJECTIVES[part.split("*")[-1].strip()] for part in objective.split("+")]
-    wanted = [name for name in BESIDE if any(getattr(spec, name) for spec in specs)]
-    references: dict[int, TokenScores] = {}
     losses = []
     for step in range(steps):
-        at = step % len(batches)
-        extra: dict[str, Any] = {name: batches[at][name] for name in wanted if name in batches[at]}
-        if ref_model is not None and any(spec.ref for spec in specs):
-            if at not in references:
-                references[at] = scores(ref_model, batches[at])
-            extra["ref"] = references[at]
         model.train()
-        loss = hf.loss(model, _inputs(batches[at]), objective, **extra, **options)
+        loss = loss_of(step)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -139,6 +128,28 @@ def train(
             optimiser.param_groups[0]["lr"] = lr * factor
         optimiser.step()
         losses.append(loss.item())
+    return losses
+
+
+def train(
+    model: PreTrainedModel, batches: Sequence[Batch], objective: str, *, ref_model: PreTrainedModel | None = None,
+    lr: float, steps: int, schedule: str = "constant", **options: Any,
+) -> list[float]:  # fmt: skip
+    """`descend` on the batches in turn. `ref_model` is the reference, `options` the objective's and `group_size`."""
+    specs = [OBJECTIVES[part.split("*")[-1].strip()] for part in objective.split("+")]
+    wanted = [name for name in BESIDE if any(getattr(spec, name) for spec in specs)]
+    references: dict[int, TokenScores] = {}
+
+    def loss_of(step: int) -> Tensor:
+        at = step % len(batches)
+        extra: dict[str, Any] = {name: batches[at][name] for name in wanted if name in batches[at]}
+        if ref_model is not None and any(spec.ref for spec in specs):
+            if at not in references:
+                references[at] = scores(ref_model, batches[at])
+            extra["ref"] = references[at]
+        return hf.loss(model, _inputs(batches[at]), objective, **extra, **options)
+
+    losses = descend(model, loss_of, lr=lr, steps=steps, schedule=schedule)
     LOG.info("%s at %g: %d steps, last loss %.3f", objective, lr, steps, losses[-1])
     return losses
 
