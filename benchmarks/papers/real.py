@@ -2,15 +2,14 @@
 
 SmolLM2-135M-Instruct, its last layers and norm trained, on HH-RLHF's pairs and AlpacaEval's groups of rated answers. A
 run is one line of smollm2.jsonl: a method at a learning rate with a seed. First each method is run with one seed at
-each rate, then with the other seeds at its best. Runs that have their lines are skipped, so an interrupted command goes
-on where it was, and one without time left (`--minutes`) starts no further run. Two commands at once share the runs. What
-stays the same between runs, hidden states below the trained layers, is computed once and kept in `--work`.
+each rate, then with the other seeds at its best. Runs that have their lines are skipped, so an interrupted command
+goes on where it was. Two commands at once share the runs. What stays the same between runs, hidden states below the
+trained layers, is computed once and kept in `--work`.
 
 Verdicts are computed from all lines when docs/claims.md is written (`python -m benchmarks.papers`).
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import math
@@ -19,7 +18,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,14 +38,14 @@ from rgpb.train.models import load_pretrained, load_tokenizer
 from .models import LOG, Method
 from .on_pairs import FOUR, MOVERS, RATIOS
 from .report import REAL, RESULTS, runs_of
-from .upper import Batch, Known, Unit, Upper, batch, likelihoods, measure, remember, train
+from .upper import Batch, Known, Unit, Upper, batch, claimed, likelihoods, measure, remember, train
 from .worlds import need
 
 LAYERS, SEEDS, RATES = 3, 4, (1e-5, 3e-5, 1e-4)
 PROMPT, REPLY, ANSWER = 96, 64, 48  # tokens: of a prompt at most; a reply's (an answer's) beginning
 PAIRS, GROUPS = 8, 4  # of a step
-TRAINED, FROM = {"pairs": 320, "groups": 160}, {"pairs": 480, "groups": 240}  # units of a run, drawn from so many
-VALID, TEST = {"pairs": 50, "groups": 40}, {"pairs": 100, "groups": 80}
+TRAINED, FROM = {"pairs": 320, "groups": 160}, {"pairs": 400, "groups": 240}  # units of a run, drawn from so many
+VALID, TEST = {"pairs": 40, "groups": 40}, {"pairs": 100, "groups": 80}
 OWN = 64  # held-out prompts that the start answers itself
 SHOWN = 4  # answers of a group: those to learn from are drawn by the seed
 
@@ -126,27 +124,29 @@ class World:
     def answered(self, units: Sequence[Unit]) -> list[Unit]:
         """The start's own greedy answers to the prompts of units, kept in `work`."""
         path = self.work / "own.json"
-        if not path.exists():
-            answers = []
-            for number, unit in enumerate(units):
-                ids = torch.tensor([unit.prompt])
-                end = self.tokenizer.eos_token_id
-                out = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=4 if self.quick else ANSWER,
-                    do_sample=False, eos_token_id=end, pad_token_id=end,
-                )  # fmt: skip
-                answers.append(out[0, len(unit.prompt) :].tolist())
-                if (number + 1) % 16 == 0:
-                    LOG.info("own answers: %d of %d", number + 1, len(units))
-            self.work.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(answers))
+        with claimed(self.work / "locks" / "own", wait=True):
+            if not path.exists():
+                answers, end = [], self.tokenizer.eos_token_id
+                for at in range(0, len(units), 16):  # prompts end together: they are filled on the left
+                    prompts = [unit.prompt for unit in units[at : at + 16]]
+                    fill = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+                    ids = torch.tensor([[end] * n + prompt for n, prompt in zip(fill, prompts)])
+                    mask = torch.tensor([[0] * n + [1] * len(prompt) for n, prompt in zip(fill, prompts)])
+                    out = self.model.generate(
+                        ids, attention_mask=mask, max_new_tokens=4 if self.quick else ANSWER, do_sample=False,
+                        eos_token_id=end, pad_token_id=end,
+                    )[:, ids.shape[1] :].tolist()  # fmt: skip
+                    answers += [[*row[: row.index(end)], end] if end in row else row for row in out]
+                    LOG.info("own answers: %d of %d", len(answers), len(units))
+                self.work.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(answers))
         return [Unit(unit.prompt, [its], []) for unit, its in zip(units, json.loads(path.read_text(encoding="utf-8")))]
 
     @cached_property
     def pairs(self) -> dict[str, list[Known]]:
         parts = self.parts("pairs")
-        parts["own"] = self.answered(parts["test"][:OWN])
-        return self.known("pairs", parts)
+        known = self.known("pairs", parts)
+        return {**known, **self.known("pairs", {"own": self.answered(parts["test"][:OWN])})}
 
     @cached_property
     def groups(self) -> dict[str, list[Known]]:
@@ -155,7 +155,7 @@ class World:
     def known(self, kind: str, parts: Mapping[str, list[Unit]]) -> dict[str, list[Known]]:
         return {
             name: remember(self.model, self.head, self.layers, units, self.work / kind / name)
-            for name, units in parts.items()
+            for name, units in reversed(parts.items())
         }
 
 
@@ -191,7 +191,7 @@ def both(known: Sequence[Known], seed: int, sides: Sequence[int] = (0, 1)) -> tu
 
 
 def parted(known: Sequence[Known], seed: int, ratio: float) -> tuple[Maker, int]:
-    """Batches of single responses of the same pairs, of which a part, `ratio`, is whole; others lost either response."""
+    """Batches of single responses of the same pairs, of which a part, `ratio`, is whole; others lost one."""
     some, rng = drawn(known, seed, "pairs"), random.Random(seed)
     whole = set(rng.sample(range(len(some)), round(ratio * len(some))))
     single = [(i, k) for i in range(len(some)) for k in ((0, 1) if i in whole else (rng.randrange(2),))]
@@ -326,18 +326,6 @@ def left(
                 yield run, first
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process has the lock of a run; another may be at it."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
 def carry_out(world: World, run: Run, first: float | None) -> dict[str, Any]:
     """Train and measure; `first` is the learning rate of the stage before, whose layers are in `work`."""
     trial, start = TRIALS[run.method], time.monotonic()
@@ -354,10 +342,8 @@ def carry_out(world: World, run: Run, first: float | None) -> dict[str, Any]:
     if objective == "mc_po":
         options["group_size"] = len(known["train"][0].unit.completions)
     make, steps = trial.feed(known["train"], run.seed)
-    losses = train(
-        upper, world.head, make, objective, rate=run.rate, steps=min(2, steps) if world.quick else steps, reference=reference,
-        **options,
-    )  # fmt: skip
+    steps = min(2, steps) if world.quick else steps
+    losses = train(upper, world.head, make, objective, rate=run.rate, steps=steps, reference=reference, **options)
     if any(other.then == run.method for other in TRIALS.values()):
         path = stored(world, run)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,8 +367,8 @@ def start_of(world: World, kind: str) -> dict[str, Any]:
     for name in found if kind == "groups" else ():
         found[name]["rewards"] = [round(x, 4) for its in known[name] for x in its.unit.rewards]
     settings = {
-        "model": world.path.name, "layers": world.layers, "prompt": PROMPT, "reply": REPLY if kind == "pairs" else ANSWER,
-        "units": TRAINED[kind], "drawn from": FROM[kind],
+        "model": world.path.name, "layers": world.layers, "prompt": PROMPT,
+        "reply": REPLY if kind == "pairs" else ANSWER, "units": TRAINED[kind], "drawn from": FROM[kind],
     }  # fmt: skip
     return {"method": f"start of {kind}", "rate": 0.0, "seed": 0, **found, "settings": settings}
 
@@ -400,7 +386,9 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the runs that are left: 0, or 2 for bad arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.papers.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.papers.real",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="SmolLM2-135M-Instruct, a GGUF file or a folder; see `make real`")

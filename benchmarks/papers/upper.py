@@ -9,9 +9,11 @@ last layers and the norm after them.
 Dimensions: N positions of a row, M tokens of its completions, R completions, H hidden size.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import fcntl
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ class Unit(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A unit, its hidden states below the trained layers [N, H], and the start's scores of its completions, [M] each."""
+    """A unit, its hidden states below the trained layers [N, H], and the start's scores of its tokens, [M]."""
 
     unit: Unit
     hidden: Tensor
@@ -102,7 +104,9 @@ def pack(units: Sequence[Unit], which: Sequence[Sequence[int]], *, stacked: bool
     flat = [torch.tensor([x for its in found for x in its[part]]) for part in (2, 3, 4)]
     bounds = torch.tensor([0, *accumulate(len(its[3]) for its in found)])
     sides_found = [its[1] for its in found]
-    return Row(torch.tensor(ids), torch.tensor(used), torch.tensor(positions), mask[None, None], *flat, bounds, sides_found)
+    return Row(
+        torch.tensor(ids), torch.tensor(used), torch.tensor(positions), mask[None, None], *flat, bounds, sides_found
+    )
 
 
 class Upper(nn.Module):
@@ -121,6 +125,19 @@ class Upper(nn.Module):
         for layer in self.layers:
             x = layer(x, attention_mask=row.mask, position_ids=positions, position_embeddings=turned)
         return self.norm(x[0, row.places])
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process has a lock; another may have it. With `wait` until it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def below(model: Any, count: int, row: Row) -> Tensor:
@@ -152,16 +169,22 @@ def remember(model: Any, head: rgpb.LMHead, count: int, units: Sequence[Unit], f
     """Hidden states and reference scores of units, from `folder` or put there; what stands there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     upper, known = Upper(model, count), []
-    rows = list(rows_of(units))
-    for number, places in enumerate(rows):
-        path, some = folder / f"{number:04d}.pt", [units[i] for i in places]
-        row = pack(some, whole(some))
-        if not path.exists():
-            hidden = below(model, count, row)
-            ref = score(upper, head, hidden, row)
-            kept = {"ids": row.ids, "targets": row.targets, "hidden": hidden, **ref._asdict()}
-            save_whole_file(path, lambda place, kept=kept: torch.save(kept, place))
-            LOG.info("%s: %d of %d rows below the trained layers", folder.name, number + 1, len(rows))
+    rows = [[units[i] for i in places] for places in rows_of(units)]
+    for wait in (False, True):  # what another process is at comes last
+        for number, some in enumerate(rows):
+            path = folder / f"{number:04d}.pt"
+            if path.exists():
+                continue
+            with claimed(path.with_suffix(".lock"), wait=wait) as mine:
+                if mine and not path.exists():
+                    row = pack(some, whole(some))
+                    hidden = below(model, count, row)
+                    ref = score(upper, head, hidden, row)
+                    kept = {"ids": row.ids, "targets": row.targets, "hidden": hidden, **ref._asdict()}
+                    save_whole_file(path, partial(torch.save, kept))
+                    LOG.info("%s: %d of %d rows below the trained layers", folder.name, number + 1, len(rows))
+    for number, some in enumerate(rows):
+        path, row = folder / f"{number:04d}.pt", pack(some, whole(some))
         kept = torch.load(path, weights_only=True)
         if not torch.equal(kept["ids"], row.ids) or not torch.equal(kept["targets"], row.targets):
             raise ValueError(f"work: expected the hidden states of these texts in {path}, got others; remove {folder}")
@@ -234,7 +257,9 @@ def measure(upper: Upper, head: rgpb.LMHead, known: Sequence[Known]) -> dict[str
     for places in rows_of([its.unit for its in known]):
         some = [known[i] for i in places]
         its = batch(some, whole([one.unit for one in some]))
-        moved = shifts(its.ref, score(upper, head, its.hidden, its.row, entropy=False), its.row.targets, cu_seqlens=its.row.bounds)
+        moved = shifts(
+            its.ref, score(upper, head, its.hidden, its.row, entropy=False), its.row.targets, cu_seqlens=its.row.bounds
+        )
         for name, values in (("shift", moved.logp), ("logit", moved.logit_mean), ("gini", moved.gini)):
             found[name] += values.tolist()
         tokens.append(moved.token_logp)
