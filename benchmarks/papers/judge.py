@@ -1,18 +1,20 @@
 """Verdicts: from numbers per seed to whether a claim holds.
 
 Methods of one seed start from the same model and see the same data, so what two of them differ by is one number per
-seed. A difference counts when its mean exceeds twice its standard error.
+seed, or one per seed and held-out unit. A difference counts when its mean exceeds twice its standard error.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VERDICTS = ("holds", "does not hold", "not decidable at this size")
 HOLDS, FAILS, OPEN = VERDICTS
 
 Values = dict[str, dict[str, list[float]]]  # quantity → method → one number per seed
+Numbers = Mapping[str, Mapping[str, Sequence[Any]]]  # likewise, or of each seed a list, a number per held-out unit
+SEEN = 2.84  # standard errors: a difference of so many exceeds twice its error four times in five
 
 
 class Told(NamedTuple):
@@ -35,16 +37,16 @@ class Above(NamedTuple):
     by: float = 0.0
     at: str = ""
 
-    def judge(self, values: Values) -> Told:
+    def judge(self, values: Numbers) -> Told:
         """Verdict on the differences. Told are the differences or, where one name is empty, the other's own values."""
         found = values[self.quantity]
         one = self.more or self.less
-        gaps = found[one] if self.more else [-x for x in found[one]]
+        gaps = list(found[one]) if self.more else changed(found[one], -1.0)
         what, shown = f"{self.quantity}, {one}", spread(found[one])
         if self.more and self.less:
             gaps = differences(found[self.more], found[self.less])
             what, shown = f"{what} less {self.less}", spread(gaps, sign=True)
-        return Told(what, shown, decide([gap - self.by for gap in gaps]))
+        return Told(what, shown, decide(changed(gaps, less=self.by)))
 
 
 class Slope(NamedTuple):
@@ -58,7 +60,7 @@ class Slope(NamedTuple):
     floor: str = ""
     at: str = ""
 
-    def judge(self, values: Values) -> Told:
+    def judge(self, values: Numbers) -> Told:
         """Whether the slope's interval, twice its error to both sides, has `expected`; open where it has 0 as well."""
         slope, error = fit_slope(values[self.quantity])
         low, high = slope - 2 * error, slope + 2 * error
@@ -71,7 +73,7 @@ class Slope(NamedTuple):
 Part = Above | Slope
 
 
-def judge(parts: Sequence[Part], values: Values) -> list[tuple[str, str, list[Told]]]:
+def judge(parts: Sequence[Part], values: Numbers) -> list[tuple[str, str, list[Told]]]:
     """Condition, verdict and numbers, for each condition under which the parts have to hold."""
     return [
         (at, every([one.verdict for one in told]), told)
@@ -80,19 +82,45 @@ def judge(parts: Sequence[Part], values: Values) -> list[tuple[str, str, list[To
     ]
 
 
-def decide(differences: Sequence[float]) -> str:
-    """The verdict on "the difference is positive", from one difference per seed; with one seed it stays open.
+def estimate(values: Sequence[Any]) -> tuple[float, float]:
+    """Mean and standard error of one finite number per seed, or of one per seed and held-out unit.
 
-    Infinite differences (one of the two collapsed) count where all have the same sign.
+    The error is that over the seeds; with units that over them is added, as their spread is another. What neither
+    explains is in both, so with units the error is rather too large.
     """
-    if not differences or any(math.isnan(x) for x in differences):
+    if not isinstance(values[0], Sequence):
+        return fmean(values), stdev(values) / math.sqrt(len(values))
+    (mean, over_seeds), over_units = (
+        estimate([fmean(one) for one in values]),
+        estimate([fmean(x) for x in zip(*values)]),
+    )
+    return mean, math.hypot(over_seeds, over_units[1])
+
+
+def decide(differences: Sequence[Any]) -> str:
+    """The verdict on "the difference is positive", from one difference per seed, or one per seed and held-out unit.
+
+    With one seed it stays open. Infinite differences (one of the two collapsed) count where all have the same sign.
+    """
+    flat = flattened(differences)
+    if not flat or any(math.isnan(x) for x in flat):
         raise ValueError(f"differences: expected one number per seed, got {list(differences)}")
     if len(differences) < 2:
         return OPEN
-    if any(math.isinf(x) for x in differences):
-        return HOLDS if all(x > 0 for x in differences) else FAILS if all(x < 0 for x in differences) else OPEN
-    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    if any(math.isinf(x) for x in flat):
+        return HOLDS if all(x > 0 for x in flat) else FAILS if all(x < 0 for x in flat) else OPEN
+    mean, error = estimate(differences)
     return HOLDS if mean > 2 * error else FAILS if mean < -2 * error else OPEN
+
+
+def flattened(values: Sequence[Any]) -> list[float]:
+    """All numbers, whether one per seed or a list."""
+    return [x for one in values for x in (one if isinstance(one, Sequence) else [one])]
+
+
+def changed(values: Sequence[Any], times: float = 1.0, less: float = 0.0) -> list[Any]:
+    """Each number times something, less something."""
+    return [changed(x, times, less) if isinstance(x, Sequence) else times * x - less for x in values]
 
 
 def every(verdicts: Sequence[str]) -> str:
@@ -102,23 +130,25 @@ def every(verdicts: Sequence[str]) -> str:
     return next((v for v in (FAILS, OPEN) if v in verdicts), HOLDS)
 
 
-def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
-    """a − b, seed by seed. Two that are infinite alike don't differ."""
+def differences(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """a − b, seed by seed, and unit by unit. Two that are infinite alike don't differ."""
     if len(a) != len(b):
         raise ValueError(f"b: expected {len(a)} values, one per seed as in a, got {len(b)}")
-    return [0.0 if x == y else x - y for x, y in zip(a, b)]
+    return [differences(x, y) if isinstance(x, Sequence) else 0.0 if x == y else x - y for x, y in zip(a, b)]
 
 
-def spread(values: Sequence[float], sign: bool = False) -> str:
-    """Mean ± standard error over the seeds, as text; each value where one isn't finite."""
-    form = f"{'+' if sign else ''}.3g"
-    if any(not math.isfinite(x) for x in values):
-        return ", ".join(f"{x:{form}}" for x in values)
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.2g}" if len(values) > 1 else ""
-    return f"{fmean(values):{form}}{error}"
+def spread(values: Sequence[Any], sign: bool = False) -> str:
+    """Mean ± standard error, of units also the smallest effect to be seen; each value where one isn't finite."""
+    form, flat = f"{'+' if sign else ''}.3g", flattened(values)
+    if any(not math.isfinite(x) for x in flat):
+        return ", ".join(f"{x:{form}}" for x in flat)
+    if len(values) == 1:
+        return f"{fmean(flat):{form}}"
+    mean, error = estimate(values)
+    return f"{mean:{form}} ± {error:.2g}" + (f" [{SEEN * error:.2g}]" if isinstance(values[0], Sequence) else "")
 
 
-def fit_slope(curve: dict[str, list[float]]) -> tuple[float, float]:
+def fit_slope(curve: Mapping[str, Sequence[float]]) -> tuple[float, float]:
     """Slope of log value over log number, and its error: the larger of the fit's own and that over the seeds."""
     x = [math.log(float(name.rpartition(" ")[2])) for name in curve]
     middle = fmean(x)

@@ -37,16 +37,17 @@ from rgpb.train.models import load_pretrained, load_tokenizer
 # isort: off
 from .models import LOG, Method
 from .on_pairs import FOUR, MOVERS, RATIOS
-from .report import REAL, RESULTS, runs_of
+from .outcomes import RATES, REAL, SEEDS, Line, Lines, best_rate, runs_of
+from .report import RESULTS
 from .upper import Batch, Known, Unit, Upper, batch, claimed, likelihoods, measure, remember, train
 from .worlds import need
 
-LAYERS, SEEDS, RATES = 3, 4, (1e-5, 3e-5, 1e-4)
+LAYERS = 3
 PROMPT, REPLY, ANSWER = 96, 64, 48  # tokens: of a prompt at most; a reply's (an answer's) beginning
-PAIRS, GROUPS = 8, 4  # of a step
-TRAINED, FROM = {"pairs": 320, "groups": 160}, {"pairs": 400, "groups": 240}  # units of a run, drawn from so many
-VALID, TEST = {"pairs": 40, "groups": 40}, {"pairs": 100, "groups": 80}
-OWN = 64  # held-out prompts that the start answers itself
+PAIRS, GROUPS = 6, 3  # of a step
+TRAINED, FROM = {"pairs": 240, "groups": 120}, {"pairs": 320, "groups": 180}  # units of a run, drawn from so many
+VALID, TEST = {"pairs": 40, "groups": 40}, {"pairs": 80, "groups": 80}
+OWN = 48  # held-out prompts that the start answers itself
 SHOWN = 4  # answers of a group: those to learn from are drawn by the seed
 
 
@@ -301,22 +302,14 @@ class Run(NamedTuple):
         return f"{self.method}, {self.rate:g}, seed {self.seed}"
 
 
-def best_rate(method: str, lines: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> float | None:
-    """The rate with the highest score on validation units, where all rates were run."""
-    scores = {rate: lines[(method, rate, 0)]["score"] for rate in RATES if (method, rate, 0) in lines}
-    return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
-
-
-def planned(method: str, seeds: int, lines: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> list[Run]:
+def planned(method: str, seeds: int, lines: Lines) -> list[Run]:
     """The runs of a method that are known by now."""
     best = best_rate(method, lines)
     sweep = [Run(method, rate, 0) for rate in RATES]
     return sweep + ([Run(method, best, seed) for seed in range(1, seeds)] if best is not None else [])
 
 
-def left(
-    methods: Sequence[str], seeds: int, lines: Mapping[tuple[Any, ...], Mapping[str, Any]]
-) -> Iterator[tuple[Run, float | None]]:
+def left(methods: Sequence[str], seeds: int, lines: Lines) -> Iterator[tuple[Run, float | None]]:
     """The runs that can be done now, and the learning rate of the stage before each, if there is one."""
     for method in methods:
         before = TRIALS[method].then
@@ -369,11 +362,12 @@ def start_of(world: World, kind: str) -> dict[str, Any]:
     settings = {
         "model": world.path.name, "layers": world.layers, "prompt": PROMPT,
         "reply": REPLY if kind == "pairs" else ANSWER, "units": TRAINED[kind], "drawn from": FROM[kind],
+        "answers": 2 if kind == "pairs" else SHOWN,
     }  # fmt: skip
     return {"method": f"start of {kind}", "rate": 0.0, "seed": 0, **found, "settings": settings}
 
 
-def append(path: Path, line: Mapping[str, Any]) -> None:
+def append(path: Path, line: Line) -> None:
     """One more line, whole also beside another process that writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     place = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -20,7 +20,6 @@ from .judge import VERDICTS, Values, every, judge, spread
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
-REAL = "smollm2.jsonl"  # of the real model: a line for each run (`real`)
 COLUMNS = 3  # panels of a picture beside each other
 RATE = re.compile(r" at ([\d.e-]+)(?= |$)")  # as trials name what they train at several learning rates
 ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
@@ -56,13 +55,6 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
             where = f"line {number} of {path}"
             raise ValueError(f"out: expected a claim and its verdict in {where}, got {error}") from error
     return {name: found[name] for name in ORDER if name in found}
-
-
-def runs_of(folder: Path) -> dict[tuple[str, float, int], dict[str, Any]]:
-    """A folder's runs on the real model, by method, learning rate and seed."""
-    path = folder / REAL
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {(its["method"], its["rate"], its["seed"]): its for its in map(json.loads, lines)}
 
 
 def save(folder: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,109 @@
+"""What the runs on the real model came to: numbers per seed and held-out unit, from the lines that `real` writes."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+REAL = "smollm2.jsonl"  # a line for each run
+SEEDS, RATES = 4, (1e-5, 3e-5, 1e-4)
+OUTER = "part of the tokens in DPO's outer bins"
+
+Line = Mapping[str, Any]
+Lines = Mapping[tuple[str, float, int], Line]  # by method, learning rate and seed
+
+
+def runs_of(folder: Path) -> dict[tuple[str, float, int], dict[str, Any]]:
+    """A folder's lines, by method, learning rate and seed."""
+    path = folder / REAL
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {(its["method"], its["rate"], its["seed"]): its for its in map(json.loads, lines)}
+
+
+def best_rate(method: str, lines: Lines) -> float | None:
+    """The rate with the highest score on validation units, where all rates were run."""
+    scores = {rate: lines[(method, rate, 0)]["score"] for rate in RATES if (method, rate, 0) in lines}
+    return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
+
+
+def numbers(lines: Lines, seeds: int) -> dict[str, dict[str, list[Any]]]:
+    """Quantity → method → a list for each seed, with a number for each held-out unit: each method at its best rate.
+
+    Methods with fewer seeds are left out.
+    """
+    found: dict[str, dict[str, list[Any]]] = {}
+    runs: dict[str, list[Line]] = {}
+    for method in dict.fromkeys(name for name, _, _ in lines):
+        rate = best_rate(method, lines)
+        if rate is not None and all((method, rate, seed) in lines for seed in range(seeds)):
+            runs[method] = [lines[(method, rate, seed)] for seed in range(seeds)]
+    for method, its in runs.items():
+        for one in its:
+            kind = "pairs" if "own" in one else "groups"
+            start = lines[(f"start of {kind}", 0.0, 0)]
+            for quantity, values in (of_pairs if kind == "pairs" else of_groups)(one, start).items():
+                found.setdefault(quantity, {}).setdefault(method, []).append(values)
+    for method, its in runs.items() if "DPO" in runs else ():
+        shares = [outer(one["test"]["quantiles"], dpo["test"]["quantiles"]) for one, dpo in zip(its, runs["DPO"])]
+        found.setdefault(OUTER, {})[method] = shares
+    return found
+
+
+def of_pairs(run: Line, start: Line) -> dict[str, list[float]]:
+    """Of each held-out pair, and of each answer of the start's own."""
+    (logp, n), shift = (start["test"][name] for name in ("logp", "tokens")), run["test"]["shift"]
+    per_token = [x / k for x, k in zip(shift, n)]
+    after = [(x + y) / k for x, y, k in zip(logp, shift, n)]
+    own, tokens = run["own"], start["own"]["tokens"]
+    return {
+        "change of log p of chosen": shift[::2],
+        "change of log p of rejected": shift[1::2],
+        "change of log p per token of chosen": per_token[::2],
+        "change of log p per token of rejected": per_token[1::2],
+        "margin of Δ per token": [a - b for a, b in zip(per_token[::2], per_token[1::2])],
+        "accuracy by Δ per token": [_above(a, b) for a, b in zip(per_token[::2], per_token[1::2])],
+        "accuracy by likelihood per token": [_above(a, b) for a, b in zip(after[::2], after[1::2])],
+        "log perplexity": [-x for x in after[::2]],
+        "agility": [math.exp(a) - math.exp(b) for a, b in zip(after[::2], after[1::2])],
+        "abs. shift of log p per answer": [abs(x) for x in own["shift"]],
+        "abs. shift of log p per token": [abs(x) / k for x, k in zip(own["shift"], tokens)],
+        "abs. logit shift per answer": [x * k for x, k in zip(own["logit"], tokens)],
+        "abs. logit shift per token": own["logit"],
+        "Gini coefficient of logit shifts": own["gini"],
+    }
+
+
+def of_groups(run: Line, start: Line) -> dict[str, list[float]]:
+    """Of each held-out group."""
+    shift, rewards = run["test"]["shift"], start["test"]["rewards"]
+    size = start["settings"]["answers"]
+    order, first = [], []
+    for at in range(0, len(shift), size):
+        delta, its = shift[at : at + size], rewards[at : at + size]
+        better = [(a, b) for a in range(size) for b in range(size) if its[a] > its[b]]
+        order.append(sum(_above(delta[a], delta[b]) for a, b in better) / len(better) if better else 0.5)
+        first.append(its[max(range(size), key=lambda k: delta[k])])
+    return {"accuracy of the order": order, "reward of the answer with the highest Δ": first}
+
+
+def outer(its: Sequence[float], of: Sequence[float]) -> float:
+    """Part of the tokens in the outer two of the ten bins that `of` fills equally, from 101 quantiles of both."""
+    tenth = (len(of) - 1) // 10
+    return _share_below(its, of[tenth]) + 1 - _share_below(its, of[-1 - tenth])
+
+
+def _share_below(quantiles: Sequence[float], x: float) -> float:
+    """Part of a distribution below x, between its quantiles in a straight line."""
+    if x <= quantiles[0]:
+        return 0.0
+    for k, (low, high) in enumerate(pairwise(quantiles)):
+        if x <= high:
+            return (k + (x - low) / (high - low)) / (len(quantiles) - 1)
+    return 1.0
+
+
+def _above(a: float, b: float) -> float:
+    """1, 0, or ½ where they are equal."""
+    return 0.5 if a == b else float(a > b)
