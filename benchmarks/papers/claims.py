@@ -3,6 +3,8 @@
 "Holds where" lists parts, all of which have to hold: `quantity: more > less by 1`, or `quantity ~ -0.5, floor` for a
 slope (`judge`). " / " stands between alternatives, each of which has to hold; 0 is zero; @ is " at " and a learning
 rate, each of those listed. What is "told beside" decides nothing.
+
+`smollm2.tsv` has the claims that are tried on a real model as well, with a text where that differs.
 """
 
 from collections.abc import Callable
@@ -65,9 +67,23 @@ def parse(text: str, at: str = "") -> list[Part]:
     return parts
 
 
-_ROWS = [line.split("\t") for line in Path(__file__).with_name("claims.tsv").read_text(encoding="utf-8").splitlines()]
+def _rows(name: str) -> list[list[str]]:
+    return [line.split("\t") for line in Path(__file__).with_name(name).read_text(encoding="utf-8").splitlines()[1:]]
+
+
 CLAIMS = tuple(
     Claim(name, paper, place, world, trial, text,
           [part for at in rates.split() or [""] for part in parse(where, at)], parse(beside))
-    for name, paper, place, world, trial, rates, text, where, beside in _ROWS[1:]
+    for name, paper, place, world, trial, rates, text, where, beside in _rows("claims.tsv")
 )  # fmt: skip
+
+
+class OnReal(NamedTuple):
+    """How a claim is tried on the real model: its text, "" where that is the claim's own, and what has to hold."""
+
+    text: str
+    parts: list[Part]
+    beside: list[Part]
+
+
+ON_REAL = {name: OnReal(text, parse(where), parse(beside)) for name, text, where, beside in _rows("smollm2.tsv")}

@@ -5,7 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .claims import OnReal
+from .judge import Above, Told, judge
 
 REAL = "smollm2.jsonl"  # a line for each run
 SEEDS, RATES = 4, (1e-5, 3e-5, 1e-4)
@@ -49,6 +52,27 @@ def numbers(lines: Lines, seeds: int) -> dict[str, dict[str, list[Any]]]:
         shares = [outer(one["test"]["quantiles"], dpo["test"]["quantiles"]) for one, dpo in zip(its, runs["DPO"])]
         found.setdefault(OUTER, {})[method] = shares
     return found
+
+
+class Outcome(NamedTuple):
+    """A claim's verdict, numbers and what is told beside, from so many seeds; without seeds it waits for runs."""
+
+    verdict: str = ""
+    told: Sequence[Told] = ()
+    beside: Sequence[Told] = ()
+    seeds: int = 0
+
+
+def outcome(claim: OnReal, lines: Lines) -> Outcome:
+    """The verdict on a claim with as many seeds as all its methods have, at least two; `lines` as of `runs_of`."""
+    for seeds in range(SEEDS, 1, -1):
+        values = numbers(lines, seeds)
+        wanted = {name for part in claim.parts if isinstance(part, Above) for name in (part.more, part.less) if name}
+        if wanted <= {method for methods in values.values() for method in methods}:
+            ((_, verdict, told),) = judge(claim.parts, values)
+            known = [part for part in claim.beside if isinstance(part, Above) and part.more in values[part.quantity]]
+            return Outcome(verdict, told, [part.judge(values) for part in known], seeds)
+    return Outcome()
 
 
 def of_pairs(run: Line, start: Line) -> dict[str, list[float]]:

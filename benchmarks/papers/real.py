@@ -338,19 +338,29 @@ def carry_out(world: World, run: Run, first: float | None) -> dict[str, Any]:
     steps = min(2, steps) if world.quick else steps
     losses = train(upper, world.head, make, objective, rate=run.rate, steps=steps, reference=reference, **options)
     if any(other.then == run.method for other in TRIALS.values()):
-        path = stored(world, run)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole_file(path, lambda place: torch.save(upper.state_dict(), place))
+        save_whole_file(stored(world, run), partial(torch.save, upper.state_dict()))
     measured = {name: measure(upper, world.head, known[name]) for name in ("test", "own") if name in known}
-    found: dict[str, Any] = {**run._asdict(), "steps": steps, "losses": [losses[0], losses[-1]], **measured}
+    save_whole_file(shifts_of(world, run), partial(torch.save, measured["test"][1]))
+    found: dict[str, Any] = {**run._asdict(), "steps": steps, "losses": [losses[0], losses[-1]]}
+    found |= {name: numbers for name, (numbers, _) in measured.items()}
     if run.seed == 0:
-        found["score"] = trial.rule(known["valid"], measure(upper, world.head, known["valid"]))
+        found["score"] = trial.rule(known["valid"], measure(upper, world.head, known["valid"])[0])
     return {**found, "seconds": round(time.monotonic() - start), "provenance": provenance("cpu")}
 
 
 def stored(world: World, run: Run) -> Path:
     """Where the layers after a run are, if another stage follows it."""
-    return world.work / "layers" / f"{run.name}.pt"
+    return _place(world, "layers", run)
+
+
+def shifts_of(world: World, run: Run) -> Path:
+    """Where the shift of log p of each held-out token is."""
+    return _place(world, "shifts", run)
+
+
+def _place(world: World, folder: str, run: Run) -> Path:
+    (world.work / folder).mkdir(parents=True, exist_ok=True)
+    return world.work / folder / f"{run.name}.pt"
 
 
 def start_of(world: World, kind: str) -> dict[str, Any]:

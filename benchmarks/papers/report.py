@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 
 from rgpb.bench.measure import provenance
 
-from .claims import CLAIMS, PAPERS, TRIALS, WORLDS, Claim
+from .claims import CLAIMS, ON_REAL, PAPERS, TRIALS, WORLDS, Claim
 from .judge import VERDICTS, Values, every, judge, spread
+from .outcomes import Outcome, best_rate, outcome, runs_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
+MODEL = "SmolLM2-135M"
 COLUMNS = 3  # panels of a picture beside each other
 RATE = re.compile(r" at ([\d.e-]+)(?= |$)")  # as trials name what they train at several learning rates
 ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
@@ -68,33 +70,58 @@ def save(folder: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def page(folder: Path) -> str:
-    """The text of docs/claims.md from a folder's lines and its notes.txt: counts, how to read it, a table by paper."""
-    records, notes = load(folder), folder / "notes.txt"
+    """The text of docs/claims.md from a folder's lines and notes: counts, how to read it, a table by paper."""
+    records, runs = load(folder), runs_of(folder)
+    real = {name: outcome(claim, runs) for name, claim in ON_REAL.items() if name in records}
     found = [(CLAIMS[ORDER[name]].paper, its["verdict"]) for name, its in records.items()]
-    counts: list[Sequence[str]] = [("", *VERDICTS)]
-    counts += [(paper, *(str(found.count((paper, verdict))) for verdict in VERDICTS)) for paper in PAPERS]
-    counts += [("all", *(str([v for _, v in found].count(verdict)) for verdict in VERDICTS))]
-    lines = ["# The papers' claims, tried on small models", ""]
-    held, failed, undecided = counts[-1][1:]
+    lines = ["# The papers' claims, tried", ""]
+    held, failed, undecided = ([verdict for _, verdict in found].count(verdict) for verdict in VERDICTS)
     lines += [f"**{held} hold, {failed} do not hold, {undecided} can't be decided at this size.**", ""]
-    lines += [*_table(counts), "", *([notes.read_text(encoding="utf-8")] if notes.exists() else [])]
+    lines += [*_counts(found), "", *_notes(folder, "notes.txt"), f"## On {MODEL}", ""]
+    lines += [*_counts([(CLAIMS[ORDER[name]].paper, its.verdict) for name, its in real.items()], "not run yet")]
+    lines += ["", *_notes(folder, "smollm2.txt")]
     for paper, full in PAPERS.items():
-        rows = [("claim", "place", "verdict", "numbers", "name; trial in world")]
+        rows = [("claim", "place", "small models", MODEL, "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
-            its = records[claim.name]
+            its, there = records[claim.name], real.get(claim.name)
             numbers = []
             for part in its["parts"]:  # of a condition all numbers where it holds, else those that decided
                 told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
                 under = f"Learning rate {part['at']}, {part['verdict']}: " if part["at"] else ""
                 numbers.append(f"{under}{_told(told, ' at ' + part['at'])}.")
             numbers += [f"Beside: {_told(its['beside'])}."] if its["beside"] else []
+            verdict = "not tried" if there is None else f"**{there.verdict}**" if there.seeds else "not run yet"
+            numbers += [_on_real(ON_REAL[claim.name].text, there)] if there is not None and there.seeds else []
             name = f"`{claim.name}`; {claim.trial} in {claim.world}"
-            rows.append((claim.text, claim.place, f"**{its['verdict']}**", "<br>".join(numbers), name))
+            rows.append((claim.text, claim.place, f"**{its['verdict']}**", verdict, "<br>".join(numbers), name))
         lines += [f"## {full}", "", *_table(rows), ""]
+    best = {method: best_rate(method, runs) for method, _, _ in runs}
+    rates = [(method, f"{rate:g}") for method, rate in best.items() if rate is not None]
+    if rates:
+        lines += [f"## Learning rates on {MODEL}", "", *_table([("method", "best of those tried"), *rates]), ""]
     for title, named in (("Worlds: what is set up", WORLDS), ("Trials: what is trained and measured", TRIALS)):
         what = [("name", "what"), *((f"`{name}`", (f.__doc__ or "").split("\n")[0]) for name, f in named.items())]
         lines += [f"## {title}", "", *_table(what), ""]
     return "\n".join(lines[:-1]) + "\n"
+
+
+def _on_real(text: str, its: Outcome) -> str:
+    """What the real model said: all numbers where the claim holds, else those that decided."""
+    told = _told([one for one in its.told if one.verdict == its.verdict])
+    beside = f" Beside: {_told(its.beside)}." if its.beside else ""
+    return f"*{MODEL}*, {its.seeds} seeds: {text + ' ' if text else ''}{told}.{beside}"
+
+
+def _counts(found: Sequence[tuple[str, str]], other: str = "") -> list[str]:
+    """A table of (paper, verdict); `other` names an empty verdict."""
+    names, verdicts = (*VERDICTS, *([other] if other else [])), (*VERDICTS, *([""] if other else []))
+    rows: list[Sequence[str]] = [("", *names)]
+    rows += [(paper, *(str(found.count((paper, verdict))) for verdict in verdicts)) for paper in PAPERS]
+    return _table([*rows, ("all", *(str([v for _, v in found].count(verdict)) for verdict in verdicts))])
+
+
+def _notes(folder: Path, name: str) -> list[str]:
+    return [(folder / name).read_text(encoding="utf-8")] if (folder / name).exists() else []
 
 
 def _told(told: Sequence[Sequence[str]], at: str = "") -> str:

@@ -249,9 +249,9 @@ def train(
 
 
 @torch.no_grad()
-def measure(upper: Upper, head: rgpb.LMHead, known: Sequence[Known]) -> dict[str, list[float]]:
+def measure(upper: Upper, head: rgpb.LMHead, known: Sequence[Known]) -> tuple[dict[str, list[float]], Tensor]:
     """What moved from the start to `upper`, for each completion in turn: `shift` of Σ log p, mean absolute `logit`
-    shift, its `gini` over the tokens; and the `quantiles` of all tokens' shifts of log p."""
+    shift, its `gini` over the tokens, and the `quantiles` of all tokens' shifts of log p; and these themselves."""
     found: dict[str, list[float]] = {"shift": [], "logit": [], "gini": []}
     tokens = []
     for places in rows_of([its.unit for its in known]):
@@ -263,8 +263,9 @@ def measure(upper: Upper, head: rgpb.LMHead, known: Sequence[Known]) -> dict[str
         for name, values in (("shift", moved.logp), ("logit", moved.logit_mean), ("gini", moved.gini)):
             found[name] += values.tolist()
         tokens.append(moved.token_logp)
-    found["quantiles"] = torch.cat(tokens).quantile(SHARES).tolist()
-    return {name: [round_(x) for x in values] for name, values in found.items()}
+    every = torch.cat(tokens)
+    found["quantiles"] = every.quantile(SHARES).tolist()
+    return {name: [round_(x) for x in values] for name, values in found.items()}, every.float()
 
 
 def round_(x: float) -> float:
