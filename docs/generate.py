@@ -427,18 +427,23 @@ def versions() -> str:
     )
 
 
-def claims() -> list[tuple[str, str]]:
-    """(claim, verdict) of each row of docs/claims.md."""
+def claims() -> list[tuple[str, str, str]]:
+    """(claim, verdict on small models, verdict on the real one or "") of each row of docs/claims.md."""
     rows = [line.strip("| ").split(" | ") for line in CLAIMS.read_text(encoding="utf-8").splitlines()]
-    return [(cells[0], cells[2].strip("*")) for cells in rows if len(cells) > 3 and cells[2] in VERDICTS]
+    found = [cells for cells in rows if len(cells) > 3 and cells[2] in VERDICTS]
+    return [(cells[0], cells[2].strip("*"), cells[3].strip("*") if cells[3] in VERDICTS else "") for cells in found]
 
 
 def tally() -> str:
-    verdicts = [verdict for _, verdict in claims()]
-    held, failed = verdicts.count("holds"), verdicts.count("does not hold")
+    small, real = [verdict for _, verdict, _ in claims()], [verdict for _, _, verdict in claims() if verdict]
+
+    def told(verdicts: list[str]) -> str:
+        held, failed = verdicts.count("holds"), verdicts.count("does not hold")
+        return f"{held} held, {failed} did not, and {len(verdicts) - held - failed} could not be decided"
+
     return (
-        f"**Of {len(verdicts)} claims of the four papers that were tried here, {held} held, {failed} did not, and "
-        f"{len(verdicts) - held - failed} could not be decided at this size.**"
+        f"**Of {len(small)} claims of the four papers that were tried here on small models, {told(small)}. "
+        f"Of {len(real)} that were tried on SmolLM2-135M so far, {told(real)}.**"
     )
 
 
@@ -506,12 +511,13 @@ def decisions() -> str:
     for situation, advice, wanted in DECISIONS:
         evidence = []
         for short, text in wanted:
-            verdicts = [verdict for claim, verdict in known if text in claim and "generated dialogues" not in claim]
-            if len(verdicts) != 1:
-                raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(verdicts)}")
-            evidence.append(f"{short}: **{verdicts[0].replace('not decidable at this size', 'undecided')}**")
+            its = [both for claim, *both in known if text in claim and "generated dialogues" not in claim]
+            if len(its) != 1:
+                raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(its)}")
+            small, real = (verdict.replace("not decidable at this size", "undecided") for verdict in its[0])
+            evidence.append(f"{short}: **{small}**" + (f", on SmolLM2-135M **{real}**" if real else ""))
         lines.append((situation, advice, "; ".join(evidence)))
-    return table(("you have", "try first", "what was tried here"), lines, right=3)
+    return table(("you have", "try first", "what was tried here, on small models"), lines, right=3)
 
 
 # -- objectives -------------------------------------------------------------------------------------------------------

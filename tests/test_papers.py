@@ -1,5 +1,6 @@
 """The papers' claims: the table, how a verdict comes about, what is kept and resumed, and claims from end to end."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from benchmarks.papers import judge, models, on_groups, on_pairs, report
+from benchmarks.papers import judge, models, on_groups, on_pairs, outcomes, real, report, upper
 from benchmarks.papers.__main__ import main
-from benchmarks.papers.claims import CLAIMS, PAPERS, TRIALS, WORLDS, parse
+from benchmarks.papers.claims import CLAIMS, ON_REAL, PAPERS, TRIALS, WORLDS, parse
 from benchmarks.papers.judge import FAILS, HOLDS, OPEN, VERDICTS, Above, Slope, decide, differences, every
+from rgpb.train.tokens import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {claim.name: claim for claim in CLAIMS}
@@ -63,6 +65,20 @@ def test_above_is_judged_by_seed():
     assert Above("p", "A", "B", by=2.0).judge(values).verdict == OPEN
     assert Above("p", "", "C", by=1.0).judge(values) == ("p, C", "-2 ± 0.29", HOLDS)  # C < −1
     assert Above("p", "C", by=-1.0).judge(values).verdict == FAILS  # C > −1
+
+
+def test_a_difference_of_pairs_has_the_error_of_seeds_and_of_pairs():
+    gaps = [[1.0, 3.0], [2.0, 6.0]]  # two seeds, two pairs: means 2 and 4 by seed, 1.5 and 4.5 by pair
+    mean, error = judge.estimate(gaps)
+    assert (mean, error) == pytest.approx((3.0, math.hypot(1.0, 1.5)))
+    assert decide(gaps) == OPEN
+    assert decide([[x + 1 for x in one] for one in gaps]) == HOLDS
+    assert decide([[-x - 1 for x in one] for one in gaps]) == FAILS
+    assert decide(gaps[:1]) == OPEN
+    values = {"p": {"A": [[4.0, 8.0], [7.0, 9.0]], "B": [[3.0, 5.0], [5.0, 3.0]]}}
+    assert Above("p", "A", "B").judge(values) == ("p, A less B", "+3 ± 1.8 [5.1]", OPEN)
+    assert Above("p", "A", "B", by=-1.0).judge(values).verdict == HOLDS
+    assert Above("p", "", "A", by=-12.0).judge(values).verdict == HOLDS  # A < 12
 
 
 def test_a_slope_is_judged_by_its_interval():
@@ -250,6 +266,225 @@ def test_shifts_are_those_of_the_models_own_logits():
     values = torch.arange(100.0)
     assert on_pairs.outer(values, values) == pytest.approx(0.2)
     assert on_pairs.outer(values.clamp(20, 80), values) == 0.0
+
+
+def line(method, rate, seed, shift, **more):
+    part = {"shift": shift, "logit": [0.5] * len(shift), "gini": [0.2] * len(shift)}
+    return {"method": method, "rate": rate, "seed": seed, "test": part, "own": part, **more}
+
+
+def test_numbers_of_the_real_model_are_those_of_the_best_rate():
+    """Two held-out pairs, [chosen, rejected] each; BNF's best rate is the second, DPO isn't through its rates."""
+    quantiles = {"quantiles": [k / 100 for k in range(101)]}
+    lines = [line(name, rate, 0, [9.0] * 4, score=-k) for name in ("BNF",) for k, rate in enumerate(outcomes.RATES)]
+    lines[1] = line("BNF", outcomes.RATES[1], 0, [2.0, -4.0, -1.0, -1.0], score=1.0)
+    lines.append(line("BNF", outcomes.RATES[1], 1, [0.0, 0.0, 4.0, 1.0]))
+    lines.append(line("DPO", outcomes.RATES[0], 0, [9.0] * 4, score=3.0))
+    both = {"logp": [-8.0, -8.0, -4.0, -6.0], "tokens": [4, 2, 2, 2]}
+    lines.append({"method": "start of pairs", "rate": 0.0, "seed": 0, "test": both, "own": both})
+    for one in lines[:-1]:
+        one["test"] = {**one["test"], **quantiles}
+    known = {(its["method"], its["rate"], its["seed"]): its for its in lines}
+    assert outcomes.best_rate("DPO", known) is None
+    assert outcomes.numbers(known, 3) == {}
+    found = outcomes.numbers(known, 2)
+    assert all(list(methods) == ["BNF"] for methods in found.values())
+    told = {name: methods["BNF"] for name, methods in found.items()}
+    assert told["change of log p of chosen"] == [[2.0, -1.0], [0.0, 4.0]]
+    assert told["change of log p of rejected"] == [[-4.0, -1.0], [0.0, 1.0]]
+    assert told["accuracy by Δ per token"] == [[1.0, 0.5], [0.5, 1.0]]
+    assert told["accuracy by likelihood per token"] == [[1.0, 1.0], [1.0, 1.0]]
+    assert told["log perplexity"] == [[1.5, 2.5], [2.0, 0.0]]
+    assert told["agility"][0] == pytest.approx([math.exp(-1.5) - math.exp(-6), math.exp(-2.5) - math.exp(-3.5)])
+    assert told["abs. shift of log p per token"][0] == [0.5, 2.0, 0.5, 0.5]
+    assert told["abs. logit shift per answer"][0] == [2.0, 1.0, 1.0, 1.0]
+    claim = outcomes.OnReal("", parse("change of log p of chosen: BNF > 0 by -9"), parse("agility: BNF / DPO > 0"))
+    its = outcomes.outcome(claim, known)
+    assert (its.verdict, its.seeds, [one.what for one in its.beside]) == (HOLDS, 2, ["agility, BNF"])
+    assert outcomes.outcome(claim._replace(parts=parse("agility: DPO > BNF")), known) == outcomes.Outcome()
+
+
+def test_numbers_of_groups_and_of_bins():
+    start = {"test": {"rewards": [3.0, 2.0, 1.0, 5.0, 5.0, 0.0]}, "settings": {"answers": 3}}
+    found = outcomes.of_groups({"test": {"shift": [1.0, 2.0, 0.0, 1.0, -1.0, 1.0]}}, start)
+    assert found["accuracy of the order"] == pytest.approx([2 / 3, 1 / 4])
+    assert found["reward of the answer with the highest Δ"] == [2.0, 5.0]
+    even = [k / 100 for k in range(101)]
+    assert outcomes.outer(even, even) == pytest.approx(0.2)
+    assert outcomes.outer([0.5 + x / 2 for x in even], even) == pytest.approx(0.2)
+    assert outcomes.outer([0.2 + x / 2 for x in even], even) == 0.0
+    assert outcomes.outer([2 * x - 0.5 for x in even], even) == pytest.approx(0.6)
+
+
+def test_every_claim_on_the_real_model_can_be_judged():
+    """Each is one of the table, and its quantities and methods are there."""
+    assert set(ON_REAL) <= set(BY_NAME)
+    pairs = {"logp": [-1.0] * 4, "tokens": [1] * 4}
+    part = {"shift": [1.0] * 4, "logit": [1.0] * 4, "gini": [1.0] * 4, "quantiles": [0.0, 1.0] * 50 + [1.0]}
+    groups = {"test": {"rewards": [1.0] * 4}, "settings": {"answers": 2}}
+    known = {
+        "pairs": outcomes.of_pairs({"test": part, "own": part}, {"test": pairs, "own": pairs}),
+        "groups": outcomes.of_groups({"test": part}, groups),
+    }
+    kinds = {name: set(found) for name, found in known.items()}
+    for name, claim in ON_REAL.items():
+        for one in (*claim.parts, *claim.beside):
+            trials = [real.TRIALS[method] for method in (one.more, one.less) if method]
+            assert trials, name
+            assert all(one.quantity in {*kinds[trial.kind], outcomes.OUTER} for trial in trials), (name, one)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return models.tiny_llama(50, 0).eval()
+
+
+UNITS = [
+    upper.Unit([2, 3, 4], [[5, 6, 7], [8, 9]], [2.0, 1.0]),
+    upper.Unit([9, 8], [[7], [6, 5], [4, 3, 2]], [3.0, 2.0, 0.5]),
+]
+
+
+def scored_alone(model, prompt, completion):
+    with torch.no_grad():
+        logp = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+    return logp[range(len(prompt) - 1, len(prompt) + len(completion) - 1), completion]
+
+
+@pytest.mark.parametrize(
+    ("which", "stacked", "expected"),
+    [
+        ([(0, 1), (0, 1, 2)], False, [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]),
+        ([(0, 1), (0, 2)], True, [(0, 0), (1, 0), (0, 1), (1, 2)]),
+        ([(1, 0), (2, 1)], True, [(0, 1), (1, 2), (0, 0), (1, 1)]),
+        ([(1,), (2,)], False, [(0, 1), (1, 2)]),
+    ],
+)
+def test_a_row_scores_each_completion_as_if_alone(llama, tmp_path, which, stacked, expected):
+    head = real.hf.read_head(llama)
+    known = upper.remember(llama, head, 1, UNITS, tmp_path)
+    its = upper.batch(known, which, stacked=stacked)
+    with torch.no_grad():
+        scores = upper.score(upper.Upper(llama, 1), head, its.hidden, its.row)
+    torch.testing.assert_close(scores.logp, its.ref.logp)
+    alone = [scored_alone(llama, UNITS[u].prompt, UNITS[u].completions[k]) for u, k in expected]
+    torch.testing.assert_close(scores.logp, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert its.row.bounds.diff().tolist() == [len(x) for x in alone]
+    assert its.row.sides == [k for _, k in expected]
+    if not stacked and len(which[0]) == len(which[1]):
+        assert its.rewards.tolist() == [[1.0], [0.5]]
+
+
+def test_what_lies_below_is_computed_once(llama, tmp_path, monkeypatch):
+    head = real.hf.read_head(llama)
+    first = upper.remember(llama, head, 1, UNITS, tmp_path)
+    monkeypatch.setattr(upper, "below", None)
+    for one, other in zip(first, upper.remember(llama, head, 1, UNITS, tmp_path)):
+        torch.testing.assert_close(one.hidden, other.hidden)
+    with pytest.raises(ValueError, match="work: expected the hidden states of these texts"):
+        upper.remember(llama, head, 1, UNITS[:1], tmp_path)
+
+
+def test_training_the_upper_layers_moves_what_is_measured(llama, tmp_path):
+    head = real.hf.read_head(llama)
+    known = upper.remember(llama, head, 1, UNITS, tmp_path)
+    above = upper.Upper(llama, 1)
+    found, tokens = upper.measure(above, head, known)
+    assert found["shift"] == pytest.approx([0.0] * 5, abs=1e-4)
+    its = upper.batch(known, [(0, 1), (0, 1)], stacked=True)
+    losses = upper.train(above, head, lambda step: its, "dpo", rate=1e-2, steps=5)
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[-1] < losses[0]
+    found, tokens = upper.measure(above, head, known)
+    chosen, rejected = (found["shift"][0] + found["shift"][2], found["shift"][1] + found["shift"][3])
+    assert chosen > rejected
+    lengths = [len(one) for unit in UNITS for one in unit.completions]
+    assert [x.sum().item() for x in tokens.split(lengths)] == pytest.approx(found["shift"], rel=1e-3)
+    alone = scored_alone(llama, *UNITS[1][:1], UNITS[1].completions[2]).sum().item()
+    assert upper.likelihoods(known)["logp"][4] == pytest.approx(alone, rel=1e-3)
+    assert upper.likelihoods(known)["tokens"] == lengths
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder with a tiny Llama, its tokenizer, pairs and groups."""
+    folder = tmp_path_factory.mktemp("real")
+    rows = [
+        {"prompt": f"\n\nHuman: {i}?\n\nAssistant:", "chosen": f" yes, {i}", "rejected": f" no{'!' * (i % 3)}"}
+        for i in range(20)
+    ]
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    groups = [
+        {"prompt": f"{i}?", "completions": list("abcdef"), "rewards": [k / 8 for k in range(6)]} for i in range(20)
+    ]
+    (folder / "groups.jsonl").write_text("\n".join(map(json.dumps, groups)), encoding="utf-8")
+    tokenizer = train_tokenizer(["yes no"], 258)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder / "model")
+    models.tiny_llama(258, 0, quick=True).save_pretrained(folder / "model")
+    return folder
+
+
+def test_the_real_model_from_end_to_end(texts, tmp_path, capsys):
+    """Every rate, then the best one with the other seed; a second command finds nothing left to do."""
+    out = tmp_path / "out"
+    arguments = ["--quick", "--model", str(texts / "model"), "--work", str(tmp_path / "work"), "--out", str(out)]
+    data = ["--hh-rlhf", str(texts), "--alpaca-eval", str(texts / "groups.jsonl"), "--seeds", "2"]
+    only = ["--only", "BNF", "MC-PO, mc"]
+    assert real.main([*arguments, *data, *only, "--minutes", "0"]) == 0
+    assert outcomes.runs_of(out) == {}
+    assert real.main([*arguments, *data, *only]) == 0
+    lines = outcomes.runs_of(out)
+    for method in ("BNF", "MC-PO, mc"):
+        best = outcomes.best_rate(method, lines)
+        assert {(rate, seed) for name, rate, seed in lines if name == method} == {
+            *((rate, 0) for rate in outcomes.RATES),
+            (best, 1),
+        }
+    assert {name for name, _, _ in lines} == {"start of pairs", "start of groups", "BNF", "MC-PO, mc"}
+    numbers = outcomes.numbers(lines, 2)
+    assert (
+        len(numbers["change of log p of chosen"]["BNF"][0])
+        == len(numbers["accuracy of the order"]["MC-PO, mc"][0])
+        == 4
+    )
+    assert real.main([*arguments, *data, *only]) == 0
+    assert outcomes.runs_of(out) == lines
+    assert real.main([*arguments, *only, "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["BNF: 4 of 6", "MC-PO, mc: 4 of 6"]
+    for bad, message in (
+        (["--out", str(report.RESULTS)], "--quick: expected another folder"),
+        ([], "--hh-rlhf: expected"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            real.main([*arguments, *bad, "--only", "DPO"])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_every_method_on_the_real_model_runs(texts, tmp_path):
+    arguments = ["--quick", "--model", str(texts / "model"), "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    data = ["--hh-rlhf", str(texts), "--alpaca-eval", str(texts / "groups.jsonl"), "--seeds", "2"]
+    assert real.main([*arguments, *data]) == 0
+    lines = outcomes.runs_of(tmp_path)
+    assert all(outcomes.outcome(claim, lines).seeds == 2 for claim in ON_REAL.values())
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.0, 12), (0.5, 18), (1.0, 24)])
+def test_partners_are_lost_on_the_real_model(monkeypatch, ratio, count):
+    monkeypatch.setitem(real.TRAINED, "pairs", 12)
+    monkeypatch.setitem(real.FROM, "pairs", 12)
+    monkeypatch.setattr(real, "batch", lambda known, which: [(i, k) for i, its in zip(known, which) for k in its])
+    make, steps = real.parted(range(12), 0, ratio)
+    found = [one for step in range(steps) for one in make(step)]
+    assert len(found) == len(set(found)) == count
+    assert {i for i, _ in found} == set(range(12))
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.0, 40), (0.25, 50), (0.5, 60), (1.0, 80)])

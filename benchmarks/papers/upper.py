@@ -209,7 +209,7 @@ class Batch(NamedTuple):
     hidden: Tensor
     ref: TokenScores
     label: Tensor  # bool [R]: the first of its unit
-    rewards: Tensor | None  # [G, K]
+    rewards: Tensor | None  # [G, K] of groups of one size
 
 
 def batch(known: Sequence[Known], which: Sequence[Sequence[int]], *, stacked: bool = False) -> Batch:
@@ -219,7 +219,8 @@ def batch(known: Sequence[Known], which: Sequence[Sequence[int]], *, stacked: bo
     ref = TokenScores(*(torch.cat([getattr(its.ref, name) for its in known])[row.taken] for name in SCORES))
     rewards = [[its.unit.rewards[k] for k in sorted(sides)] for its, sides in zip(known, which) if its.unit.rewards]
     label = torch.tensor([side == 0 for side in row.sides])
-    return Batch(row, hidden, ref, label, torch.tensor(rewards) if rewards and not stacked else None)
+    alike = not stacked and len({len(one) for one in rewards}) == 1
+    return Batch(row, hidden, ref, label, torch.tensor(rewards) if alike else None)
 
 
 def train(
