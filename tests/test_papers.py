@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from benchmarks.papers import judge, models, on_groups, on_pairs, outcomes, real, report, upper
+from benchmarks.papers import judge, models, on_groups, on_pairs, outcomes, real, report, tokens, upper
 from benchmarks.papers.__main__ import main
 from benchmarks.papers.claims import CLAIMS, ON_REAL, PAPERS, TRIALS, WORLDS, parse
 from benchmarks.papers.judge import FAILS, HOLDS, OPEN, VERDICTS, Above, Slope, decide, differences, every
@@ -389,17 +389,17 @@ def test_training_the_upper_layers_moves_what_is_measured(llama, tmp_path):
     head = real.hf.read_head(llama)
     known = upper.remember(llama, head, 1, UNITS, tmp_path)
     above = upper.Upper(llama, 1)
-    found, tokens = upper.measure(above, head, known)
+    found, moved = upper.measure(above, head, known)
     assert found["shift"] == pytest.approx([0.0] * 5, abs=1e-4)
     its = upper.batch(known, [(0, 1), (0, 1)], stacked=True)
     losses = upper.train(above, head, lambda step: its, "dpo", rate=1e-2, steps=5)
     assert losses[0] == pytest.approx(math.log(2))
     assert losses[-1] < losses[0]
-    found, tokens = upper.measure(above, head, known)
+    found, moved = upper.measure(above, head, known)
     chosen, rejected = (found["shift"][0] + found["shift"][2], found["shift"][1] + found["shift"][3])
     assert chosen > rejected
     lengths = [len(one) for unit in UNITS for one in unit.completions]
-    assert [x.sum().item() for x in tokens.split(lengths)] == pytest.approx(found["shift"], rel=1e-3)
+    assert [x.sum().item() for x in moved.split(lengths)] == pytest.approx(found["shift"], rel=1e-3)
     alone = scored_alone(llama, *UNITS[1][:1], UNITS[1].completions[2]).sum().item()
     assert upper.likelihoods(known)["logp"][4] == pytest.approx(alone, rel=1e-3)
     assert upper.likelihoods(known)["tokens"] == lengths
@@ -465,6 +465,47 @@ def test_the_real_model_from_end_to_end(texts, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             real.main([*arguments, *bad, "--only", "DPO"])
         assert message in capsys.readouterr().err
+
+
+def test_tokens_of_the_real_model_from_end_to_end(texts, tmp_path):
+    """What was trained is kept: the second time it is only counted and drawn, alike."""
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path), "--pictures", str(tmp_path / "pictures")]
+    arguments = ["--quick", "--model", str(texts / "model"), "--hh-rlhf", str(texts), *folders]
+    assert tokens.main(arguments) == 0
+    first = json.loads((tmp_path / "tokens.json").read_text(encoding="utf-8"))
+    assert set(first["tokens"]) == set(tokens.TRAINED)
+    seen = first["tokens"]["DPO"]["seen"]
+    assert sum(row["tokens"] for row in seen["by probability"]) == sum(row["tokens"] for row in seen["by place"])
+    assert sum(row["tokens"] for row in seen["by place"]) == seen["tokens"] > 0
+    assert len(list((tmp_path / "pictures").glob("smollm2-*.png"))) == 3
+    kept = sorted((tmp_path / "work" / "tokens").iterdir())
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    assert tokens.main(arguments) == 0
+    again = json.loads((tmp_path / "tokens.json").read_text(encoding="utf-8"))
+    assert again["tokens"] == first["tokens"]
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+
+
+def test_what_the_printed_formula_does_to_confident_tokens():
+    """Log-odds of 0, 12 and 20, a little above the reference's: the last has a float32 log p of 0."""
+
+    def score_of(odds):
+        odds = torch.tensor(odds)
+        zero = torch.zeros(len(odds))
+        return upper.TokenScores(torch.nn.functional.logsigmoid(odds), odds, zero, zero, zero)
+
+    policy, ref = score_of([-0.5, 12.0, 20.0]), score_of([0.0, 12.5, 20.0])
+    wrong, exact = tokens.printed(policy, ref)
+    torch.testing.assert_close(exact, torch.tensor([-0.5, -0.5, 0.0], dtype=torch.float64).exp())
+    assert wrong.isfinite().tolist() == [True, True, False]
+    assert wrong[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
+    found = tokens.sure(policy, ref, torch.tensor([0, 1, 3]))
+    assert found["responses without a finite gradient"] == 0.5
+    assert [row["tokens"] for row in found["printed"]] == [1, 0, 0, 1, 0, 1]
+    assert [row["not finite"] for row in found["printed"]] == [0, 0, 0, 0, 0, 1]
+    rows = tokens.by(torch.tensor([-1.0, 3.0, 5.0]), torch.tensor([0.1, 0.2, 1.0]), (0.0, 0.5, 0.9, 1.0))
+    assert [row["tokens"] for row in rows] == [2, 0, 1]
+    assert (rows[0]["mean"], rows[0]["falling"], rows[2]["mean"]) == (1.0, 0.5, 5.0)
 
 
 @pytest.mark.full
