@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -124,7 +125,8 @@ class World:
     @torch.no_grad()
     def answered(self, units: Sequence[Unit]) -> list[Unit]:
         """The start's own greedy answers to the prompts of units, kept in `work`."""
-        path = self.work / "own.json"
+        asked = zlib.crc32(json.dumps([unit.prompt for unit in units]).encode())
+        path = self.work / f"own-{asked:08x}.json"
         with claimed(self.work / "locks" / "own", wait=True):
             if not path.exists():
                 answers, end = [], self.tokenizer.eos_token_id
@@ -154,8 +156,9 @@ class World:
         return self.known("groups", self.parts("groups"))
 
     def known(self, kind: str, parts: Mapping[str, list[Unit]]) -> dict[str, list[Known]]:
+        folder = self.work / f"{kind}, {self.layers} layers"
         return {
-            name: remember(self.model, self.head, self.layers, units, self.work / kind / name)
+            name: remember(self.model, self.head, self.layers, units, folder / name)
             for name, units in reversed(parts.items())
         }
 
