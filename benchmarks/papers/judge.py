@@ -90,11 +90,9 @@ def estimate(values: Sequence[Any]) -> tuple[float, float]:
     """
     if not isinstance(values[0], Sequence):
         return fmean(values), stdev(values) / math.sqrt(len(values))
-    (mean, over_seeds), over_units = (
-        estimate([fmean(one) for one in values]),
-        estimate([fmean(x) for x in zip(*values)]),
-    )
-    return mean, math.hypot(over_seeds, over_units[1])
+    mean, over_seeds = estimate([fmean(one) for one in values])
+    _, over_units = estimate([fmean(its) for its in zip(*values)])
+    return mean, math.hypot(over_seeds, over_units)
 
 
 def decide(differences: Sequence[Any]) -> str:

@@ -434,8 +434,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     continue
                 try:
                     kind = TRIALS[run.method].kind
-                    if (f"start of {kind}", 0.0, 0) not in runs_of(a.out):
-                        append(path, start_of(world, kind))
+                    with claimed(locks / f"start of {kind}", wait=True):
+                        if (f"start of {kind}", 0.0, 0) not in runs_of(a.out):
+                            append(path, start_of(world, kind))
                     found = carry_out(world, run, first)
                 except ValueError as error:
                     if not str(error).startswith("--"):
