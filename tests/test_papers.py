@@ -276,12 +276,14 @@ def line(method, rate, seed, shift, **more):
 def test_numbers_of_the_real_model_are_those_of_the_best_rate():
     """Two held-out pairs, [chosen, rejected] each; BNF's best rate is the second, DPO isn't through its rates."""
     quantiles = {"quantiles": [k / 100 for k in range(101)]}
-    lines = [line(name, rate, 0, [9.0] * 4, score=-k) for name in ("BNF",) for k, rate in enumerate(outcomes.RATES)]
-    lines[1] = line("BNF", outcomes.RATES[1], 0, [2.0, -4.0, -1.0, -1.0], score=1.0)
+    rated = {name: {"valid": {"shift": shift}} for name, shift in (("good", [4.0, 1.0]), ("bad", [1.0, 4.0]))}
+    lines = [line("BNF", rate, 0, [9.0] * 4, **rated["bad"]) for rate in outcomes.RATES]
+    lines[1] = line("BNF", outcomes.RATES[1], 0, [2.0, -4.0, -1.0, -1.0], **rated["good"])
     lines.append(line("BNF", outcomes.RATES[1], 1, [0.0, 0.0, 4.0, 1.0]))
-    lines.append(line("DPO", outcomes.RATES[0], 0, [9.0] * 4, score=3.0))
+    lines.append(line("DPO", outcomes.RATES[0], 0, [9.0] * 4, **rated["good"]))
     both = {"logp": [-8.0, -8.0, -4.0, -6.0], "tokens": [4, 2, 2, 2]}
-    lines.append({"method": "start of pairs", "rate": 0.0, "seed": 0, "test": both, "own": both})
+    start = {"test": both, "own": both, "valid": {"tokens": [4, 2]}, "settings": {"answers": 2}}
+    lines.append({"method": "start of pairs", "rate": 0.0, "seed": 0, **start})
     for one in lines[:-1]:
         one["test"] = {**one["test"], **quantiles}
     known = {(its["method"], its["rate"], its["seed"]): its for its in lines}
@@ -302,6 +304,20 @@ def test_numbers_of_the_real_model_are_those_of_the_best_rate():
     its = outcomes.outcome(claim, known)
     assert (its.verdict, its.seeds, [one.what for one in its.beside]) == (HOLDS, 2, ["agility, BNF"])
     assert outcomes.outcome(claim._replace(parts=parse("agility: DPO > BNF")), known) == outcomes.Outcome()
+
+
+def test_the_score_of_a_learning_rate():
+    pairs = {"valid": {"tokens": [4, 2, 2, 2]}, "settings": {"answers": 2}}
+    run = {"valid": {"shift": [2.0, -3.0, 1.0, 1.0]}, "own": {}}
+    assert outcomes.score("MLE", run, pairs) == pytest.approx((0.5 + 0.5) / 2)
+    expected = (math.log(1 / (1 + math.exp(-0.5))) + math.log(0.5)) / 2
+    assert outcomes.score("BNF", run, pairs) == pytest.approx(expected)
+    groups = {"valid": {"rewards": [1.0, 3.0, 3.0, 2.0, 2.0, 2.0]}, "settings": {"answers": 3}}
+    run = {"valid": {"shift": [0.0, 5.0, -2.0, 1.0, 2.0, 3.0]}}
+    gaps = [5.0, -2.0]  # of the first group; in the second nothing is better
+    assert outcomes.score("SWEPO, p = 1", run, groups) == pytest.approx(
+        fmean(-math.log1p(math.exp(-0.1 * x)) for x in gaps)
+    )
 
 
 def test_numbers_of_groups_and_of_bins():

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from .claims import OnReal
@@ -12,6 +13,8 @@ from .judge import Above, Told, judge
 
 REAL = "smollm2.jsonl"  # a line for each run
 SEEDS, RATES = 4, (1e-5, 3e-5, 1e-4)
+BETA = 0.1  # of the score that learning rates are chosen by
+LIKELIHOOD = ("MLE", "ExMATE", "unlikelihood", "MLE, then ExMATE")  # methods that are there to raise the chosen
 OUTER = "part of the tokens in DPO's outer bins"
 
 Line = Mapping[str, Any]
@@ -26,9 +29,33 @@ def runs_of(folder: Path) -> dict[tuple[str, float, int], dict[str, Any]]:
 
 
 def best_rate(method: str, lines: Lines) -> float | None:
-    """The rate with the highest score on validation units, where all rates were run."""
-    scores = {rate: lines[(method, rate, 0)]["score"] for rate in RATES if (method, rate, 0) in lines}
+    """The rate with the highest `score`, where all rates were run."""
+    runs = {rate: lines[(method, rate, 0)] for rate in RATES if (method, rate, 0) in lines}
+    scores = {rate: score(method, run, start_of(run, lines)) for rate, run in runs.items()}
     return max(scores, key=lambda rate: scores[rate]) if len(scores) == len(RATES) else None
+
+
+def start_of(run: Line, lines: Lines) -> Line:
+    """The start's line for a run's kind of units."""
+    return lines[("start of pairs" if "own" in run else "start of groups", 0.0, 0)]
+
+
+def score(method: str, run: Line, start: Line) -> float:
+    """What a learning rate is chosen by, on validation units.
+
+    Of `LIKELIHOOD` the gain of the chosen per token; of others how likely the preferences are under Bradley–Terry with
+    rewards βΔ, β = `BETA`: the mean of log σ(β (Δ_better − Δ_worse)) over the pairs of a unit.
+    """
+    shift, its = run["valid"]["shift"], start["valid"]
+    if method in LIKELIHOOD:
+        return fmean(x / n for x, n in zip(shift[::2], its["tokens"][::2]))
+    size, found = start["settings"]["answers"], []
+    rewards = its.get("rewards", [1.0, 0.0] * (len(shift) // 2))
+    for at in range(0, len(shift), size):
+        unit = list(zip(rewards[at : at + size], shift[at : at + size]))
+        gaps = [x - y for a, x in unit for b, y in unit if a > b]
+        found += [fmean(-math.log1p(math.exp(-BETA * gap)) for gap in gaps)] if gaps else []
+    return fmean(found)
 
 
 def numbers(lines: Lines, seeds: int) -> dict[str, dict[str, list[Any]]]:
@@ -44,9 +71,8 @@ def numbers(lines: Lines, seeds: int) -> dict[str, dict[str, list[Any]]]:
             runs[method] = [lines[(method, rate, seed)] for seed in range(seeds)]
     for method, its in runs.items():
         for one in its:
-            kind = "pairs" if "own" in one else "groups"
-            start = lines[(f"start of {kind}", 0.0, 0)]
-            for quantity, values in (of_pairs if kind == "pairs" else of_groups)(one, start).items():
+            start, of_kind = start_of(one, lines), of_pairs if "own" in one else of_groups
+            for quantity, values in of_kind(one, start).items():
                 found.setdefault(quantity, {}).setdefault(method, []).append(values)
     for method, its in runs.items() if "DPO" in runs else ():
         shares = [outer(one["test"]["quantiles"], dpo["test"]["quantiles"]) for one, dpo in zip(its, runs["DPO"])]

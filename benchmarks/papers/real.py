@@ -21,7 +21,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -172,7 +171,6 @@ class Trial(NamedTuple):
     kind: str
     method: Method
     feed: Callable[[Sequence[Known], int], tuple[Maker, int]]
-    rule: Callable[[Sequence[Known], Mapping[str, list[float]]], float]  # of the learning rate: highest is best
     then: str = ""
 
 
@@ -229,36 +227,12 @@ def together(known: Sequence[Known], seed: int, pick: str = "all") -> tuple[Make
     return make, steps
 
 
-def told_apart(known: Sequence[Known], found: Mapping[str, list[float]]) -> float:
-    """How well Δ per token tells chosen from rejected: mean of the difference over its standard deviation."""
-    lengths = [len(one) for its in known for one in its.unit.completions]
-    ratios = [x / n for x, n in zip(found["shift"], lengths)]
-    gaps = [a - b for a, b in zip(ratios[::2], ratios[1::2])]
-    return fmean(gaps) / max(stdev(gaps), 1e-12)
-
-
-def learnt(known: Sequence[Known], found: Mapping[str, list[float]]) -> float:
-    """By how much the chosen gained per token."""
-    return fmean(x / len(its.unit.completions[0]) for x, its in zip(found["shift"][::2], known))
-
-
-def in_order(known: Sequence[Known], found: Mapping[str, list[float]]) -> float:
-    """Correlation of Δ with the rewards inside a group, mean over the groups where both vary."""
-    at, correlations = 0, []
-    for its in known:
-        size = len(its.unit.completions)
-        both = torch.tensor([found["shift"][at : at + size], its.unit.rewards], dtype=torch.float64)
-        at += size
-        correlations.append(torch.corrcoef(both)[0, 1].nan_to_num(0.0).item())
-    return fmean(correlations)
-
-
-def _pair(method: Method, rule: Any = told_apart, sides: Sequence[int] = (0, 1), then: str = "") -> Trial:
-    return Trial("pairs", method, partial(both, sides=sides), rule, then)
+def _pair(method: Method, sides: Sequence[int] = (0, 1), then: str = "") -> Trial:
+    return Trial("pairs", method, partial(both, sides=sides), then)
 
 
 def _group(objective: str, pick: str = "all", **options: Any) -> Trial:
-    return Trial("groups", (objective, options), partial(together, pick=pick), in_order)
+    return Trial("groups", (objective, options), partial(together, pick=pick))
 
 
 TRIALS: dict[str, Trial] = {  # in the order in which they are run
@@ -267,11 +241,7 @@ TRIALS: dict[str, Trial] = {  # in the order in which they are run
     "NLL+PLL": _pair(("nll_pll", {})),
     "SimPO": _pair(MOVERS["SimPO"]),
     "IPO": _pair(MOVERS["IPO"]),
-    **{
-        f"{ratio:.0%}": Trial("pairs", ("bnf", {}), partial(parted, ratio=ratio), told_apart)
-        for ratio in RATIOS
-        if ratio < 1
-    },
+    **{f"{ratio:.0%}": Trial("pairs", ("bnf", {}), partial(parted, ratio=ratio)) for ratio in RATIOS if ratio < 1},
     "SWEPO, p = 1": _group("swepo", p=1),
     "InfoNCA": _group("infonca"),
     "DPO, best and random": _group("dpo", "random"),
@@ -280,12 +250,12 @@ TRIALS: dict[str, Trial] = {  # in the order in which they are run
     "DPO, best and worst": _group("dpo", "worst"),
     "SWEPO, p = 2": _group("swepo", p=2),
     "SWEPO, one against all, p = 0": _group("swepo", p=0, mode="one_vs_all"),
-    "MLE": _pair(FOUR["MLE"], learnt, (0,)),
-    "ExMATE": _pair(FOUR["ExMATE"], learnt),
-    "unlikelihood": _pair(FOUR["unlikelihood"], learnt),
+    "MLE": _pair(FOUR["MLE"], (0,)),
+    "ExMATE": _pair(FOUR["ExMATE"]),
+    "unlikelihood": _pair(FOUR["unlikelihood"]),
     "MLE, then DPO": _pair(FOUR["DPO"], then="MLE"),
     "ExMATE, then DPO": _pair(FOUR["DPO"], then="ExMATE"),
-    "MLE, then ExMATE": _pair(FOUR["ExMATE"], learnt, then="MLE"),
+    "MLE, then ExMATE": _pair(FOUR["ExMATE"], then="MLE"),
     **{
         f"MC-PO, {sampler}": _group("mc_po", "six", sampler=sampler, beta=0.1)
         for sampler in ("mc", "random", "max", "min")
@@ -342,12 +312,11 @@ def carry_out(world: World, run: Run, first: float | None) -> dict[str, Any]:
     losses = train(upper, world.head, make, objective, rate=run.rate, steps=steps, reference=reference, **options)
     if any(other.then == run.method for other in TRIALS.values()):
         save_whole_file(stored(world, run), partial(torch.save, upper.state_dict()))
-    measured = {name: measure(upper, world.head, known[name]) for name in ("test", "own") if name in known}
+    parts = ("test", "own", "valid") if run.seed == 0 else ("test", "own")
+    measured = {name: measure(upper, world.head, known[name]) for name in parts if name in known}
     save_whole_file(shifts_of(world, run), partial(torch.save, measured["test"][1]))
     found: dict[str, Any] = {**run._asdict(), "steps": steps, "losses": [losses[0], losses[-1]]}
     found |= {name: numbers for name, (numbers, _) in measured.items()}
-    if run.seed == 0:
-        found["score"] = trial.rule(known["valid"], measure(upper, world.head, known["valid"])[0])
     return {**found, "seconds": round(time.monotonic() - start), "provenance": provenance("cpu")}
 
 
@@ -369,7 +338,7 @@ def _place(world: World, folder: str, run: Run) -> Path:
 def start_of(world: World, kind: str) -> dict[str, Any]:
     """The line that the others are read with: the start's likelihoods, and the rewards of groups."""
     known = getattr(world, kind)
-    found = {name: likelihoods(known[name]) for name in ("test", "own") if name in known}
+    found = {name: likelihoods(known[name]) for name in ("test", "own", "valid") if name in known}
     for name in found if kind == "groups" else ():
         found[name]["rewards"] = [round(x, 4) for its in known[name] for x in its.unit.rewards]
     settings = {
