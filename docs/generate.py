@@ -54,6 +54,7 @@ TRAINED = "cpu-2-threads/trained/results.json"
 REAL = "cpu-2-threads/real/results.json"
 STEP = "cpu-2-threads/trainer-step/results.json"
 LONGEST = "cpu-2-threads/longest/results.json"
+TOKENS = "papers/tokens.json"
 
 JOBS = {"bnf": "BNF", "dpo": "DPO", "mle": "`mle`", "swepo": "SWEPO", "log-prob": "log-probabilities"}
 PATHS = {"full": "", "single": "", "two_pass": ", two passes", "frozen": ", frozen head", "forward": ""}
@@ -520,6 +521,34 @@ def decisions() -> str:
     return table(("you have", "try first", "what was tried here, on small models"), lines, right=3)
 
 
+def moved_tokens() -> str:
+    """What training did to single tokens of preferred responses of a real model."""
+
+    def cells(method: str, part: str, its: Row) -> tuple[str, ...]:
+        falls = {row["from"]: row.get("falling", math.nan) for row in its["by probability"]}
+        words = ", ".join(f"`{word.replace(' ', '␣')}`" for word, _, _ in its["words"][:4])
+        shares = [f"{share:.0%}" for share in (its["falling"], falls[0.0], falls[0.1], falls[0.99])]
+        return (method, part, f"{its['mean']:+.3f}", *shares, words)
+
+    headers = ("trained", "pairs", "mean Δ log p", "tokens that fall", "p < 0.01", "0.1–0.3", "≥ 0.99", "fall most")
+    parts = {"seen": "trained on", "held-out": "held out"}
+    found = load(TOKENS)["tokens"].items()
+    return table(headers, [cells(method, parts[part], its[part]) for method, its in found for part in parts], right=2)
+
+
+def sure_tokens() -> str:
+    """How sure a real model is of tokens, and what becomes of BNF's printed formula."""
+    names = {"seen": "replies of HH-RLHF, trained on", "held-out": "replies, held out", "own": "its own greedy answers"}
+    lines = []
+    for part, text in names.items():
+        its = load(TOKENS)["sure"][part]["start"]
+        below = [f"{its['1 − p below'][key]:.2%}" for key in ("0.01", "0.002", "0.0001")]
+        lost = [f"{its[dtype]['responses without a finite gradient']:.0%}" for dtype in ("float32", "bfloat16")]
+        lines.append((text, f"{its['tokens']:,}", *below, f"{its['smallest 1 − p']:.1e}", *lost))
+    headers = ("responses", "tokens", "1 − p < 0.01", "< 2⁻⁹", "< 10⁻⁴", "least", "NaN in float32", "NaN in bfloat16")
+    return table(headers, lines)
+
+
 # -- objectives -------------------------------------------------------------------------------------------------------
 
 
@@ -672,6 +701,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "versions": versions,
     "tally": tally,
     "decisions": decisions,
+    "moved-tokens": moved_tokens,
+    "sure-tokens": sure_tokens,
     "options-response": lambda: options("response"),
     "options-pair": lambda: options("pair"),
     "options-group": lambda: options("group"),

@@ -516,9 +516,11 @@ def test_what_the_printed_formula_does_to_confident_tokens():
     assert wrong.isfinite().tolist() == [True, True, False]
     assert wrong[0].item() == pytest.approx(exact[0].item(), rel=1e-5)
     found = tokens.sure(policy, ref, torch.tensor([0, 1, 3]))
-    assert found["responses without a finite gradient"] == 0.5
-    assert [row["tokens"] for row in found["printed"]] == [1, 0, 0, 1, 0, 1]
-    assert [row["not finite"] for row in found["printed"]] == [0, 0, 0, 0, 0, 1]
+    assert found["float32"]["responses without a finite gradient"] == 0.5
+    assert [row["tokens"] for row in found["float32"]["rows"]] == [1, 0, 0, 1, 0, 1]
+    assert [row["not finite"] for row in found["float32"]["rows"]] == [0, 0, 0, 0, 0, 1]
+    assert [row["not finite"] for row in found["bfloat16"]["rows"]] == [0, 0, 0, 1, 0, 1]
+    assert found["float32"]["rows"][3]["median error"] < 0.02
     rows = tokens.by(torch.tensor([-1.0, 3.0, 5.0]), torch.tensor([0.1, 0.2, 1.0]), (0.0, 0.5, 0.9, 1.0))
     assert [row["tokens"] for row in rows] == [2, 0, 1]
     assert (rows[0]["mean"], rows[0]["falling"], rows[2]["mean"]) == (1.0, 0.5, 5.0)

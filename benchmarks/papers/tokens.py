@@ -6,7 +6,7 @@ same pairs at one learning rate; then four questions are answered, as tokens.jso
 * Which tokens of the preferred response lose likelihood, by their probability before and by their place?
 * Where do the coefficients of each loss lie?
 * How many tokens is the model sure of?
-* What does BNF's printed formula make of those in float32?
+* What does BNF's printed formula make of those, in float32 and in bfloat16?
 
 What was trained is kept in `--work`: repeated, the command only draws.
 """
@@ -49,8 +49,9 @@ LOSSES: dict[str, Method] = {
 BINS = (0.0, 0.01, 0.03, 0.1, 0.3, 0.6, 0.9, 0.99, 1.0)  # of a token's probability before
 PLACES = (0, 1, 2, 4, 8, 16, 32, 64)
 LEAST = 2.0**-24  # below this 1 − p, a float32 p is 1
-SURE = (1e-2, 1e-4, 1e-6, LEAST)
-FLOORS = (1.0, 1e-2, 1e-4, 1e-5, 1e-6, LEAST, 0.0)  # bins of 1 − p
+LEAST16 = 2.0**-9  # likewise bfloat16
+SURE = (1e-2, LEAST16, 1e-4, 1e-6, LEAST)
+FLOORS = (1.0, 1e-2, LEAST16, 1e-4, 1e-6, LEAST, 0.0)  # bins of 1 − p
 OFTEN = 8  # a word is told that stands there so often
 
 
@@ -121,9 +122,9 @@ def words(ids: Tensor, moved: Tensor, tokenizer: Any, count: int = 10) -> list[l
     ]
 
 
-def printed(policy: TokenScores, ref: TokenScores) -> tuple[Tensor, Tensor]:
-    """BNF's coefficient of each token: as its formula is printed, (f − p) / (1 − p) in float32; and by the odds."""
-    p, q = policy.logp.float().exp(), ref.logp.float().exp()
+def printed(policy: TokenScores, ref: TokenScores, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """BNF's coefficient of each token: as its formula is printed, (f − p) / (1 − p) in `dtype`; and by the odds."""
+    p, q = policy.logp.to(dtype).exp(), ref.logp.to(dtype).exp()
     exact = (policy.log_odds.double() - ref.log_odds.double()).clamp(max=0).exp()
     return ((p / q).clamp(max=1) - p) / (1 - p), exact
 
@@ -131,30 +132,20 @@ def printed(policy: TokenScores, ref: TokenScores) -> tuple[Tensor, Tensor]:
 def sure(policy: TokenScores, ref: TokenScores, bounds: Tensor) -> dict[str, Any]:
     """Of a part's tokens: shares with 1 − p below each of `SURE`, and what the printed formula does to them."""
     rest = torch.sigmoid(-policy.log_odds.double())
-    wrong, exact = printed(policy, ref)
-    lost = ~wrong.isfinite()
-    error = ((wrong.double() - exact) / exact).abs()
-    rows = []
-    for high, low in pairwise(FLOORS):
-        inside = (rest <= high) & (rest > low)
-        known = error[inside & ~lost]
-        worst = known.median().item() if len(known) else None
-        rows.append(
-            {
-                "1 − p to": high,
-                "tokens": int(inside.sum()),
-                "not finite": int((lost & inside).sum()),
-                "median error": worst,
-            }
-        )
-    hit = torch.stack([part.any() for part in lost.split(bounds.diff().tolist())]).double().mean()
     shares = {f"{x:.2g}": (rest < x).double().mean().item() for x in SURE}
-    return {
-        "tokens": len(rest),
-        "1 − p below": shares,
-        "responses without a finite gradient": hit.item(),
-        "printed": rows,
-    }
+    found: dict[str, Any] = {"tokens": len(rest), "1 − p below": shares, "smallest 1 − p": rest.min().item()}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        wrong, exact = printed(policy, ref, dtype)
+        lost, error = ~wrong.isfinite(), ((wrong.double() - exact) / exact).abs()
+        rows = []
+        for high, low in pairwise(FLOORS):
+            inside = (rest <= high) & (rest > low)
+            row = {"1 − p to": high, "tokens": int(inside.sum()), "not finite": int((lost & inside).sum())}
+            known = error[inside & ~lost]
+            rows.append({**row, "median error": known.median().item()} if len(known) else row)
+        hit = torch.stack([part.any() for part in lost.split(bounds.diff().tolist())]).double().mean()
+        found[name] = {"rows": rows, "responses without a finite gradient": hit.item()}
+    return found
 
 
 def draw_tokens(found: Mapping[str, Any], path: Path) -> None:
@@ -211,19 +202,18 @@ def stacked(its: Tokens) -> list[int]:
 
 
 def draw_sure(parts: Mapping[str, TokenScores], path: Path) -> None:
-    """How much of the tokens is surer than each 1 − p, and where float32 ends."""
+    """What share of the tokens is surer than each 1 − p, and where p rounds to 1."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, scores in parts.items():
         rest = torch.sigmoid(-scores.log_odds.double()).sort().values
         axes.plot(rest, torch.arange(1, len(rest) + 1) / len(rest), drawstyle="steps-post", label=name)
-    axes.axvline(LEAST, color="black", lw=0.8, ls=":")
-    axes.text(LEAST, 0.9, " float32 p = 1", fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("1 − p of the token")
-    axes.set_ylabel("share of tokens below")
+    for name, x in (("float32", LEAST), ("bfloat16", LEAST16)):
+        axes.axvline(x, color="black", lw=0.8, ls=":")
+        axes.text(x, 1.0, f" {name}: p = 1", fontsize=8, va="top", rotation=90, ha="right")
+    axes.set(xscale="log", yscale="log", xlabel="1 − p of the token", ylabel="share of tokens below")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(path, dpi=90)
 
 
