@@ -158,7 +158,7 @@ class World:
         folder = self.work / f"{kind}, {self.layers} layers"
         return {
             name: remember(self.model, self.head, self.layers, units, folder / name)
-            for name, units in reversed(parts.items())
+            for name, units in reversed(list(parts.items()))
         }
 
 

@@ -177,7 +177,7 @@ def draw_coefficients(policy: TokenScores, its: Tokens, path: Path) -> None:
     """A panel for each loss: every token's coefficient on its logit against its probability."""
     order = stacked(its)
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), its.bounds.diff()[order].cumsum(0)])
-    take = torch.cat([torch.arange(its.bounds[i], its.bounds[i + 1]) for i in order])
+    take = torch.cat([torch.arange(len(its.ids))[its.bounds[i] : its.bounds[i + 1]] for i in order])
     scores, ref = (TokenScores(*(getattr(one, name)[take] for name in SCORES)) for one in (policy, its.before))
     label = torch.arange(len(order)) < len(order) // 2
     responses = make_responses(scores, its.ids[take], ref=ref, label=label, cu_seqlens=bounds)

@@ -98,14 +98,19 @@ def pack(units: Sequence[Unit], which: Sequence[Sequence[int]], *, stacked: bool
         before = starts[-1]
     if stacked:
         found.sort(key=lambda its: its[0])  # stable: units stay in their order
-    unit_of, side_of, at = torch.tensor(of_unit), torch.tensor(of_side), torch.arange(len(ids))
+    unit_of, side_of, order = torch.tensor(of_unit), torch.tensor(of_side), torch.arange(len(ids))
     sees = (side_of[None] == -1) | (side_of[None] == side_of[:, None])
-    mask = sees & (unit_of[None] == unit_of[:, None]) & (at[None] <= at[:, None])
-    flat = [torch.tensor([x for its in found for x in its[part]]) for part in (2, 3, 4)]
-    bounds = torch.tensor([0, *accumulate(len(its[3]) for its in found)])
-    sides_found = [its[1] for its in found]
+    mask = sees & (unit_of[None] == unit_of[:, None]) & (order[None] <= order[:, None])
     return Row(
-        torch.tensor(ids), torch.tensor(used), torch.tensor(positions), mask[None, None], *flat, bounds, sides_found
+        ids=torch.tensor(ids),
+        used=torch.tensor(used),
+        positions=torch.tensor(positions),
+        mask=mask[None, None],
+        places=torch.tensor([x for its in found for x in its[2]]),
+        targets=torch.tensor([x for its in found for x in its[3]]),
+        taken=torch.tensor([x for its in found for x in its[4]]),
+        bounds=torch.tensor([0, *accumulate(len(its[3]) for its in found)]),
+        sides=[its[1] for its in found],
     )
 
 
