@@ -442,10 +442,8 @@ def tally() -> str:
         held, failed = verdicts.count("holds"), verdicts.count("does not hold")
         return f"{held} held, {failed} did not, and {len(verdicts) - held - failed} could not be decided"
 
-    return (
-        f"**Of {len(small)} claims of the four papers that were tried here on small models, {told(small)}. "
-        f"Of {len(real)} that were tried on SmolLM2-135M so far, {told(real)}.**"
-    )
+    also = f" Of {len(real)} that were tried on SmolLM2-135M so far, {told(real)}." if real else ""
+    return f"**Of {len(small)} claims of the four papers that were tried here on small models, {told(small)}.{also}**"
 
 
 # What a reader comes with → the losses to try, and the claims that bear on it: a piece of each one's text.

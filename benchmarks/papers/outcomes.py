@@ -71,13 +71,17 @@ def numbers(lines: Lines, seeds: int) -> dict[str, dict[str, list[Any]]]:
             runs[method] = [lines[(method, rate, seed)] for seed in range(seeds)]
     for method, its in runs.items():
         for one in its:
-            start, of_kind = start_of(one, lines), of_pairs if "own" in one else of_groups
-            for quantity, values in of_kind(one, start).items():
+            for quantity, values in of_units(one, lines).items():
                 found.setdefault(quantity, {}).setdefault(method, []).append(values)
     for method, its in runs.items() if "DPO" in runs else ():
         shares = [outer(one["test"]["quantiles"], dpo["test"]["quantiles"]) for one, dpo in zip(its, runs["DPO"])]
         found.setdefault(OUTER, {})[method] = shares
     return found
+
+
+def of_units(run: Line, lines: Lines) -> dict[str, list[float]]:
+    """A run's numbers of each held-out unit, by quantity."""
+    return (of_pairs if "own" in run else of_groups)(run, start_of(run, lines))
 
 
 class Outcome(NamedTuple):

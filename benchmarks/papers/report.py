@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,11 +18,18 @@ from rgpb.bench.measure import provenance
 
 from .claims import CLAIMS, ON_REAL, PAPERS, TRIALS, WORLDS, Claim
 from .judge import VERDICTS, Values, every, judge, spread
-from .outcomes import Outcome, best_rate, outcome, runs_of
+from .outcomes import RATES, Lines, Outcome, best_rate, of_units, outcome, runs_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
 MODEL = "SmolLM2-135M"
+SHOWN = {  # of the runs on it, by kind of units
+    "Pairs": (
+        "change of log p of chosen", "change of log p of rejected", "accuracy by Δ per token",
+        "abs. shift of log p per answer", "abs. logit shift per token", "Gini coefficient of logit shifts",
+    ),
+    "Groups": ("accuracy of the order", "reward of the answer with the highest Δ"),
+}  # fmt: skip
 COLUMNS = 3  # panels of a picture beside each other
 RATE = re.compile(r" at ([\d.e-]+)(?= |$)")  # as trials name what they train at several learning rates
 ORDER = {claim.name: place for place, claim in enumerate(CLAIMS)}
@@ -95,14 +103,31 @@ def page(folder: Path) -> str:
             name = f"`{claim.name}`; {claim.trial} in {claim.world}"
             rows.append((claim.text, claim.place, f"**{its['verdict']}**", verdict, "<br>".join(numbers), name))
         lines += [f"## {full}", "", *_table(rows), ""]
-    best = {method: best_rate(method, runs) for method, _, _ in runs}
-    rates = [(method, f"{rate:g}") for method, rate in best.items() if rate is not None]
-    if rates:
-        lines += [f"## Learning rates on {MODEL}", "", *_table([("method", "best of those tried"), *rates]), ""]
+    lines += _rates(runs)
     for title, named in (("Worlds: what is set up", WORLDS), ("Trials: what is trained and measured", TRIALS)):
         what = [("name", "what"), *((f"`{name}`", (f.__doc__ or "").split("\n")[0]) for name, f in named.items())]
         lines += [f"## {title}", "", *_table(what), ""]
     return "\n".join(lines[:-1]) + "\n"
+
+
+def _rates(runs: Lines) -> list[str]:
+    """What came out at each learning rate, of pairs and of groups."""
+    lines: list[str] = []
+    for kind, quantities in SHOWN.items():
+        methods = [method for method in dict.fromkeys(name for name, _, _ in runs) if not method.startswith("start")]
+        rows = [("method", "learning rate", "seeds", *quantities)]
+        for method in methods:
+            best = best_rate(method, runs)
+            for rate in RATES:
+                its = [of_units(one, runs) for (name, at, _), one in runs.items() if (name, at) == (method, rate)]
+                if its and set(quantities) <= set(its[0]):
+                    means = [[fmean(unit) for unit in zip(*(one[name] for one in its))] for name in quantities]
+                    name = f"**{rate:g}**" if rate == best else f"{rate:g}"
+                    rows.append((method, name, str(len(its)), *(spread(values) for values in means)))
+        if len(rows) > 1:
+            lines += [f"## {kind} on {MODEL}, at each learning rate", "", *_table(rows), ""]
+    text = "In bold the rate that was taken. Means over held-out units, of all seeds, ± the error over the units."
+    return [*lines[:2], text, "", *lines[2:]] if lines else []
 
 
 def _on_real(text: str, its: Outcome) -> str:
