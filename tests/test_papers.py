@@ -304,6 +304,10 @@ def test_numbers_of_the_real_model_are_those_of_the_best_rate():
     its = outcomes.outcome(claim, known)
     assert (its.verdict, its.seeds, [one.what for one in its.beside]) == (HOLDS, 2, ["agility, BNF"])
     assert outcomes.outcome(claim._replace(parts=parse("agility: DPO > BNF")), known) == outcomes.Outcome()
+    more = claim._replace(parts=[*claim.parts, *parse("agility: DPO > BNF")])
+    assert outcomes.outcome(more, known) == outcomes.Outcome()  # it may hold yet
+    fails = more._replace(parts=[*parse("change of log p of chosen: BNF > 0 by 9"), *more.parts])
+    assert outcomes.outcome(fails, known).verdict == FAILS
 
 
 def test_the_score_of_a_learning_rate():

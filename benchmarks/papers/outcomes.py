@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from .claims import OnReal
-from .judge import Above, Told, judge
+from .judge import FAILS, Above, Numbers, Part, Told, judge
 
 REAL = "smollm2.jsonl"  # a line for each run
 SEEDS, RATES = 4, (1e-5, 3e-5, 1e-4)
@@ -94,15 +94,25 @@ class Outcome(NamedTuple):
 
 
 def outcome(claim: OnReal, lines: Lines) -> Outcome:
-    """The verdict on a claim with as many seeds as all its methods have, at least two; `lines` as of `runs_of`."""
+    """The verdict on a claim with as many seeds as all its methods have, at least two; `lines` as of `runs_of`.
+
+    A claim that fails in one part fails, also before the runs of the others are there.
+    """
     for seeds in range(SEEDS, 1, -1):
         values = numbers(lines, seeds)
-        wanted = {name for part in claim.parts if isinstance(part, Above) for name in (part.more, part.less) if name}
-        if wanted <= {method for methods in values.values() for method in methods}:
-            ((_, verdict, told),) = judge(claim.parts, values)
-            known = [part for part in claim.beside if isinstance(part, Above) and part.more in values[part.quantity]]
-            return Outcome(verdict, told, [part.judge(values) for part in known], seeds)
+        parts, beside = ([part for part in its if _known(part, values)] for its in (claim.parts, claim.beside))
+        if not parts:
+            continue
+        ((_, verdict, told),) = judge(parts, values)
+        if len(parts) == len(claim.parts) or verdict == FAILS:
+            return Outcome(verdict, told, [part.judge(values) for part in beside], seeds)
     return Outcome()
+
+
+def _known(part: Part, values: Numbers) -> bool:
+    """Whether the runs of a part are there."""
+    wanted = {part.more, part.less} - {""} if isinstance(part, Above) else set()
+    return wanted <= set(values.get(part.quantity, ()))
 
 
 def of_pairs(run: Line, start: Line) -> dict[str, list[float]]:
