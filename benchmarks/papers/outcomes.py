@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from .claims import OnReal
-from .judge import FAILS, Above, Numbers, Part, Told, judge
+from .judge import FAILS, OPEN, Above, Numbers, Part, Told, every
 
 REAL = "smollm2.jsonl"  # a line for each run
 SEEDS, RATES = 4, (1e-5, 3e-5, 1e-4)
@@ -85,7 +85,7 @@ def of_units(run: Line, lines: Lines) -> dict[str, list[float]]:
 
 
 class Outcome(NamedTuple):
-    """A claim's verdict, numbers and what is told beside, from so many seeds; without seeds it waits for runs."""
+    """A claim's verdict, numbers and what is told beside, from so many seeds or more; with 0 it waits for runs."""
 
     verdict: str = ""
     told: Sequence[Told] = ()
@@ -94,19 +94,21 @@ class Outcome(NamedTuple):
 
 
 def outcome(claim: OnReal, lines: Lines) -> Outcome:
-    """The verdict on a claim with as many seeds as all its methods have, at least two; `lines` as of `runs_of`.
+    """The verdict on a claim, each part with as many seeds as its methods have, at least two; `lines` as of `runs_of`.
 
     A claim that fails in one part fails, also before the runs of the others are there.
     """
-    for seeds in range(SEEDS, 1, -1):
-        values = numbers(lines, seeds)
-        parts, beside = ([part for part in its if _known(part, values)] for its in (claim.parts, claim.beside))
-        if not parts:
-            continue
-        ((_, verdict, told),) = judge(parts, values)
-        if len(parts) == len(claim.parts) or verdict == FAILS:
-            return Outcome(verdict, told, [part.judge(values) for part in beside], seeds)
-    return Outcome()
+    values = {seeds: numbers(lines, seeds) for seeds in range(SEEDS, 1, -1)}
+
+    def told(parts: Sequence[Part]) -> list[tuple[int, Told]]:
+        most = [(next((k for k in values if _known(part, values[k])), 0), part) for part in parts]
+        return [(k, part.judge(values[k])) for k, part in most if k]
+
+    its, beside = told(claim.parts), [one for _, one in told(claim.beside)]
+    verdict = every([one.verdict for _, one in its]) if its else OPEN
+    if not its or (len(its) < len(claim.parts) and verdict != FAILS):
+        return Outcome()
+    return Outcome(verdict, [one for _, one in its], beside, min(seeds for seeds, _ in its))
 
 
 def _known(part: Part, values: Numbers) -> bool:
