@@ -527,7 +527,7 @@ def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
     kernel = compiled(arch, row_launch(arch, job, flags), tmp_path)
     addresses_are_wide(kernel)
     facts = ["wide addresses"]
-    if job != "target":
+    if job not in ("target", "merge"):  # a column of partial sums has no length that could be relied on
         vectorised(kernel, arch)
         facts.append("vectors")
     if job in ("gradients", "bnf over"):
