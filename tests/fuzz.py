@@ -1,14 +1,14 @@
 """Random calls of the losses and scores against the dense float64 oracle, and a soak.
 
-    python tests/fuzz.py --cases 100000 [--start 0] [--impls torch,cpp] [--log FILE]
+    python tests/fuzz.py --cases 100000 [--start 0] [--impls torch,cpp]
     TRITON_INTERPRET=1 python tests/fuzz.py --cases 2000 --impls triton,tiled
     python tests/fuzz.py --soak 50000
 
 A case is drawn from its seed alone. One that fails is made smaller while it still fails, and printed as a program;
 `fuzz_cases.txt` keeps those that found something, and `test_fuzz.py` replays them.
 
-Budget: as `engine_suite.assert_in_budget`; where that is too tight, since naive PyTorch was lucky, what relative changes
-of all inputs by one rounding do to the exact result, some times over.
+Budget: as `engine_suite.assert_in_budget`; where that is too tight, since naive PyTorch was lucky, what relative
+changes of all inputs by one rounding do to the exact result, some times over.
 
 Dimensions: B responses, T padded length, N packed length, V vocabulary, H hidden size, r columns beside W, G groups of
 K responses.
@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -419,12 +419,10 @@ class Given:
             return x if shaken is None else x * (1 + eps * (2 * torch.rand(x.shape, dtype=dtype, generator=shaken) - 1))
 
         hidden, base, more, bias, ref = map(to, self.parts)
-        assert hidden is not None and base is not None
-        flags = (("h", hidden), ("w", base), ("m", more), ("b", bias))
-        wanted = [
-            x.requires_grad_() for part, x in flags
-            if x is not None and part in c.trained and not (part == "w" and c.quantised) and not (part == "h" and c.tied)
-        ]  # fmt: skip
+        assert hidden is not None
+        assert base is not None
+        flags = (("h", None if c.tied else hidden), ("w", None if c.quantised else base), ("m", more), ("b", bias))
+        wanted = [x.requires_grad_() for part, x in flags if x is not None and part in c.trained]
         wanted = wanted if c.path != "forward" else []
         # the tied hidden states are gathered, so that both ways to W count
         seen = base[self.ids] if self.ids is not None else hidden
@@ -613,33 +611,32 @@ def left_out(given: Given, metrics: dict[str, Any], truths: list[Tensor]) -> lis
     return [0.0, *(1.0001 * made[name] for name, there in parts if there and name in case.trained)]
 
 
+def differences(made: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
+    """The largest of each tensor."""
+    return [(a.detach().double() - b).abs().max().item() if b.numel() else 0.0 for a, b in zip(made, exact)]
+
+
 def compare(given: Given, made: list[Tensor], exact: list[Tensor], terms: Tensor, more: list[float]) -> None:
     """Loss and gradients within their budgets."""
     wide = given.dtype == torch.float64
-    errors = [(a.detach().double() - b).abs().max().item() if b.numel() else 0.0 for a, b in zip(made, exact)]
+    errors = differences(made, exact)
     sizes = [max(b.abs().max().item(), 1e-30) if b.numel() else 0.0 for b in exact]
     if terms.numel():
         sizes[0] = max(sizes[0], terms.abs().max().item() * (terms.numel() if given.case.reduction == "sum" else 1))
     dtypes = [torch.float64 if wide else torch.float32, *(x.dtype for x in made[1:])]
-    eps = [1e-11 if wide else torch.finfo(dtype).eps for dtype in dtypes]
+    eps = [1e-13 if wide else torch.finfo(dtype).eps for dtype in dtypes]
     tight = [e * size + extra for e, size, extra in zip(eps, sizes, more)]
     if all(error <= allowed for error, allowed in zip(errors, tight)):
         return
     naive, _, rough = given.oracle(given.dtype)
-    lucky = [
-        (a.double() - b).abs().max().item() if b.numel() else 0.0
-        for a, b in zip((naive, *rough * given.case.backwards), exact)
-    ]
+    lucky = differences((naive, *rough * given.case.backwards), exact)
     if all(error <= 2 * off + allowed for error, off, allowed in zip(errors, lucky, tight)):
         return
     moved = [0.0] * len(exact)
     shaken = torch.Generator().manual_seed(1)
     for _ in range(6):
         value, _, changed = given.oracle(torch.float64, shaken)
-        found = (
-            (a - b).abs().max().item() if b.numel() else 0.0
-            for a, b in zip((value, *changed * given.case.backwards), exact)
-        )
+        found = differences((value, *changed * given.case.backwards), exact)
         moved = [max(a, b) for a, b in zip(moved, found)]
     # below the normal numbers, and where coefficients of the loss's size cancel
     tiny = torch.finfo(given.dtype).smallest_normal * given.target.numel() * 4
@@ -790,12 +787,12 @@ def simpler(case: Case) -> Iterator[Case]:
         now = getattr(case, field)
         for less in sorted({least, now // 2, now - 1} & set(range(least, now))):
             yield replace(case, **{field: less})
-    for i in range(len(case.options)):
+    for i in range(len(case.options) if case.name != "mc_po" else 0):  # without them it draws by chance
         yield replace(case, options=(*case.options[:i], *case.options[i + 1 :]))
     for f in dataclasses.fields(case):
-        if f.name not in ("seed", "name", "lengths", "vocab", "width", "columns", "group", "options", "impl"):
-            if getattr(case, f.name) != f.default:
-                yield replace(case, **{f.name: f.default})
+        kept = f.name in ("seed", "name", "lengths", "vocab", "width", "columns", "group", "options", "impl")
+        if not kept and getattr(case, f.name) != f.default:
+            yield replace(case, **{f.name: f.default})
 
 
 def program(case: Case) -> str:
@@ -892,10 +889,8 @@ def main() -> None:
                 break
         if (seed + 1 - given.start) % given.every == 0:
             out(f"{seed + 1 - given.start} cases to seed {seed}, {time.monotonic() - start:.0f} s, {failed} failed")
-    out(
-        f"{sum(counts.values()) + failed} cases, {failed} failed; "
-        + ", ".join(f"{n} {k}" for k, n in sorted(counts.items()))
-    )
+    named = ", ".join(f"{n} {k}" for k, n in sorted(counts.items()))
+    out(f"{sum(counts.values()) + failed} cases, {failed} failed; {named}")
     sys.exit(failed > 0)
 
 
