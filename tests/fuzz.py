@@ -803,7 +803,7 @@ def program(case: Case) -> str:
 # -- a soak -----------------------------------------------------------------------------------------------------------
 
 
-def soak(calls: int, impls: tuple[str, ...], out: Callable[[str], None]) -> bool:
+def soak(calls: int, impls: tuple[str, ...], out: Callable[[str], None], minutes: float = math.inf) -> bool:
     """Forward and backward of some hundred cases over and over, in kept memory and without; whether what the process
     holds stays as it was. Every 250 calls are a sample; a line is fitted to the last 80 %."""
     kept, given = Workspace(1 << 20, gradients=True), []
@@ -812,8 +812,11 @@ def soak(calls: int, impls: tuple[str, ...], out: Callable[[str], None]) -> bool
         one = Given(case if case.path in ("frozen", "forward") else replace(case, path="auto"))
         given.append((one, one.keywords()))
     samples: list[tuple[float, ...]] = []
-    order = random.Random(0)
+    order, start = random.Random(0), time.monotonic()
     for done in range(calls):
+        if time.monotonic() - start > 60 * minutes:
+            out(f"{done} calls in {minutes:g} minutes")
+            break
         one, keywords = order.choice(given)
         one.ours(keywords, kept if done % 2 else 1 << 29)
         if done % 250 == 249:
@@ -860,6 +863,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1000, help="cases between two lines")
     parser.add_argument("--keep-going", type=int, default=20, help="failures after which it ends")
     parser.add_argument("--trace", action="store_true", help="print each seed before it runs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so long")
     parser.add_argument("--soak", type=int, default=0, metavar="CALLS")
     given = parser.parse_args()
     impls = tuple(given.impls.split(","))
@@ -869,10 +873,12 @@ def main() -> None:
         print(text, flush=True)
 
     if given.soak:
-        sys.exit(not soak(given.soak, impls, out))
+        sys.exit(not soak(given.soak, impls, out, given.minutes))
     counts: Counter[str] = Counter()
     failed, start = 0, time.monotonic()
     for seed in range(given.start, given.start + given.cases):
+        if time.monotonic() - start > 60 * given.minutes:
+            break
         if given.trace:
             out(f"seed {seed}")
         case = drawn(seed, impls)
