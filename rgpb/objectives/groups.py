@@ -208,4 +208,4 @@ def _contrast(scores: Tensor, positive: Tensor, present: Tensor) -> Tensor:
     def total(which: Tensor) -> Tensor:
         return torch.where(both, scores.masked_fill(~which, -torch.inf), 0.0).logsumexp(1)
 
-    return torch.where(both[:, 0], F.softplus(total(negative) - total(positive)), 0.0)
+    return torch.where(both[:, 0], -F.logsigmoid(total(positive) - total(negative)), 0.0)
