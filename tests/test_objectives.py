@@ -3,6 +3,7 @@ from outside the package."""
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 from typing import Annotated
@@ -925,3 +926,22 @@ def test_an_objective_is_one_function_and_one_line(workspace):
         torch.testing.assert_close(both, mle - 2 * dense)
     finally:
         del OBJECTIVES["pessimist_of_this_test"]
+
+
+@pytest.mark.parametrize("path", ["single", "two_pass"])
+def test_a_call_leaves_no_tensor_behind(path):
+    """Also where the objective computes what no gradient comes to, as the scores that `mc_po` draws by."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    def call() -> None:
+        hidden, weight = torch.randn(8, 5, 16, requires_grad=True), torch.randn(30, 16, requires_grad=True)
+        target = torch.randint(30, (8, 5))
+        mc_po_loss(hidden, weight, target, ref=torch.zeros(8), group_size=4, m=3, path=path).backward()
+
+    call()
+    before = alive()
+    call()
+    assert alive() <= before

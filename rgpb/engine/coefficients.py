@@ -157,8 +157,9 @@ def autograd_inside_operator() -> Iterator[None]:
         for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
             stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         stack.enter_context(torch.enable_grad())
-        # not through the caller's hooks: checkpointing would take these tensors for its own
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+        # not through the caller's hooks: checkpointing would take these tensors for its own; and detached, since a node
+        # that holds its own output is never freed where no backward comes to it
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x))
         yield
 
 
