@@ -384,13 +384,15 @@ def longest() -> str:
         if row is None:
             return "–"
         if row["longest"] is None:
-            return "not found yet"
+            over = f" (not {row['too long']:,})" if row["too long"] else ""
+            return f"{row['fits']:,}{over} *" if row["fits"] else "not tried yet"
         return f"{row['longest']:,}, the cap" if row["capped"] else f"{row['longest']:,} (not {row['too long']:,})"
 
     lines = [(way, *(cell(found.get((way, loss))) for loss in ("dpo", "bnf"))) for way in ways]
     source = (
         f"Measured {made['date'][:10]}, {made['model']}, {made['limit'] / 2**30:g} GiB, PyTorch {made['torch']}, "
-        f"commit `{made['commit'][:7]}`: [data](../benchmarks/results/{LONGEST})."
+        f"commit `{made['commit'][:7]}`: [data](../benchmarks/results/{LONGEST}), [picture](images/longest.png). "
+        "*: a try of the search that fits; the limit isn't found yet, or no whole step has confirmed it."
     )
     return "\n\n".join([table(("tokens of each response", "DPO", "BNF"), lines), source])
 
