@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rgpb.kernels import devices
 from rgpb.kernels.rows import RowSet
 from rgpb.kernels.types import (
     LARGEST_HALF_RATIO,
@@ -156,8 +157,8 @@ def with_target_(weights_CV: Tensor, target_C: Tensor, r: Tensor, g_y: Tensor) -
     """
     largest = LARGEST_HALF_RATIO if weights_CV.dtype == torch.float16 else LARGEST_RATIO
     alone = g_y.abs() > largest * r.abs()
-    if bool(alone.any()):
-        weights_CV[alone] = 0
+    if devices.kind(weights_CV.device) != "cpu" or bool(alone.any()):  # to ask a GPU is to wait for it
+        weights_CV.masked_fill_(alone[:, None], 0)
         r = torch.where(alone, 1, r)
     at = torch.arange(len(r), device=r.device), target_C.clamp(min=0)  # `scatter_` would copy rows with room behind
     ratio = torch.where(g_y == 0, 0, g_y / r).to(weights_CV.dtype)

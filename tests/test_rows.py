@@ -40,6 +40,21 @@ IMPLEMENTATIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "much"), [(torch.float32, 1e14), (torch.float16, 1e3)], ids=str)
+def test_the_targets_entry_where_nothing_is_read(dtype, much, kind, monkeypatch):
+    """A GPU isn't asked whether a target dwarfs the others: rows where it does, doesn't, lies elsewhere, is all."""
+    monkeypatch.setattr(devices, "kind", lambda device: kind)
+    e = torch.full((4, 12), 0.5, dtype=dtype)
+    y, r, g_y = torch.tensor([2, 3, -1, 4]), torch.tensor([1e-3, 0.5, 2.0, 0.0]), torch.tensor([much, -3.0, 0.0, -1.0])
+    wanted = (e[:, :9] * r[:, None]).double()
+    wanted[[0, 3]] = 0
+    wanted[0, 2], wanted[1, 3], wanted[3, 4] = much, -3.0, -1.0
+    r = torch_rows.with_target_(e[:, :9], y, r, g_y)
+    torch.testing.assert_close(e[:, :9].double() * r.double()[:, None], wanted, rtol=1e-6, atol=0)
+    assert (e[:, 9:] == 0.5).all()  # what lies behind the rows
+
+
 @pytest.fixture(params=["torch", "cpp"])
 def impl(request):
     """A kernel set, for `kernel_suite.py`."""

@@ -31,7 +31,8 @@ MOST_WAITS, MOST_LAUNCHES = 3, 40  # of a call, and of BNF on a padded batch
 
 
 def count(monkeypatch, objective, *, tokens=6, masked=True, packed=False, label="bool", **how):
-    """Waits and launches of a call on the row kernels, forward and backward."""
+    """Waits and launches of a call, by default on the row kernels, forward and backward."""
+    how = {"impl": "triton"} | how
     hidden, head, target, ref_logits = batch((4, tokens, *SHAPE[2:]), torch.bfloat16, masked=masked)
     given = {}
     if objective == "swepo":
@@ -47,9 +48,9 @@ def count(monkeypatch, objective, *, tokens=6, masked=True, packed=False, label=
         given |= {"ref": given["ref"].flat()} if "ref" in given else {}
     with counted(monkeypatch) as found:
         if objective == "scores":
-            loss = linear_logprob(hidden, head, target, impl="triton", **how).logp.sum()
+            loss = linear_logprob(hidden, head, target, **how).logp.sum()
         else:
-            loss = fused_loss(hidden, head, target, objective=objective, impl="triton", **given, **how)
+            loss = fused_loss(hidden, head, target, objective=objective, **given, **how)
             loss = loss[0] if how.get("return_metrics") else loss
         torch.autograd.grad(loss, [hidden, head.weight])
     return found
@@ -101,6 +102,8 @@ def test_skipping_waits_for_nothing(monkeypatch):
         {"objective": "swepo"},
         {"objective": "mle + 0.5*sequence_unlikelihood"},
         {"objective": "scores"},
+        {"objective": "dpo", "impl": "torch"},
+        {"objective": "scores", "impl": "torch"},
     ],
     ids=lambda how: ", ".join(map(str, how.values())),
 )
