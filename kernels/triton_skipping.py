@@ -161,28 +161,6 @@ def head_kernel(
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 
-# Rows of results that a program of `hidden` has at the most, and room behind a list for a block that is read ahead.
-ROOM = 128
-
-
-class Lists(NamedTuple):
-    """Of each of N the places that count, in order, int32 [N, M + ROOM], and how many they are, int32 [N]."""
-
-    places: Tensor
-    counts: Tensor
-
-    @classmethod
-    def of(cls, active_NM: Tensor) -> Lists:
-        """Those that are set of each row, bool [N, M]."""
-        rows, columns = active_NM.shape
-        places = torch.empty(rows, columns + ROOM, dtype=torch.int32, device=active_NM.device)
-        made = cls(places, places.new_empty(rows))
-        if rows:
-            list_kernel[(rows,)](
-                active_NM, *active_NM.stride(), places, places.stride(0), made.counts, columns, 1024, num_warps=4
-            )
-        return made
-
 
 class Counting(NamedTuple):
     """The kernels' `types.Counting`: tiles of `tile` columns, a power of two, that count for rows, bool [C, T]."""
