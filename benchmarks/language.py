@@ -160,7 +160,7 @@ def train_stages(
                 data=str(data), output=str(folder / "run"), loss="mle", model=str(start), steps=scale.steps,
                 batch_size=scale.batch, max_length=scale.length, max_prompt_length=1, lr=scale.lr, schedule="cosine",
                 bf16=device == "cuda", cpu=device == "cpu", save_steps=max(1, scale.steps // STAGES),
-                keep_checkpoints=STAGES, log_steps=20,
+                keep_checkpoints=STAGES, log_steps=20, allow=True,
             )
         )  # fmt: skip
     saved = {int(path.name.partition("-")[2]): path for path in (folder / "run").glob("checkpoint-*")}
