@@ -154,7 +154,8 @@ def entries(job: Job, workspaces: tuple[int, ...], device: str) -> list[Contesta
     """Everybody who does this job, naive first: others are compared with it."""
     kind, units = job.kind, units_of(job.kind)
     found = [Contestant("naive", kind, units, contest.naive)]
-    for path in PATHS[kind]:
+    # a gradient of its own for each token isn't known before all tokens have been scored
+    for path in ("two_pass",) if job.loss == SCORES else PATHS[kind]:
         for kernels in kernels_for(device):
             for workspace in workspaces:
                 make = partial(contest.fused, path=path, workspace=workspace, impl=kernels)
