@@ -7,6 +7,7 @@ their values is a compiled kernel of its own, exact also in float64.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -66,3 +67,17 @@ def gradient(z, lse_other, h_o, g_lo, g_ho):
     if g_ho is not None:
         factor = g_lo - g_ho * (h_o + tl.maximum(log_q, IMPOSSIBLE))  # not 0 · inf; NaN stays in q
     return q * factor
+
+
+def hash_helpers(names: dict[str, Any]) -> None:
+    """Have Triton hash the functions of a module that its kernels call, inner ones first.
+
+    Triton's key of a kernel has the global constants of what it calls only where that was hashed before. Else the key
+    would depend on which kernels came earlier, and what was compiled wouldn't be found again.
+    """
+    for name, x in list(names.items()):
+        if isinstance(x, triton.JITFunction) and not name.endswith("_kernel"):
+            x.cache_key  # noqa: B018
+
+
+hash_helpers(globals())

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rgpb.kernels import configs
 from rgpb.kernels.rows import RowSet
-from rgpb.kernels.triton_epilogue import IMPOSSIBLE, exp, finish, gradient
+from rgpb.kernels.triton_epilogue import IMPOSSIBLE, exp, finish, gradient, hash_helpers
 from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.triton_token_losses import token_loss
 from rgpb.kernels.types import (
@@ -420,6 +420,8 @@ def target_kernel(
         tl.store(e_row + y, ratio)
     tl.store(factor_ptr + row, factor)
 
+
+hash_helpers(globals())
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 

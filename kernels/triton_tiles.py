@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rgpb.kernels import configs
-from rgpb.kernels.triton_epilogue import finish, gradient
+from rgpb.kernels.triton_epilogue import finish, gradient, hash_helpers
 from rgpb.kernels.triton_rows import dense, relative, with_target_
 from rgpb.kernels.triton_skipping import Counting
 from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
@@ -199,6 +199,8 @@ def merge_kernel(
     if total_ptr is not None:
         tl.store(total_ptr + offs_c, total, mask=in_c)
 
+
+hash_helpers(globals())
 
 # -- launches ---------------------------------------------------------------------------------------------------------
 
