@@ -11,7 +11,6 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of it
 from __future__ import annotations
 
 from hashlib import sha256
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from rgpb.kernels.types import (
     inside,
 )
 
-NAME = "_cpp"
+NAME = "_cpp.so"
 HUGE_PAGE = 2**21
 HOW = "reinstall rgpb where there is a C++ compiler, by `pip install --no-build-isolation`"
 SOURCES = Path(__file__).parents[1] / "csrc"  # there in a checkout, where the library can be older than they are
@@ -41,10 +40,8 @@ SOURCES = Path(__file__).parents[1] / "csrc"  # there in a checkout, where the l
 
 def _load() -> str | None:
     """Register the operators; why that can't be done, or None."""
-    # the plain .so first: one that bears the interpreter's name is of an earlier build
-    places = [Path(__file__).with_name(NAME + suffix) for suffix in reversed(EXTENSION_SUFFIXES)]
-    library = next((place for place in places if place.exists()), None)
-    if library is None:
+    library = Path(__file__).with_name(NAME)
+    if not library.exists():
         return f"the C++ kernels weren't built: {HOW}"
     try:
         torch.ops.load_library(library)

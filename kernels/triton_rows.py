@@ -24,8 +24,6 @@ Dimensions: C rows of the buffer, V vocabulary (or a slice of it), T tiles of th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -46,6 +44,7 @@ from rgpb.kernels.types import (
     Upstream,
     Weighed,
     acc_dtype,
+    dense,
 )
 
 # How far the largest logit of a row may lie from the shift of its weights: exp(40) times the length of a row, and times
@@ -548,11 +547,6 @@ def takes_weights(z_CV: Tensor, out: Tensor | None) -> bool:
     """Whether `out` can hold weights: no byte of it is the logits', which may have to be read again; and its range is
     wide enough for what isn't normalised."""
     return out is not None and out.data_ptr() != z_CV.data_ptr() and out.dtype != torch.float16
-
-
-def dense(*vectors: Tensor | None) -> list[Any]:
-    """Vectors as kernels read them, with unit stride; None stays."""
-    return [v if v is None else v.contiguous() for v in vectors]
 
 
 def relative(upstream: Upstream) -> tuple[Tensor, Upstream]:

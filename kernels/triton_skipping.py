@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rgpb.kernels import configs
-from rgpb.kernels.types import acc_dtype
+from rgpb.kernels.types import acc_dtype, dense
 
 
 @triton.jit(
@@ -225,11 +225,6 @@ def _lists(active_NM: Tensor) -> tuple[Tensor, int, Tensor]:
     if rows:
         list_kernel[(rows,)](active_NM, *active_NM.stride(), lists, lists.stride(0), counts, columns, 1024, num_warps=4)
     return lists, lists.stride(0), counts
-
-
-def dense(*vectors: Tensor | None) -> list[Any]:
-    """Vectors as kernels read them, with unit stride; None stays."""
-    return [v if v is None else v.contiguous() for v in vectors]
 
 
 def _acc(e_CV: Tensor) -> Any:

@@ -25,9 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rgpb.kernels import configs
 from rgpb.kernels.triton_epilogue import finish, gradient, hash_helpers
-from rgpb.kernels.triton_rows import dense, relative, with_target_
+from rgpb.kernels.triton_rows import relative, with_target_
 from rgpb.kernels.triton_skipping import Counting
-from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, inside
+from rgpb.kernels.types import Chunk, Epilogue, Statistics, TokenTerms, Upstream, Weighed, acc_dtype, dense, inside
 
 
 @triton.jit

@@ -6,7 +6,7 @@ Dimensions: C rows of a chunk, V vocabulary (or a slice of it), H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -155,6 +155,11 @@ class Counting(Protocol):
 def aligned(length: int) -> int:
     """`length`, rounded up to a multiple of `ALIGNED`."""
     return -(-length // ALIGNED) * ALIGNED
+
+
+def dense(*vectors: Tensor | None) -> list[Any]:
+    """Vectors as kernels read them, with unit stride; None stays."""
+    return [v if v is None else v.contiguous() for v in vectors]
 
 
 def inside(y: Tensor, part: slice) -> Tensor:

@@ -612,8 +612,8 @@ def even_spans(total: int, most: int) -> Iterator[slice]:
 
 
 def chunk_spans(total: int, chunk: int, together: int, even: bool) -> Iterator[slice]:
-    """0 … total in spans of at most `chunk`, none of them across a multiple of `together`: of about equal length, or
-    all but the last of each full."""
+    """0 … total in parts of at most `together`, each in spans of at most `chunk`. `even`: parts and spans are of about
+    equal length; else all but the last are full, so that no span crosses a multiple of `together`."""
     cut = even_spans if even else spans
     for whole in cut(total, together):
         for part in cut(whole.stop - whole.start, chunk):

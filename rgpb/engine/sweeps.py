@@ -92,7 +92,7 @@ def checked_rows(
     return Kept(upto, count), rest
 
 
-def rows_of(p: Problem, counts: Tensor | None = None) -> tuple[Kept, list[int]]:
+def read_rows(p: Problem, counts: Tensor | None = None) -> tuple[Kept, list[int]]:
     """`checked_rows` of a problem; without `Call.validate` nothing is read."""
     if not p.call.validate:
         return p.kept(), []
@@ -129,7 +129,7 @@ def _score(tensors: Tensors, call: Call) -> Scored:
     """The statistics of each position, and what the backward will ask for."""
     p = Problem.of(tensors, call)
     with p.running():
-        kept, _ = rows_of(p)
+        kept, _ = read_rows(p)
         p, order = in_order(p, kept)
         skip = call.tolerance is not None
         statistics, accumulated = None, empty_rows(p, kept) if call.accumulate else p.hidden.new_empty(0)
@@ -354,7 +354,7 @@ def _loss(tensors: Tensors, call: Call) -> Loss:
     """
     p, objective = Problem.of(tensors, call), Coefficients(tensors, call)
     with p.running():
-        kept, counts = rows_of(p, objective.asks)
+        kept, counts = read_rows(p, objective.asks)
         entropy, tile = objective.spec.entropy, call.tile or None
         p, _ = in_order(p, kept)
         report = p.hidden.new_zeros(len(p.target) + 1 if tile else 0, dtype=torch.float32)
