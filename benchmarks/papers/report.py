@@ -23,6 +23,7 @@ from .outcomes import RATES, Lines, Outcome, best_rate, of_units, outcome, runs_
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
 MODEL = "SmolLM2-135M"
+CHANGED = ", as changed"  # a claim that has a text of its own there
 SHOWN = {  # of the runs on it, by kind of units
     "Pairs": (
         "change of log p of chosen", "change of log p of rejected", "accuracy by Δ per token",
@@ -99,6 +100,8 @@ def page(folder: Path) -> str:
                 numbers.append(f"{under}{_told(told, ' at ' + part['at'])}.")
             numbers += [f"Beside: {_told(its['beside'])}."] if its["beside"] else []
             verdict = "not tried" if there is None else f"**{there.verdict}**" if there.seeds else "not run yet"
+            if there is not None and there.seeds and ON_REAL[claim.name].text:
+                verdict += CHANGED
             numbers += [_on_real(ON_REAL[claim.name].text, there)] if there is not None and there.seeds else []
             name = f"`{claim.name}`; {claim.trial} in {claim.world}"
             rows.append((claim.text, claim.place, f"**{its['verdict']}**", verdict, "<br>".join(numbers), name))
