@@ -26,21 +26,9 @@ from torch.autograd import forward_ad
 
 from rgpb.arguments import parse_bytes
 from rgpb.engine.call import Call, encodable
+from rgpb.engine.chunks import Sizes, chunks, mass_tile, sizes
 from rgpb.engine.operator import is_traced
-from rgpb.engine.plan import (
-    DEFAULT_WORKSPACE,
-    PATHS,
-    SHARDED,
-    SPLIT,
-    UNREAD,
-    Plan,
-    Sizes,
-    chunks,
-    mass_tile,
-    of_impl,
-    plan,
-    sizes,
-)
+from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, UNREAD, Plan, of_impl, plan
 from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, devices, kernel_set, resolve_impl, why_not

@@ -11,7 +11,7 @@ import torch
 
 from rgpb import FusedLoss, LMHead, Workspace, fused, linear_logprob, logprob, validation
 from rgpb.engine import workspace
-from rgpb.engine.plan import chunks
+from rgpb.engine.chunks import chunks
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, V, H = 4, 16, 600, 32
