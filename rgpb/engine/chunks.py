@@ -326,6 +326,17 @@ def picked_columns(s: Sizes, workspace: int) -> int:
     return min(s.vocab, max(1, min(fit, MIN_COLUMNS) // s.tile) * s.tile)
 
 
+class TooSmall(ValueError):
+    """A workspace of `got` bytes, which doesn't hold one row of `columns` logits; `least` bytes are what is known to be
+    needed."""
+
+    def __init__(self, least: int, columns: int, got: int):
+        self.least, self.columns = least, columns
+        super().__init__(
+            f"workspace: expected at least {least} bytes (one row of {columns} logits and its scratch), got {got}"
+        )
+
+
 class Held(NamedTuple):
     """Bytes of a sweep: whatever its rows are, of each of the C rows of logits, of each of the K rows of E apart."""
 
@@ -352,10 +363,7 @@ class Held(NamedTuple):
         if rows > block:
             rows = (workspace - self.fixed - block * scratch) // row
         if rows < 1:
-            raise ValueError(
-                f"workspace: expected at least {self.fixed + row + scratch} bytes "
-                f"(one row of {self.columns} logits and its scratch), got {workspace}"
-            )
+            raise TooSmall(self.fixed + row + scratch, self.columns, workspace)
         return rows
 
 
