@@ -643,7 +643,8 @@ def compare(given: Given, made: list[Tensor], exact: list[Tensor], terms: Tensor
     tiny = torch.finfo(given.dtype).smallest_normal * given.target.numel() * 4
     sides = [x.detach().double()[x.isfinite()].abs() for x in given.parts[:2]]
     largest = max(1.0, *(x.max().item() for x in sides if x.numel()))
-    # autograd's softmax rounds p to 1 in the oracle, where the engine keeps 1 − p
+    # autograd's softmax rounds p to 1 in the oracle, where the engine keeps 1 − p; so does a group's, of β times scores
+    largest *= max([1.0, *(abs(value) for _, value in given.case.options if isinstance(value, float))])
     tiny += 4 * torch.finfo(torch.float64).eps * largest * (1 + terms.abs().sum().item()) * (1 + given.target.numel())
     tiny += torch.finfo(dtypes[0]).eps * terms.abs().sum().item() * (1 + given.case.spread + given.case.sure)
     for i, (error, off, allowed, move) in enumerate(zip(errors, lucky, tight, moved)):
