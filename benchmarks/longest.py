@@ -5,8 +5,9 @@ with DPO and with BNF: naive PyTorch, TRL's DPOTrainer with its own fused head (
 that with LoRA in all layers. Reference log-probabilities are given. MODEL is a folder or a GGUF file.
 
 Each try is a whole step in a process of its own, which is ended once it has had more than the limit resident, by the
-kernel's own count; all that the process has loaded counts. Beyond the last of --lengths attention is within windows of
-that many tokens: the same memory, without work that grows with L².
+kernel's own count; all that the process has loaded counts. glibc is told to give back what is freed (`GLIBC`): by
+itself it keeps blocks of up to 32 MiB, and a step has been seen to take three times what it needs. Beyond the last of
+--lengths attention is within windows of that many tokens: the same memory, without work that grows with L².
 
 Tries, DPO first, are kept as they end: the same command goes on where it ended. The picture has the peaks over L.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +39,7 @@ from rgpb.train.machine import peak_bytes, reset_peak
 from rgpb.train.models import load_pretrained
 
 STEP = 256  # L is a multiple of it
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # blocks from 1 MiB on are mapped, and unmapped when they are freed
 WAYS: dict[str, Callable[[Any, Pairs, str], Run]] = {
     "naive": naive, "TRL's DPOTrainer": trl, "rgpb": fused, "rgpb, LoRA": fused,
 }  # fmt: skip
@@ -187,7 +190,8 @@ def main(given: list[str] | None = None) -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     kept, start = a.out / "tries.jsonl", time.monotonic()
     lines = kept.read_text().splitlines() if kept.exists() else []
-    settings = {"model": a.model.name, "limit": a.limit, "window": a.lengths[-1]}
+    settings = {"model": a.model.name, "limit": a.limit, "window": a.lengths[-1], **GLIBC}
+    os.environ.update(GLIBC)  # of the processes that it starts
     if lines and json.loads(lines[0]) != settings:
         raise SystemExit(f"out: expected a new folder, or one of the same settings, got {a.out} of {lines[0]}")
     tries = [Try(**json.loads(line)) for line in lines[1:]]
@@ -195,7 +199,7 @@ def main(given: list[str] | None = None) -> None:
         kept.write_text(json.dumps(settings) + "\n")
     torch.set_num_threads(a.threads)
     facts = provenance(
-        "cpu", model=a.model.name, limit=a.limit, cap=a.cap, window=a.lengths[-1], trl=version_of("trl"),
+        "cpu", model=a.model.name, limit=a.limit, cap=a.cap, window=a.lengths[-1], **GLIBC, trl=version_of("trl"),
         transformers=version_of("transformers"), peft=version_of("peft"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
