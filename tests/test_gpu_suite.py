@@ -460,6 +460,7 @@ def python(tmp_path):
     """In place of Python: does nothing; `kernels` hangs, `tune` fails, and so does the verdict."""
     stub = tmp_path / "python"
     stub.write_text("""#!/bin/sh
+[ -n "$BROKEN" ] && exit 7
 case "$*" in
   *--verdict*) exit 1 ;;
   *"--part kernels"*) exec sleep 20 ;;
@@ -490,6 +491,7 @@ def test_the_first_run_takes_no_part_along(dry, tmp_path, python):
     }  # fmt: skip
     assert ("on dry (sm_90)" if dry else "on nvidia-rtx-4090 (sm_89)") in (out / "log.txt").read_text()
     assert re.search(r"didn't come to its verdict.*tune\t7\t", (out / "verdict.md").read_text(), re.DOTALL)
+    assert "end; no verdict came" in (out / "log.txt").read_text()
 
 
 @needs_bash
@@ -510,6 +512,24 @@ def test_a_second_run_goes_on(tmp_path, python, capsys):
     assert "| kernels | KILLED" in verdict
     assert "| tune | FAILED with 7 |" in verdict
     assert "| llama | ok |" in verdict
+
+
+@needs_bash
+def test_a_second_run_keeps_the_order_of_the_first(tmp_path, python):
+    """What is checked comes before what is timed."""
+    out = tmp_path / "out"
+    assert first_run(out, 16, python=python, RESERVE="2", BROKEN="1").wait(100) == 0
+    first = (out / "log.txt").read_text()
+    assert first_run(out, 14, "second", python=python, RESERVE="2").wait(100) == 0
+    both = [
+        [name.partition("-")[0] for name in re.findall(r"\] (\S+): exit", log) if name not in ("ncu", "memcheck")]
+        for log in (first, (out / "log.txt").read_text().removeprefix(first))
+    ]
+    checked = {"products", "rows", "tiles", "whole", "precompile"}
+    orders = [[*dict.fromkeys("checked" if name in checked else name for name in names)] for names in both]
+    assert orders[0] == ["checked", "ceilings", "kernels", "tune", "llama", "profile", "correct", "steps"]
+    assert orders[1] == orders[0]
+    assert {*both[0]} == {*both[1]} > checked
 
 
 @needs_bash
