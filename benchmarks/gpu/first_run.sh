@@ -8,7 +8,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 LIST=${2:-first}
-case $LIST in first) FULL=500 ;; second) FULL=180 ;; *) echo "expected first or second, got $LIST" >&2; exit 2 ;; esac
+refuse() { echo "$*" >&2; exit 2; }
+case $LIST in first) FULL=500 ;; second) FULL=180 ;; *) refuse "expected first or second, got $LIST" ;; esac
+[[ ${1:-$FULL} =~ ^[1-9][0-9]*$ ]] || refuse "SECONDS: expected a whole number, got $1"
 END=${1:-$FULL} START=$SECONDS RESERVE=${RESERVE:-12} # seconds for the verdict
 if [ -n "${PY:-}" ]; then :; elif [ -x .venv/bin/python ]; then PY=.venv/bin/python; else PY=python3; fi
 
@@ -19,7 +21,8 @@ if [ -n "${DRY:-}" ]; then
   CORRECT=(tests/interpreted/test_doctor.py -k right) LENGTHS=(' 16 ' ' 33 ')
 else
   IFS=, read -r CARD CAPABILITY < <(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader | head -1)
-  CARD=$(tr 'A-Z ' 'a-z-' <<<"${CARD:?nvidia-smi names no GPU}") CAPABILITY=$(tr -d ' .' <<<"$CAPABILITY") SHARES=8
+  [ -n "$CARD" ] || refuse "nvidia-smi: expected the name of a GPU, got none; DRY=1 runs on a CPU"
+  CARD=$(tr 'A-Z ' 'a-z-' <<<"$CARD") CAPABILITY=$(tr -d ' .' <<<"$CAPABILITY") SHARES=8
   DEVICE=(--rounds 7) TINY=() HEAD='\| 8192,'
   CORRECT=(-m gpu tests/test_gpu.py -k 'bf16 or fp32 and not tiled or skipping or memory or twice') LENGTHS=(' 4096 ' ' 16384 ')
 fi
@@ -101,9 +104,11 @@ trap 'kill $(jobs -p) 2>/dev/null; keep; rm -rf "$WORK"' EXIT
 trap 'exit 143' TERM INT
 (while sleep 15 && kill -0 $$ && [ -d "$WORK" ]; do keep; done) >/dev/null 2>&1 & # rows of the part that runs
 
-# environment and cache: never fatal
+# environment; what lies in a cache
 say "$LIST run of $END s on $CARD (sm_$CAPABILITY), results in $OUT"
-{ nvidia-smi; "$PY" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'; which gcc ncu compute-sanitizer; } >"$WORK/log/environment.txt" 2>&1
+{ nvidia-smi; which gcc ncu compute-sanitizer; } >"$WORK/log/environment.txt" 2>&1
+"$PY" -c 'import sys, pytest, torch, triton; print(sys.version, torch.__version__, triton.__version__)' >>"$WORK/log/environment.txt" 2>&1 ||
+  refuse "PY: expected a Python with pytest, torch and triton, got $PY ($(tail -1 "$WORK/log/environment.txt"))"
 "$PY" -c 'import rgpb.kernels' 2>/dev/null || [ -e rgpb/kernels ] || ln -s ../kernels rgpb/kernels # in place of an install
 CACHE=build/gpu-cache/sm_$CAPABILITY.tgz
 [ -f "$CACHE" ] && say "cache: $(env -u TRITON_INTERPRET timeout 30 "$PY" -m benchmarks.gpu.cache --unpack "$CACHE" 2>&1 | tail -1)"
