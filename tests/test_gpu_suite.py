@@ -471,7 +471,7 @@ case "$*" in
   *"--part tune"*) exit 7 ;;
 esac
 """)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n[ -n \"$NO_GPU\" ] || echo NVIDIA RTX 4090, 8.9\n")
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\n[ -n "$NO_GPU" ] || echo NVIDIA RTX 4090, 8.9\n')
     for tool in ("ncu", "compute-sanitizer"):
         (tmp_path / tool).write_text("#!/bin/sh\nexit 0\n")
     for path in tmp_path.iterdir():
