@@ -4,13 +4,9 @@ One step (forward, backward, AdamW) on one pair, two responses of L tokens, with
 with DPO and with BNF: naive PyTorch, TRL's DPOTrainer with its own fused head (which has no BNF), `rgpb.hf.loss`, and
 that with LoRA in all layers. Reference log-probabilities are given. MODEL is a folder or a GGUF file.
 
-Each try is a process of its own, which is ended once it has had more than the limit resident, by the kernel's own
-count; all that the process has loaded counts. The search takes of a step what most is held in and not more: the first
-and the last layer compute, those between hand on what they get, checkpointed as ever; and the backward ends when it has
-left the last layer, since each layer before it gives more back than its gradients take (from 3,000 tokens on). The
-longest L found is confirmed by a whole step. Beyond the last of --lengths attention is within windows of that many
-tokens: the same memory, without work that grows with L². What these short cuts change shows in whole steps of
---lengths, with full attention: the table has the peak of the search over that of the whole step for the last of them.
+Each try is a whole step in a process of its own, which is ended once it has had more than the limit resident, by the
+kernel's own count; all that the process has loaded counts. Beyond the last of --lengths attention is within windows of
+that many tokens: the same memory, without work that grows with L².
 
 Tries, DPO first, are kept as they end: the same command goes on where it ended. The picture has the peaks over L.
 """
@@ -18,7 +14,6 @@ Tries, DPO first, are kept as they end: the same command goes on where it ended.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import tempfile
 import time
@@ -28,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -50,15 +44,10 @@ JOBS = tuple((way, loss) for loss in ("dpo", "bnf") for way in WAYS if loss == "
 CPU = torch.device("cpu")
 
 
-class Enough(Exception):
-    """The backward has left the last layer."""
-
-
 class Try(NamedTuple):
     """A try and its end.
 
     Attributes:
-        whole: a whole step; else of the first and the last layer, up to the end of the last one's backward.
         status: "ok", "over the limit", or an error.
         peak: bytes resident at the worst moment, or None where it wasn't ok.
     """
@@ -66,7 +55,6 @@ class Try(NamedTuple):
     way: str
     loss: str
     length: int
-    whole: bool
     status: str = ""
     peak: int | None = None
     before: int | None = None
@@ -79,27 +67,11 @@ def within(window: int, module: Any, query: Tensor, key: Tensor, value: Tensor, 
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **how)[0] for q, k, v in parts], dim=1), None
 
 
-def until_here(_: Any, given: tuple[Tensor, ...]) -> None:
-    """End the backward where it reaches what comes in."""
-
-    def stop(_: Tensor) -> None:
-        raise Enough
-
-    if given[0].requires_grad:
-        given[0].register_hook(stop)
-
-
-def handed_on(hidden: Tensor, **_: Any) -> Tensor:
-    """The input itself, by a function whose backward needs it: a checkpoint keeps its input only for such a one."""
-    return F.leaky_relu(hidden, 1.0)
-
-
 def attempt(setting: Setting, window: int, one: Try) -> tuple[int, int]:
     """(bytes resident before the step, at its worst moment)."""
     AttentionInterface.register("windows", partial(within, window))
     AttentionMaskInterface.register("windows", lambda *_, **__: None)
     model = setting.model()
-    layers = model.model.layers
     torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, one.length))
     ids[1, 0] = ids[0, 0]
@@ -110,14 +82,9 @@ def attempt(setting: Setting, window: int, one: Try) -> tuple[int, int]:
 
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     run, optimizer = WAYS[one.way](model, Pairs(ids, ref), one.loss), optimizer_of(model)
-    if not one.whole:
-        layers[-1].register_forward_pre_hook(until_here)
-        for layer in layers[1:-1]:
-            layer.forward = handed_on
     reset_peak(CPU)
     before = peak_bytes(CPU)
-    with contextlib.suppress(Enough):
-        whole_step(run, optimizer)
+    whole_step(run, optimizer)
     return before, peak_bytes(CPU)
 
 
@@ -125,7 +92,7 @@ def next_try(way: str, loss: str, tries: Sequence[Try], a: argparse.Namespace) -
     """What to try next of a job, or None where all is known.
 
     First `a.lengths`. Then one that is predicted from a line through the two longest that passed, until a length passes
-    and the next multiple of `STEP` doesn't. Then a whole step of that one, and of `a.lengths`.
+    and the next multiple of `STEP` doesn't.
     """
     mine = [one for one in tries if (one.way, one.loss) == (way, loss)]
     if any(one.status not in ("ok", "over the limit") for one in mine):
@@ -133,19 +100,16 @@ def next_try(way: str, loss: str, tries: Sequence[Try], a: argparse.Namespace) -
     wanted = partial(Try, way, loss)
     passed, best, worst = known(mine, a.cap)
     for length in a.lengths:
-        if length < worst and not of(mine, length, False):
-            return wanted(length, False)
-    if worst - best > STEP:
-        guess = (best + worst) // 2
-        if len(passed) > 1:
-            line: float = predicted(passed, a.limit)
-            line = best + 0.9 * (line - best) if line > 2 * best else line  # a far one rather short: it makes the next
-            guess = int(line) if line < worst else guess
-        return wanted(min(max(guess // STEP * STEP, best + STEP), worst - STEP), False)
-    for length in (best, *a.lengths):
-        if 0 < length < worst and not of(mine, length, True):
-            return wanted(length, True)
-    return None
+        if length < worst and length not in passed:
+            return wanted(length)
+    if worst - best <= STEP:
+        return None
+    guess = (best + worst) // 2
+    if len(passed) > 1:
+        line: float = predicted(passed, a.limit)
+        line = best + 0.9 * (line - best) if line > 2 * best else line  # a far one rather short: it makes the next
+        guess = int(line) if line < worst else guess
+    return wanted(min(max(guess // STEP * STEP, best + STEP), worst - STEP))
 
 
 def known(mine: Sequence[Try], cap: int) -> tuple[dict[int, int], int, int]:
@@ -165,47 +129,36 @@ def over(one: Try) -> bool:
     return one.status == "over the limit"
 
 
-def of(tries: Sequence[Try], length: int, whole: bool) -> list[Try]:
-    """Those of a length and a kind."""
-    return [one for one in tries if (one.length, one.whole) == (length, whole)]
-
-
 def row_of(way: str, loss: str, tries: Sequence[Try], a: argparse.Namespace) -> dict[str, Any]:
-    """What is known of a job: the longest that `fits` by now; it is the `longest` once a whole step confirms it and the
-    next is too long, or the cap is reached; and what the line through the last two says."""
+    """What is known of a job: the longest that `fits` by now, which is the `longest` once the next is too long or the
+    cap is reached; and what the line through the last two says."""
     mine = [one for one in tries if (one.way, one.loss) == (way, loss)]
     passed, best, worst = known(mine, a.cap)
     wrong = [one.status for one in mine if one.status not in ("ok", "over the limit")]
     base = [one.before for one in mine if one.before]
-    short, whole = (of(mine, a.lengths[-1], kind) for kind in (False, True))
     return {
         "way": way,
         "loss": loss,
-        "longest": best if worst - best <= STEP and of(mine, best, True) else None,
+        "longest": best if best and worst - best <= STEP else None,
         "fits": best or None,
         "too long": worst if worst <= a.cap else None,
         "capped": best >= a.cap,
         "by the line": predicted(passed, a.limit) if len(passed) > 1 else None,
         "peak, MiB": round(passed[best] / 2**20) if best else None,
         "before, MiB": round(min(base) / 2**20) if base else None,
-        "search over whole": round(short[0].peak / whole[0].peak, 4)
-        if short and whole and short[0].peak and whole[0].peak
-        else None,
         "status": wrong[0] if wrong else "ok",
     }
 
 
 def draw(tries: Sequence[Try], limit: int, path: Path) -> None:
-    """Peaks over L: whole steps filled, short tries hollow, a cross where it was over the limit."""
+    """Peaks over L, a cross where it was over the limit."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, loss in zip(figure.subplots(1, 2, sharey=True), ("dpo", "bnf")):
         for colour, way in zip(("tab:gray", "tab:orange", "tab:blue", "tab:green"), WAYS):
             mine = sorted((one for one in tries if (one.way, one.loss) == (way, loss)), key=lambda one: one.length)
-            passed = [(one.length, (one.peak or 0) / 2**30, one.whole) for one in mine if one.peak]
+            passed = [(one.length, (one.peak or 0) / 2**30) for one in mine if one.peak]
             if passed:
-                axes.plot(*zip(*[point[:2] for point in passed]), "-", color=colour, label=way)
-            for length, peak, whole in passed:
-                axes.plot(length, peak, "o", color=colour, mfc=colour if whole else "white")
+                axes.plot(*zip(*passed), "o-", color=colour, label=way)
             for one in mine:
                 if over(one):
                     axes.plot(one.length, limit / 2**30, "x", color=colour)
@@ -251,7 +204,7 @@ def main(given: list[str] | None = None) -> None:
             wanted = [one for job in JOBS if (one := next_try(*job, tries, a)) is not None]
             if not wanted or time.monotonic() - start > 60 * a.minutes:
                 break
-            one = min(wanted, key=lambda one: (one.whole, one.loss != "dpo", one.length))
+            one = min(wanted, key=lambda one: (one.loss != "dpo", one.length))
             attention = "sdpa" if one.length <= a.lengths[-1] else "windows"
             setting = Setting(Path(folder), "fp32", True, a.threads, attention)
             began = time.monotonic()

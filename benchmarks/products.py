@@ -1,6 +1,6 @@
 """How a CPU's library likes its products: `python -m benchmarks.products --out DIR`.
 
-The constants of `rgpb.engine.plan` for CPUs (`cpu_limits`, PAD) come from these tables:
+The constants of `rgpb.engine.chunks` for CPUs (`cpu_limits`, PAD) come from these tables:
 GFLOP/s of float32 products in the shapes that the engine asks for, for chunks of C rows, slices of S columns of the
 vocabulary, and rows that lie `pad` elements further apart than they are long. Buffers exist before the time is taken.
 Then what writing new memory costs. The last rows say what share of a whole call of the library its row kernels and its

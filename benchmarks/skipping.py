@@ -36,7 +36,8 @@ from rgpb.bench.contest import NAIVE, Batch, Floor, Job, finished, fused, naive
 from rgpb.bench.measure import Result, explain, installed, interleaved, provenance
 from rgpb.bench.tables import free_table, save
 from rgpb.engine import skipping
-from rgpb.engine.plan import DEFAULT_WORKSPACE, RATES
+from rgpb.engine.plan import DEFAULT_WORKSPACE
+from rgpb.engine.rates import RATES
 from rgpb.engine.skipping import choose
 
 LOSSES = ("bnf", "dpo", "swepo", "mle")

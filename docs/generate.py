@@ -25,7 +25,9 @@ import torch
 from rgpb import cli
 from rgpb.bench.plan import HEADS, predictions
 from rgpb.bench.tables import Row as BenchRow
-from rgpb.engine.plan import RATES, Sizes, plan, product_seconds, sizes
+from rgpb.engine.chunks import Sizes, sizes
+from rgpb.engine.plan import plan
+from rgpb.engine.rates import RATES, product_seconds
 from rgpb.objectives import OBJECTIVES, Objective, describe_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -392,7 +394,7 @@ def longest() -> str:
     source = (
         f"Measured {made['date'][:10]}, {made['model']}, {made['limit'] / 2**30:g} GiB, PyTorch {made['torch']}, "
         f"commit `{made['commit'][:7]}`: [data](../benchmarks/results/{LONGEST}), [picture](images/longest.png). "
-        "*: a try of the search that fits; the limit isn't found yet, or no whole step has confirmed it."
+        "*: fits; the limit isn't found yet."
     )
     return "\n\n".join([table(("tokens of each response", "DPO", "BNF"), lines), source])
 

@@ -26,21 +26,9 @@ from torch.autograd import forward_ad
 
 from rgpb.arguments import parse_bytes
 from rgpb.engine.call import Call, encodable
+from rgpb.engine.chunks import Chunks, Sizes, TooSmall, chunks, mass_tile, sizes
 from rgpb.engine.operator import is_traced
-from rgpb.engine.plan import (
-    DEFAULT_WORKSPACE,
-    PATHS,
-    SHARDED,
-    SPLIT,
-    UNREAD,
-    Plan,
-    Sizes,
-    chunks,
-    mass_tile,
-    of_impl,
-    plan,
-    sizes,
-)
+from rgpb.engine.plan import DEFAULT_WORKSPACE, PATHS, SHARDED, SPLIT, UNREAD, Plan, of_impl, plan
 from rgpb.engine.workspace import Workspace, settled
 from rgpb.head import HeadWeight, LMHead, as_head
 from rgpb.kernels import IMPLEMENTATIONS, devices, kernel_set, resolve_impl, why_not
@@ -276,6 +264,17 @@ def _without_reads(head: LMHead, impls: tuple[str, ...], validate: bool) -> tupl
     return tuple(impl for impl in impls if impl != "tiled")
 
 
+def _named_rightly(error: TooSmall, workspace: int, planned: Callable[[int], object]) -> TooSmall:
+    """A refusal of `workspace` that names a size which isn't refused: with it grows what is held beside the row."""
+    while True:
+        try:
+            planned(error.least)
+        except TooSmall as more:
+            error = more
+        else:
+            return TooSmall(error.least, error.columns, workspace)
+
+
 def make_call(
     hidden: Tensor,
     head: LMHead,
@@ -304,10 +303,18 @@ def make_call(
             f"got {how.grad_tolerance!r}"
         )
     options = {} if options is None else options
-    made, shape = plan_call(
-        hidden, head, how, spec=spec, options=options, reduction=reduction, entropy_grad=entropy_grad,
-        unit_tokens=unit_tokens, split=split,
-    )  # fmt: skip
+
+    def planned(workspace: int) -> tuple[Plan, Sizes, Chunks]:
+        made, shape = plan_call(
+            hidden, head, how._replace(workspace=workspace), spec=spec, options=options, reduction=reduction,
+            entropy_grad=entropy_grad, unit_tokens=unit_tokens, split=split,
+        )  # fmt: skip
+        return made, shape, chunks(shape, workspace, made.path)
+
+    try:
+        made, shape, held = planned(how.workspace)
+    except TooSmall as error:
+        raise _named_rightly(error, how.workspace, planned) from None
     single, skip = made.path == "single", tolerance is not None and made.path != "forward"
     grad, bias, weight = torch.is_grad_enabled(), head.bias, head.weight
     parts = weight if isinstance(weight, HeadWeight) else HeadWeight(weight)
@@ -316,7 +323,7 @@ def make_call(
     return Call(
         impl=made.impl,
         path=made.path,
-        chunks=chunks(shape, how.workspace, made.path),
+        chunks=held,
         workspace=how.workspace,
         operands=operands,
         ignore_index=ignore_index,

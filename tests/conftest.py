@@ -41,15 +41,15 @@ if find_spec("torchao") is None or find_spec("bitsandbytes") is None:
 def poisoned_empty(monkeypatch):
     """Deterministic algorithms fill uninitialised memory with NaN, so that an element nobody wrote shows. Nothing is
     as somebody tuned it here."""
-    from rgpb.engine import plan as planning
+    from rgpb.engine import chunks, plan
 
-    monkeypatch.setattr(planning, "tuned_limits", lambda threads: None)
+    monkeypatch.setattr(chunks, "tuned_limits", lambda threads: None)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-    for planned in (planning.chunks, planning._fastest):  # by constants that the test may have changed
+    for planned in (chunks.chunks, plan._fastest):  # by constants that the test may have changed
         planned.kept.cache_clear()
 
 

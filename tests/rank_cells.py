@@ -334,7 +334,8 @@ def compiled(**cut):
 def held_beyond(tokens, width, vocab, workspace, name):
     """Bytes that a step holds at its worst beyond inputs and gradients, and what the plan says of it."""
     from rgpb.bench.measure import peak_memory
-    from rgpb.engine.plan import plan, shard_held, sizes
+    from rgpb.engine.chunks import sizes
+    from rgpb.engine.plan import plan, shard_held
 
     group, ranks = dist.group.WORLD, dist.get_world_size()
     rows = vocab // ranks

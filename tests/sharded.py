@@ -18,7 +18,8 @@ from torch.distributed.tensor import Replicate
 
 from rgpb import hf
 from rgpb.bench.measure import Result, peak_memory
-from rgpb.engine.plan import plan, shard_held, sizes
+from rgpb.engine.chunks import sizes
+from rgpb.engine.plan import plan, shard_held
 from rgpb.objectives import resolve
 
 

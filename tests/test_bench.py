@@ -21,8 +21,8 @@ from rgpb.bench import plan as plan_command
 from rgpb.bench.contest import DTYPES, LOG_PROB, NAIVE, PATHS, Case, Contestant, Floor, Job, Shape, make_batch
 from rgpb.bench.measure import Result, interleaved, peak_memory, quantiles
 from rgpb.cli import main
-from rgpb.engine import plan as planning
-from rgpb.engine.plan import tuned_limits
+from rgpb.engine import chunks as chunking
+from rgpb.engine.chunks import tuned_limits
 from rgpb.fused import dpo_loss
 from rgpb.kernels import cpp_rows, tuned
 
@@ -744,7 +744,7 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
 
 def test_a_cpu_is_tuned_and_the_choice_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(planning, "tuned_limits", tuned_limits)
+    monkeypatch.setattr(chunking, "tuned_limits", tuned_limits)
     monkeypatch.setattr(tune, "CPU_SHAPE", Shape(64, 16, 2048))
     monkeypatch.setattr(tune, "GAIN", 2.0)  # whatever is fastest is taken
     slow = {("rows", 128), ("scored", 512)}
@@ -758,18 +758,18 @@ def test_a_cpu_is_tuned_and_the_choice_is_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "interleaved", timed)
     for known in (tuned_limits, tuned._known):
         known.cache_clear()
-    before = planning.cpu_limits()
-    rows = [s.limits.rows for s in (planning.sizes(4096, 64, torch.float32, torch.float32, "cpu"),)]
+    before = chunking.cpu_limits()
+    rows = [s.limits.rows for s in (chunking.sizes(4096, 64, torch.float32, torch.float32, "cpu"),)]
     assert main(["tune"]) == 0
     assert f"kept in {tmp_path / 'rgpb' / 'tuned.json'}" in capsys.readouterr().out
     assert (before.rows, before.scored, rows) == (512, 2048, [512])
-    after = planning.sizes(4096, 64, torch.float32, torch.float32, "cpu")
+    after = chunking.sizes(4096, 64, torch.float32, torch.float32, "cpu")
     assert (after.limits.rows, after.limits.scored) == (128, 512)
-    assert planning.chunks(after, 1 << 30, "single").sweep_for(1000) == (128, 128)
-    tuned.file().write_text(json.dumps({planning.cpu_key(torch.get_num_threads()): [1]}))
+    assert chunking.chunks(after, 1 << 30, "single").sweep_for(1000) == (128, 128)
+    tuned.file().write_text(json.dumps({chunking.cpu_key(torch.get_num_threads()): [1]}))
     for known in (tuned_limits, tuned._known):
         known.cache_clear()
     with pytest.raises(ValueError, match="tuned choices: expected a file of `rgpb tune`"):
-        planning.cpu_limits()
+        chunking.cpu_limits()
     for known in (tuned_limits, tuned._known):
         known.cache_clear()

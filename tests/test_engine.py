@@ -28,17 +28,10 @@ from engine_suite import (
 )
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, Workspace, fused_loss, linear_logprob, objective, reference
-from rgpb.engine.plan import (
-    PRODUCT_TILES,
-    RATES,
-    chunks,
-    plan,
-    predicted_seconds,
-    single_chunk,
-    sizes,
-    wave_efficiency,
-)
+from rgpb.engine.chunks import chunks, single_chunk, sizes
+from rgpb.engine.plan import plan, predicted_seconds
 from rgpb.engine.products import chunk_spans, even_spans
+from rgpb.engine.rates import PRODUCT_TILES, RATES, wave_efficiency
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows, matmul
 from rgpb.validation import Checks, How, make_layout, plan_call, tokens_of_units
@@ -462,14 +455,14 @@ SIXTEEN = {"float16 torch": (torch.float16, "torch"), **{f"bfloat16 {i}": (torch
 def test_sixteen_bit_operands_as_on_cuda(monkeypatch, how, path, head):
     """16-bit dlogits in the logits' own bytes and float32 results, as on CUDA; the products are emulated here."""
     dtype, impl = SIXTEEN[how]
-    from rgpb.engine import plan as planning
+    from rgpb.engine import chunks as chunking
 
     def emulated(a, b, out, accumulate=False):
         assert a.dtype == b.dtype == dtype
         product = (a.float() @ b.float()).to(out.dtype)
         out.copy_(out + product if accumulate else product)
 
-    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
+    monkeypatch.setattr(chunking, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
     monkeypatch.setattr(matmul, "mm", emulated)
     hidden, lm_head, target, ref_logits = batch(SHAPES["V and H off every tile"], dtype, head)
     ours, oracle = arguments("bnf", ref_logits, target)
@@ -723,13 +716,13 @@ def test_no_preferred_or_no_rejected_response(sign):
 
 def test_a_target_that_dwarfs_the_others_in_float16(monkeypatch):
     """∂lse/∂z_y = p against ∂lse/∂z_k = p_k: a ratio of e²⁰ or e³⁰, and float16 ends at 65504."""
-    from rgpb.engine import plan as planning
+    from rgpb.engine import chunks as chunking
 
     def emulated(a, b, out, accumulate=False):
         product = (a.float() @ b.float()).to(out.dtype)
         out.copy_(out + product if accumulate else product)
 
-    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
+    monkeypatch.setattr(chunking, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
     monkeypatch.setattr(matmul, "mm", emulated)
     for margin in (5.0, 20.0, 30.0):
         hidden, weight, target = confident(margin, torch.float16)

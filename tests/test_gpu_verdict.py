@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ isn't installe
 from benchmarks.gpu import verdict
 from benchmarks.gpu.__main__ import main
 from rgpb.bench.tables import Row
-from rgpb.engine.plan import RATES
+from rgpb.engine.rates import RATES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="expects Triton to be refused on a CPU"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import rgpb.hf as hf
 from rgpb import LMHead, fused_loss, linear_logprob
-from rgpb.engine.plan import plan, sizes
+from rgpb.engine.chunks import sizes
+from rgpb.engine.plan import plan
 from rgpb.head import HeadWeight, Quantised
 from rgpb.hf.heads import view
 

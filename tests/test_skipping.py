@@ -9,14 +9,14 @@ from engine_suite import IMPLS, NAMES, arguments
 from skipping_suite import TILE, B, H, T, V, check_rows, peaked
 
 from rgpb import OBJECTIVES, LMHead, Workspace, fused_loss, linear_logprob, objective, reference
-from rgpb.engine import plan, skipping
+from rgpb.engine import chunks, skipping
 from rgpb.fused import dpo_loss, mle_loss
 from rgpb.kernels import cpp_rows
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setitem(plan.MASS_TILE, "cpu", TILE)
+    monkeypatch.setitem(chunks.MASS_TILE, "cpu", TILE)
 
 
 SINGLE = [name for name in NAMES if OBJECTIVES[name].couples != "batch"]

@@ -36,7 +36,7 @@ import rgpb
 from rgpb import cli, hf
 from rgpb import demo as demo_module
 from rgpb.demo import arithmetic_pairs
-from rgpb.engine.plan import Limits
+from rgpb.engine.chunks import Limits
 from rgpb.hf.batches import reference_of
 from rgpb.kernels import tuned
 from rgpb.objectives import OBJECTIVES, RunningMean, resolve

@@ -11,7 +11,7 @@ import torch
 
 from rgpb import FusedLoss, LMHead, Workspace, fused, linear_logprob, logprob, validation
 from rgpb.engine import workspace
-from rgpb.engine.plan import chunks
+from rgpb.engine.chunks import chunks
 from rgpb.fused import bnf_loss, dpo_loss, mle_loss
 
 B, T, V, H = 4, 16, 600, 32
@@ -161,6 +161,18 @@ def test_bad_sizes(size, given):
     if not isinstance(size, str | None):
         with pytest.raises(ValueError, match=f"workspace: expected a positive whole number of bytes,.* got {size}"):
             step(given, size)
+
+
+@pytest.mark.parametrize("how", [{}, {"impl": "torch"}, {"grad_tolerance": 0.1, "sort_vocab": True}], ids=str)
+def test_the_size_that_a_refusal_names_is_enough(how, given):
+    """Also where what is held beside a row grows with the workspace: converted slices of a 16-bit weight."""
+    given = [x.detach().bfloat16().requires_grad_() for x in given[:2]] + [given[2]]
+    with pytest.raises(ValueError, match="workspace: expected at least .* got 1$") as refused:
+        step(given, 1, **how)
+    named = int(str(refused.value).split("at least ")[1].split()[0])
+    with pytest.raises(ValueError, match=f"workspace: expected at least {named} bytes"):
+        step(given, named - 1, **how)
+    step(given, named, **how)
 
 
 @pytest.mark.compile

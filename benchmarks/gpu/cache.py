@@ -42,7 +42,7 @@ from rgpb import fused_loss, linear_logprob, reference, validation
 from rgpb import kernels as sets
 from rgpb.bench import contest, tune
 from rgpb.bench.contest import Shape
-from rgpb.engine import plan
+from rgpb.engine import chunks
 from rgpb.kernels import configs, matmul, tuned
 from rgpb.kernels.devices import nearest
 
@@ -109,9 +109,9 @@ def kept(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def recorded(capability: int) -> Iterator[dict[Any, Launch]]:
     """The launches of a block, as on a GPU of that capability; library products are left out."""
     found: dict[Any, Launch] = {}
-    key, sizes = nearest(capability // 10), plan.sizes
+    key, sizes = nearest(capability // 10), chunks.sizes
 
-    def on_gpu(*given: Any, **more: Any) -> plan.Sizes:
+    def on_gpu(*given: Any, **more: Any) -> chunks.Sizes:
         bound = signature(sizes).bind(*given, **more)
         bound.arguments |= {"device_type": "cuda", "arch": key}
         return sizes(*bound.args, **bound.kwargs)
@@ -128,7 +128,7 @@ def recorded(capability: int) -> Iterator[dict[Any, Launch]]:
         patch(configs, "_key", lambda *names: "")
         patch(tuned, "read", lambda *names: None)
         patch(validation, "sizes", on_gpu)
-        patch(validation, "mass_tile", lambda device_type: plan.mass_tile("cuda"))
+        patch(validation, "mass_tile", lambda device_type: chunks.mass_tile("cuda"))
         patch(matmul, "mm", lambda *given, **more: None)
         for known in (configs.rows, configs.tile):
             known.cache_clear()

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from rgpb.bench import contest
 from rgpb.bench.contest import DTYPES, SCORES, Case, Job, Shape
 from rgpb.bench.measure import copy_rate, product_rate
-from rgpb.engine.plan import RATES
+from rgpb.engine.rates import RATES
 from rgpb.kernels.devices import architecture
 
 from .calls import CPU, LLAMA

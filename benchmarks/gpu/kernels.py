@@ -19,7 +19,7 @@ import torch
 from rgpb.bench.contest import DTYPES, Shape
 from rgpb.bench.measure import interleaved, release
 from rgpb.bench.tune import KERNELS, TOLERANCE, Inputs, error_of
-from rgpb.engine.plan import RATES
+from rgpb.engine.rates import RATES
 from rgpb.kernels import resolve_impl
 from rgpb.kernels.devices import architecture
 from rgpb.kernels.matmul import mm

@@ -17,13 +17,11 @@ import torch
 
 from rgpb.arguments import argument, parse_bytes, positive
 from rgpb.bench.measure import copy_rate, memory_of_machine, product_rate
+from rgpb.engine.chunks import Sizes, sizes
 from rgpb.engine.plan import (
     DEFAULT_WORKSPACE,
-    RATES,
     SHARDED,
     Plan,
-    Rates,
-    Sizes,
     auto_workspace,
     of_impl,
     plan,
@@ -32,8 +30,8 @@ from rgpb.engine.plan import (
     ring_reduced,
     shard_held,
     shard_traffic,
-    sizes,
 )
+from rgpb.engine.rates import RATES, Rates
 from rgpb.kernels import IMPLEMENTATIONS, resolve_impl, why_not
 from rgpb.objectives import Objective, resolve
 

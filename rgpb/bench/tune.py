@@ -2,7 +2,7 @@
 
 On a GPU these are the configurations of the Triton kernels: each candidate of `rgpb.kernels.configs` is first compared
 with torch's float32 answer on the same inputs, and only what agrees is timed. On a CPU they are the sizes of the
-products (`rgpb.engine.plan.Limits`), for the number of threads at hand; about a minute. What is chosen goes into
+products (`rgpb.engine.chunks.Limits`), for the number of threads at hand; about a minute. What is chosen goes into
 `rgpb.kernels.tuned.file()`, which later processes read first: their results differ from earlier ones by rounding.
 """
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rgpb.bench.contest import LOG_PROB, Job, Shape, fused, kind_of, make_batch
 from rgpb.bench.measure import interleaved
-from rgpb.engine import plan
-from rgpb.engine.plan import DEFAULT_WORKSPACE, Limits
+from rgpb.engine import chunks
+from rgpb.engine.chunks import Limits
+from rgpb.engine.plan import DEFAULT_WORKSPACE
 from rgpb.kernels import tuned
 from rgpb.kernels.types import Epilogue, Statistics, TokenTerms, Upstream
 
@@ -266,12 +267,12 @@ GAIN = 0.97
 @contextmanager
 def limits_of(limits: Limits) -> Iterator[None]:
     """Calls inside go by these limits."""
-    there = plan.tuned_limits
-    plan.tuned_limits = lambda threads: limits  # type: ignore[assignment]
+    there = chunks.tuned_limits
+    chunks.tuned_limits = lambda threads: limits  # type: ignore[assignment]
     try:
         yield
     finally:
-        plan.tuned_limits = there
+        chunks.tuned_limits = there
 
 
 def sweep_cpu(
@@ -286,7 +287,7 @@ def sweep_cpu(
         The best limits, and one dict per candidate: limit, value, milliseconds (median), chosen.
     """
     threads, batch = torch.get_num_threads(), make_batch(shape, torch.float32, "cpu")
-    best, rows = plan.untuned_limits(threads), []
+    best, rows = chunks.untuned_limits(threads), []
 
     def timed(run: Callable[[], object], limits: Limits) -> None:
         with limits_of(limits):
@@ -304,8 +305,8 @@ def sweep_cpu(
             rows.append({"limit": field, "value": x, "ms": times.quantiles(x)[0] * 1e3, "chosen": x == chosen})
             progress(f"{field} {x}: {rows[-1]['ms']:.1f} ms, {times.over(x, there):.3f} of {there}'s time")
     if keep:
-        tuned.keep(plan.cpu_key(threads), best)
-        plan.tuned_limits.cache_clear()
+        tuned.keep(chunks.cpu_key(threads), best)
+        chunks.tuned_limits.cache_clear()
     return best, rows
 
 

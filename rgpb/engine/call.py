@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rgpb.engine.plan import Chunks
+from rgpb.engine.chunks import Chunks
 from rgpb.head import HeadWeight, LMHead
 
 

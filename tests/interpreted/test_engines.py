@@ -30,7 +30,7 @@ from triton.runtime import interpreter
 
 from rgpb import OBJECTIVES, LMHead, TokenScores, fused_loss, linear_logprob, reference
 from rgpb.bench.measure import Result, peak_memory
-from rgpb.engine import plan as planning
+from rgpb.engine import chunks as chunking
 from rgpb.engine.call import Tensors
 from rgpb.fused import bnf_loss, dpo_loss
 from rgpb.kernels import matmul, triton_scale
@@ -49,7 +49,7 @@ def as_on_cuda(monkeypatch):
         wide = a.double() @ b.double()
         out.copy_(out + wide if accumulate else wide)
 
-    monkeypatch.setattr(planning, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
+    monkeypatch.setattr(chunking, "gemm_dtype", lambda device_type, weight, compute, impl: compute)
     monkeypatch.setattr(matmul, "mm", product)
 
 
@@ -252,7 +252,7 @@ def test_small_shapes(shape, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_skipping_is_certified(monkeypatch, impl):
     """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
-    monkeypatch.setitem(planning.MASS_TILE, "cpu", 64)
+    monkeypatch.setitem(chunking.MASS_TILE, "cpu", 64)
     for name, sort_vocab in (("mle", False), ("dpo", True)):
         for path in ("single", "two_pass"):
             metrics, largest = check_rows(name, 0.3, impl=impl, sort_vocab=sort_vocab, path=path, shape=(6, 5, 300, 32))
@@ -407,7 +407,7 @@ def test_a_nan_in_the_weight_shows_everywhere(impl):
 def test_skipping_with_a_sorted_vocabulary_on_a_head_of_any_width(monkeypatch):
     """Slices of the gathered weight are whole tiles of masses."""
     hidden, head, target, _ = batch((1, 3, 2100, 40), torch.float32, masked=False)
-    monkeypatch.setattr(planning, "CONVERT_BYTES", {"cpu": 1500 * 40 * 4, "cuda": 0})
+    monkeypatch.setattr(chunking, "CONVERT_BYTES", {"cpu": 1500 * 40 * 4, "cuda": 0})
     how = {"impl": "tiled", "return_metrics": True, "sort_vocab": True}
     runs = []
     for tolerance in (0.0, 0.3):
@@ -470,8 +470,8 @@ def test_e_of_several_chunks_is_multiplied_at_once(products, path, name, impl):
     gradients = torch.autograd.grad(1.5 * loss, wanted)
 
     N = int((target != -100).sum())
-    shape = planning.sizes(V, H, torch.bfloat16, torch.bfloat16, "cpu", impl)
-    C, K = planning.chunks(shape, workspace, path).sweep_for(N)
+    shape = chunking.sizes(V, H, torch.bfloat16, torch.bfloat16, "cpu", impl)
+    C, K = chunking.chunks(shape, workspace, path).sweep_for(N)
     assert 1 < C < K < N, (C, K, N)
     for a, b, out, _ in products:
         assert all(leading(x) % 8 == 0 for x in (a, b)), (a.shape, a.stride(), b.shape, b.stride())

@@ -15,7 +15,7 @@ from benchmarks.gpu import kernels
 from benchmarks.gpu.journal import Journal, Settings, work
 from rgpb.bench import tune
 from rgpb.bench.contest import Shape
-from rgpb.engine import plan
+from rgpb.engine.rates import RATES
 from rgpb.kernels import triton_rows, triton_tiles
 
 C, H, V = 2, 16, 70  # off the blocks and tiles
@@ -36,7 +36,7 @@ def test_right_kernels_pass(tmp_path, monkeypatch):
     assert {*rows} == {"product", *tune.KERNELS}
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert failed == 0
-    rates, flops, operands, tiles = plan.RATES["sm_90"], 2 * C * H * V, 2 * (C + V) * H, -(-V // 64)
+    rates, flops, operands, tiles = RATES["sm_90"], 2 * C * H * V, 2 * (C + V) * H, -(-V // 64)
     bytes_of = {
         "score": operands + 8 * tiles * C, "weights": operands + 2 * C * V, "gradients": operands + 2 * C * V,
         "rows": 6 * C * V, "rows: bnf": 6 * C * V, "rows: gradients": 6 * C * V, "rows: statistics": 4 * C * V,

@@ -11,7 +11,7 @@ from counting import Count, Methods, Operators, counted
 from engine_suite import batch, ref_scores, small
 
 from rgpb import TokenScores, fused_loss, linear_logprob
-from rgpb.engine import plan
+from rgpb.engine.chunks import MASS_TILE
 
 SHAPE = (4, 6, 141, 24)
 CASES = {
@@ -80,7 +80,7 @@ def test_more_chunks_take_no_more_waits(objective, kernel, packed, monkeypatch):
 
 def test_skipping_waits_for_nothing(monkeypatch):
     """In several chunks, with one launch each for the lists and the products of dX and of dW."""
-    monkeypatch.setitem(plan.MASS_TILE, "cpu", 64)
+    monkeypatch.setitem(MASS_TILE, "cpu", 64)
     how = {"tokens": 40, "workspace": 1 << 17, "path": "single"}
     found = count(monkeypatch, "dpo", grad_tolerance=0.1, **how)
     chunks = found.launches.count("head_kernel (Triton)")
