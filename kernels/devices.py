@@ -19,5 +19,9 @@ def architecture(device: torch.device) -> str | None:
         return None
     if torch.version.hip:
         return "gfx9"
-    major = torch.cuda.get_device_properties(device).major  # which torch.compile takes for a constant
+    return nearest(torch.cuda.get_device_properties(device).major)  # which torch.compile takes for a constant
+
+
+def nearest(major: int) -> str:
+    """The architecture of an NVIDIA GPU by the first number of its compute capability."""
     return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(major, "sm_80")

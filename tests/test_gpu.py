@@ -204,3 +204,27 @@ def test_bnf_on_long_responses_twice():
     losses = [bnf_loss(hidden, head, target, label, ref=ref, workspace=64 << 20) for _ in range(2)]
     for a, b in zip(*(torch.autograd.grad(loss, [hidden, head.weight]) for loss in losses)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", ["bnf", "dpo", "swepo"])
+def test_a_graph_gives_the_bits_of_a_call_twice(loss):
+    """Captured without reads, and replayed on what its inputs hold by then."""
+    hidden, head, target = batch(SHAPE, "bf16", "plain")
+    ours, _ = given_for(loss, hidden, head, target)
+
+    def run():
+        value = fused_loss(hidden, head, target, objective=loss, workspace=WORKSPACE, validate=False, **ours)
+        return [value.detach(), *torch.autograd.grad(value, leaves(hidden, head))]
+
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        with torch.no_grad():
+            hidden.mul_(0.9)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, run()))

@@ -445,7 +445,8 @@ def first_run(folder, *arguments, python, **variables):
     clean["PATH"] = f"{Path(python).parent}:{clean['PATH']}"
     variables = {"DRY": "1", "OUT": str(folder), "PY": str(python), "TMPDIR": str(folder.parent), **variables}
     command = ["bash", str(FIRST_RUN), *map(str, arguments)]
-    return subprocess.Popen(command, env=clean | variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    with (folder.parent / "said.txt").open("w") as said:
+        return subprocess.Popen(command, env=clean | variables, stdout=said, stderr=subprocess.STDOUT)
 
 
 def parts_of(folder):
@@ -461,12 +462,16 @@ def python(tmp_path):
     stub = tmp_path / "python"
     stub.write_text("""#!/bin/sh
 case "$*" in
+  -c*) exit ${UNFIT:-0} ;;
   *--verdict*) exit 1 ;;
+esac
+[ -n "$BROKEN" ] && exit 7
+case "$*" in
   *"--part kernels"*) exec sleep 20 ;;
   *"--part tune"*) exit 7 ;;
 esac
 """)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA RTX 4090, 8.9\n")
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\n[ -n "$NO_GPU" ] || echo NVIDIA RTX 4090, 8.9\n')
     for tool in ("ncu", "compute-sanitizer"):
         (tmp_path / tool).write_text("#!/bin/sh\nexit 0\n")
     for path in tmp_path.iterdir():
@@ -490,6 +495,22 @@ def test_the_first_run_takes_no_part_along(dry, tmp_path, python):
     }  # fmt: skip
     assert ("on dry (sm_90)" if dry else "on nvidia-rtx-4090 (sm_89)") in (out / "log.txt").read_text()
     assert re.search(r"didn't come to its verdict.*tune\t7\t", (out / "verdict.md").read_text(), re.DOTALL)
+    assert "end; no verdict came" in (out / "log.txt").read_text()
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("soon",), {}, "SECONDS: expected a whole number, got soon"),
+        ((16, "third"), {}, "expected first or second, got third"),
+        ((16,), {"NO_GPU": "1"}, "nvidia-smi: expected the name of a GPU, got none; DRY=1 runs on a CPU"),
+        ((16,), {"UNFIT": "1"}, "PY: expected a Python with pytest, torch and triton, got "),
+    ],
+)
+def test_what_a_first_run_refuses(arguments, variables, message, tmp_path, python):
+    assert first_run(tmp_path / "out", *arguments, python=python, DRY="", **variables).wait(100) == 2
+    assert message in (tmp_path / "said.txt").read_text()
 
 
 @needs_bash
@@ -510,6 +531,24 @@ def test_a_second_run_goes_on(tmp_path, python, capsys):
     assert "| kernels | KILLED" in verdict
     assert "| tune | FAILED with 7 |" in verdict
     assert "| llama | ok |" in verdict
+
+
+@needs_bash
+def test_a_second_run_keeps_the_order_of_the_first(tmp_path, python):
+    """What is checked comes before what is timed."""
+    out = tmp_path / "out"
+    assert first_run(out, 16, python=python, RESERVE="2", BROKEN="1").wait(100) == 0
+    first = (out / "log.txt").read_text()
+    assert first_run(out, 14, "second", python=python, RESERVE="2").wait(100) == 0
+    both = [
+        [name.partition("-")[0] for name in re.findall(r"\] (\S+): exit", log) if name not in ("ncu", "memcheck")]
+        for log in (first, (out / "log.txt").read_text().removeprefix(first))
+    ]
+    checked = {"products", "rows", "tiles", "whole", "precompile"}
+    orders = [[*dict.fromkeys("checked" if name in checked else name for name in names)] for names in both]
+    assert orders[0] == ["checked", "ceilings", "kernels", "tune", "llama", "profile", "correct", "steps"]
+    assert orders[1] == orders[0]
+    assert {*both[0]} == {*both[1]} > checked
 
 
 @needs_bash

@@ -63,8 +63,8 @@ def test_aims_and_what_came(tmp_path):
     results = written(tmp_path, llama=ROWS)
     single = line(results, "BNF, 4 GiB")
     assert (single["measured"], single["of"], single["verdict"]) == ("1.14", "triton, N = 8192", "reached")
-    assert line(results, "BNF, default")["measured"] == "1.3"  # that of N = 8192
-    assert line(results, "BNF, default")["verdict"] == "missed"
+    assert line(results, "BNF, 512 MiB")["measured"] == "1.3"  # that of N = 8192
+    assert line(results, "BNF, 512 MiB")["verdict"] == "missed"
     assert line(results, "BNF over the fastest other")["measured"] == "1.2"
     assert line(results, "BNF over the fastest other")["of"] == "tiled, N = 8192"
     assert line(results, "log-probabilities, error")["measured"] == "2e-05"
@@ -80,10 +80,10 @@ def test_aims_are_about_one_shape(tmp_path):
     failed = row("bnf", "two_pass", "fused", status="FAILED", seconds=None, over_floor=None)
     results = written(tmp_path, llama=[first, failed])
     assert line(results, "extra memory")["measured"] == "500"
-    assert line(results, "BNF, default")["verdict"] == "no right row of it in llama"
+    assert line(results, "BNF, 512 MiB")["verdict"] == "no right row of it in llama"
     assert any(shown == "## Aims, Llama-3-8B, N = 8192" for shown in verdict.lines(results))
     other = written(tmp_path, llama=[{**first, "case": "mine"}])
-    assert line(other, "BNF, default")["measured"] == "1.01"
+    assert line(other, "BNF, 512 MiB")["measured"] == "1.01"
     assert "## Aims, mine, N = 32768" in verdict.lines(other)
 
 

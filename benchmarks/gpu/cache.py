@@ -44,6 +44,7 @@ from rgpb.bench import contest, tune
 from rgpb.bench.contest import Shape
 from rgpb.engine import chunks
 from rgpb.kernels import configs, matmul, tuned
+from rgpb.kernels.devices import nearest
 
 from .journal import say
 from .peers import JOBS, entries
@@ -54,11 +55,6 @@ CPU = torch.device("cpu")
 VOCABS = (1024, 1027)  # a vocabulary that 16 divides, and one that it doesn't
 WORKSPACES = (1 << 20, 64 << 20)  # bytes: several chunks, and one
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-def key_of(capability: int) -> str:
-    """The key of the kernels' tables for a compute capability of two or three digits."""
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(capability // 10, "sm_80")
 
 
 class Absent:
@@ -113,7 +109,7 @@ def kept(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def recorded(capability: int) -> Iterator[dict[Any, Launch]]:
     """The launches of a block, as on a GPU of that capability; library products are left out."""
     found: dict[Any, Launch] = {}
-    key, sizes = key_of(capability), chunks.sizes
+    key, sizes = nearest(capability // 10), chunks.sizes
 
     def on_gpu(*given: Any, **more: Any) -> chunks.Sizes:
         bound = signature(sizes).bind(*given, **more)
@@ -148,7 +144,7 @@ def of_tuning(capability: int) -> None:
     for vocab in VOCABS:
         given = tune.Inputs(Shape(64, 64, vocab), torch.bfloat16, CPU)
         for name, make in tune.KERNELS.items():
-            kernel, tiles = make(given), configs.TILES[key_of(capability)]
+            kernel, tiles = make(given), configs.TILES[nearest(capability // 10)]
             for config in (None, *(tiles.get(name) or (configs.row_candidates() if name == "rows" else ()))):
                 kernel.run(config)
 
@@ -169,11 +165,8 @@ def of_correct(capability: int) -> None:
     """The cases of tests/test_gpu.py that the first run takes, without their oracle."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
     cases = import_module("test_gpu")
-    scores = {name: torch.zeros(()) for name in ("logp", "log_odds", "entropy")}
-    with (
-        mock.patch.object(torch.Tensor, "cuda", lambda x: x),
-        mock.patch.object(reference, "token_scores", lambda hidden, head, target: scores_like(scores, target)),
-    ):
+    scores = lambda hidden, head, target: {"logp": torch.zeros(target.shape).double()}  # noqa: E731
+    with mock.patch.object(torch.Tensor, "cuda", lambda x: x), mock.patch.object(reference, "token_scores", scores):
         for impl, path, dtype, head, loss, shape in cases.cases():
             if impl in SETS and wanted(impl, dtype):
                 hidden, lm_head, target = cases.batch(shape, dtype, head)
@@ -192,11 +185,6 @@ def of_correct(capability: int) -> None:
 def wanted(impl: str, dtype: str) -> bool:
     """Whether the first run checks it: bf16, and float32 with library products."""
     return dtype == "bf16" or (dtype == "fp32" and impl == "triton")
-
-
-def scores_like(scores: dict[str, torch.Tensor], target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Those of the oracle, in its place."""
-    return {name: x.expand(target.shape).double() for name, x in scores.items()}
 
 
 LAUNCHES = {"tune": of_tuning, "llama": of_heads, "correct": of_correct}

@@ -187,18 +187,10 @@ def light_batch(shape: Shape, device: str) -> Batch:
 
 def tune(journal: Journal) -> Iterator[Task]:
     """The sweep of `rgpb tune`, of which nothing is kept, as one row that holds its rows."""
-
     settings = journal.settings
     shape, dtype = settings.shapes[0][1:4] if settings.shapes else SHAPE, DTYPES[settings.dtype or "bf16"]
-
-    def row() -> dict[str, Any]:
-        try:
-            rows = sweep(settings.device, say, Shape(*shape), dtype, min(settings.rounds, 7))
-            return {"status": "ok", "rows": rows}
-        except Exception as error:
-            return {"status": explain(error), "rows": []}
-
-    yield single("sweep", row)
+    make = partial(sweep, settings.device, say, Shape(*shape), dtype, min(settings.rounds, 7))
+    yield single("sweep", lambda: {"rows": make()}, {"status": "ok", "rows": []})
 
 
 def tune_table(rows: list[dict[str, Any]]) -> dict[str, Any]:

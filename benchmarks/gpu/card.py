@@ -15,8 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rgpb.bench import contest
-from rgpb.bench.contest import DTYPES, SCORES, Case, Job, Run, Shape
-from rgpb.bench.measure import copy_rate, explain, product_rate
+from rgpb.bench.contest import DTYPES, SCORES, Case, Job, Shape
+from rgpb.bench.measure import copy_rate, product_rate
 from rgpb.engine.rates import RATES
 from rgpb.kernels.devices import architecture
 
@@ -39,18 +39,10 @@ def ceilings(journal: Journal) -> Iterator[Task]:
         runs[f"{a} → {b}"] = partial(product_rate, DTYPES[a], device, 0.5, None if a == b else DTYPES[b])
     arch = architecture(torch.device(device))
 
-    def row(name: str) -> dict[str, Any]:
-        made: dict[str, Any] = {"ceiling": name, "status": "ok", "rate": None, "assumed": None}
-        if arch is not None and name in RATE:
-            made["assumed"] = getattr(RATES[arch], RATE[name])
-        try:
-            return made | {"rate": runs[name]()}
-        except Exception as error:
-            status = explain(error)
-        return made | {"status": status}
-
-    for name in runs:
-        yield single(name, partial(row, name))
+    for name, rate in runs.items():
+        assumed = getattr(RATES[arch], RATE[name]) if arch is not None and name in RATE else None
+        row = {"ceiling": name, "status": "ok", "rate": None, "assumed": assumed}
+        yield single(name, lambda rate=rate: {"rate": rate()}, row)  # type: ignore[misc]
 
 
 def profiled(journal: Journal) -> Iterator[Task]:
@@ -66,26 +58,14 @@ def profiled(journal: Journal) -> Iterator[Task]:
         for kernels in ("triton", "tiled"):
             key = f"{loss} | {path} | {kernels} | {workspace}"
             make = partial(contest.fused, job=Job(loss, "full"), path=path, workspace=workspace, impl=kernels)
-            yield single(key, partial(profile_row, case, make, key, journal.json.with_name("profile.txt")))
+            columns = ("launches", "waits", "ms", "busy", "products", "ours", "other")
+            row = {"call": key, "status": "ok", **dict.fromkeys(columns)}
+            yield single(key, partial(measured, case, make, key, journal.json.with_name("profile.txt")), row)
 
 
-def profile_row(case: Case, make: Callable[..., Any], key: str, file: Path) -> dict[str, Any]:
-    """Per call: launches, waits, milliseconds from its first to its last, and of the device by kind."""
-    row: dict[str, Any] = {
-        "call": key, "status": "ok", "launches": None, "waits": None, "ms": None, "busy": None, "products": None,
-        "ours": None, "other": None,
-    }  # fmt: skip
-    try:
-        run: Run = make(case.batch)[0]
-        return row | measured(run, case.device, key, file)
-    except Exception as error:
-        status = explain(error)
-    return row | {"status": status}
-
-
-def measured(run: Run, device: str, key: str, file: Path) -> dict[str, Any]:
-    """What `profile_row` says of a call that works. Shares are of the device's busy time."""
-    cuda = device == "cuda"
+def measured(case: Case, make: Callable[..., Any], key: str, file: Path) -> dict[str, Any]:
+    """Per call: launches, waits, milliseconds from its first to its last, and shares of the device's busy time."""
+    cuda, run = case.device == "cuda", make(case.batch)[0]
     run()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as recorded:
         for _ in range(CALLS):

@@ -8,7 +8,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 LIST=${2:-first}
-case $LIST in first) FULL=500 ;; second) FULL=180 ;; *) echo "expected first or second, got $LIST" >&2; exit 2 ;; esac
+refuse() { echo "$*" >&2; exit 2; }
+case $LIST in first) FULL=500 ;; second) FULL=180 ;; *) refuse "expected first or second, got $LIST" ;; esac
+[[ ${1:-$FULL} =~ ^[1-9][0-9]*$ ]] || refuse "SECONDS: expected a whole number, got $1"
 END=${1:-$FULL} START=$SECONDS RESERVE=${RESERVE:-12} # seconds for the verdict
 if [ -n "${PY:-}" ]; then :; elif [ -x .venv/bin/python ]; then PY=.venv/bin/python; else PY=python3; fi
 
@@ -19,7 +21,8 @@ if [ -n "${DRY:-}" ]; then
   CORRECT=(tests/interpreted/test_doctor.py -k right) LENGTHS=(' 16 ' ' 33 ')
 else
   IFS=, read -r CARD CAPABILITY < <(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader | head -1)
-  CARD=$(tr 'A-Z ' 'a-z-' <<<"${CARD:?nvidia-smi names no GPU}") CAPABILITY=$(tr -d ' .' <<<"$CAPABILITY") SHARES=8
+  [ -n "$CARD" ] || refuse "nvidia-smi: expected the name of a GPU, got none; DRY=1 runs on a CPU"
+  CARD=$(tr 'A-Z ' 'a-z-' <<<"$CARD") CAPABILITY=$(tr -d ' .' <<<"$CAPABILITY") SHARES=8
   DEVICE=(--rounds 7) TINY=() HEAD='\| 8192,'
   CORRECT=(-m gpu tests/test_gpu.py -k 'bf16 or fp32 and not tiled or skipping or memory or twice') LENGTHS=(' 4096 ' ' 16384 ')
 fi
@@ -37,7 +40,8 @@ keep() { # what there is so far; safe to be killed in
   cp "$WORK/log/log.txt" "$OUT/log.txt"
   cp "$WORK/res/profile.txt" "$OUT/profile.txt" 2>/dev/null || echo "nothing was profiled" >"$OUT/profile.txt"
   if [ -f "$WORK/verdict.md" ]; then cp "$WORK/verdict.md" "$OUT/verdict.md"
-  else { echo "The run didn't come to its verdict. Parts, exit status, seconds, budget, kernels compiled:"; echo
+  else { echo "The run didn't come to its verdict. 'python -m benchmarks.gpu --out res --verdict' makes it from results.tgz, unpacked."; echo
+         echo "Parts, exit status, seconds, budget, kernels compiled:"; echo
          sed 's/^/    /' "$WORK/res/parts.tsv" 2>/dev/null; } >"$OUT/verdict.md"; fi
 }
 compiled() { find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l; }
@@ -66,8 +70,9 @@ AGAIN=()
 # a broken set of kernels takes the other's times not along
 without() { local skip='\| torch \||compiled'; grep -q '"FAILED\|"error' "$WORK/res/tiles.jsonl" 2>/dev/null && skip="$skip|tiled"; echo "$skip"; }
 correct() { part "correct-$1" 80 "$PY" -m pytest -q -p no:cacheprovider --share "$1/$SHARES" "${CORRECT[@]}"; }
-# run NAME: a part of the first list
+# run NAME: a part of the first list; where ONLY names some, none but these
 run() {
+  [ -z "${ONLY+given}" ] || grep -qx -- "$1" <<<"$ONLY" || return 0
   case $1 in
     products | rows | tiles | whole) suite "$1" 75 ;;
     precompile) if [ -n "${DRY:-}" ]; then part precompile 75 env -u TRITON_INTERPRET "$PY" -m benchmarks.gpu.cache --arch "$CAPABILITY" --list
@@ -87,27 +92,32 @@ side_by_side() {
   wait "${pids[@]}"
   keep
 }
+first_list() {
+  side_by_side products rows tiles whole precompile
+  for name in ceilings kernels tune llama profile; do run $name; keep; done
+  side_by_side $(seq -f 'correct-%g' 0 $((SHARES - 1)))
+  run steps
+}
 
 touch "$WORK/log/log.txt"
 trap 'kill $(jobs -p) 2>/dev/null; keep; rm -rf "$WORK"' EXIT
 trap 'exit 143' TERM INT
 (while sleep 15 && kill -0 $$ && [ -d "$WORK" ]; do keep; done) >/dev/null 2>&1 & # rows of the part that runs
 
-# environment and cache: never fatal
+# environment; what lies in a cache
 say "$LIST run of $END s on $CARD (sm_$CAPABILITY), results in $OUT"
-{ nvidia-smi; "$PY" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__)'; which gcc ncu compute-sanitizer; } >"$WORK/log/environment.txt" 2>&1
+{ nvidia-smi; which gcc ncu compute-sanitizer; } >"$WORK/log/environment.txt" 2>&1
+"$PY" -c 'import sys, pytest, torch, triton; print(sys.version, torch.__version__, triton.__version__)' >>"$WORK/log/environment.txt" 2>&1 ||
+  refuse "PY: expected a Python with pytest, torch and triton, got $PY ($(tail -1 "$WORK/log/environment.txt"))"
 "$PY" -c 'import rgpb.kernels' 2>/dev/null || [ -e rgpb/kernels ] || ln -s ../kernels rgpb/kernels # in place of an install
 CACHE=build/gpu-cache/sm_$CAPABILITY.tgz
 [ -f "$CACHE" ] && say "cache: $(env -u TRITON_INTERPRET timeout 30 "$PY" -m benchmarks.gpu.cache --unpack "$CACHE" 2>&1 | tail -1)"
 
 if [ "$LIST" = first ]; then
-  side_by_side products rows tiles whole precompile
-  for name in ceilings kernels tune llama profile; do run $name; keep; done
-  side_by_side $(seq -f 'correct-%g' 0 $((SHARES - 1)))
-  run steps
+  first_list
 else
-  AGAIN=(--again)
-  for name in $FAILED; do run "$name"; keep; done
+  ONLY=$FAILED AGAIN=(--again)
+  first_list
   AGAIN=()
   if [ -n "$(type -P ncu)" ]; then
     part ncu 50 ncu --clock-control none --set basic -k 'regex:tiles_kernel|token_loss_kernel' -c 12 "$PY" -m benchmarks.gpu --out "$WORK/ncu" --part kernels --rounds 1 --only '\| (score|weights|gradients|rows: bnf|rows)$' --minutes MINUTES
@@ -119,4 +129,4 @@ else
 fi
 keep
 timeout -k 5 "$(($(left) > 5 ? $(left) : 5))" "$PY" -m benchmarks.gpu --out "$WORK/res" --verdict >"$WORK/verdict.new" 2>"$WORK/log/verdict.txt" && mv "$WORK/verdict.new" "$WORK/verdict.md"
-say "end; the verdict is in $OUT/verdict.md"
+if [ -f "$WORK/verdict.md" ]; then say "end; the verdict is in $OUT/verdict.md"; else say "end; no verdict came: $OUT/verdict.md says how parts ended"; fi

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rgpb.bench.measure import ABSENT, alive, failed, installed, provenance, version_of
+from rgpb.bench.measure import ABSENT, alive, explain, failed, installed, provenance, version_of
 from rgpb.bench.tables import finite, save
 
 WORKSPACES = {"cuda": (512 * 2**20, 4 * 2**30), "cpu": (512 * 2**20, 16 * 2**20)}
@@ -29,9 +29,17 @@ class Task(NamedTuple):
     run: Callable[[list[str]], Iterable[tuple[str, dict[str, Any]]]]
 
 
-def single(key: str, make: Callable[[], dict[str, Any]]) -> Task:
-    """A task of one row."""
-    return Task((key,), lambda keys: [(key, make())])
+def single(key: str, make: Callable[[], dict[str, Any]], row: dict[str, Any] | None = None) -> Task:
+    """A task of one row: all its columns, with what `make` adds to them, or with the status why it couldn't."""
+
+    def run(keys: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            more = make()
+        except Exception as error:
+            more = {"status": explain(error)}
+        return [(key, {**(row or {}), **more})]
+
+    return Task((key,), run)
 
 
 class Settings(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rgpb.bench.contest import DTYPES, Shape
-from rgpb.bench.measure import explain, interleaved, release
+from rgpb.bench.measure import interleaved, release
 from rgpb.bench.tune import KERNELS, TOLERANCE, Inputs, error_of
 from rgpb.engine.rates import RATES
 from rgpb.kernels import resolve_impl
@@ -29,6 +29,8 @@ from .journal import Journal, Settings, Task, single
 
 # C: a chunk in a small and in a large workspace.
 ROWS, SHORTEST = {"cuda": (1024, 8192), "cpu": (512,)}, 1e-3
+COLUMNS = ("error", "bytes", "flops", "seconds", "seconds_20", "seconds_80", "predicted_seconds", "copy_rate",
+           "share_of_copy", "share_of_product", "rounds")  # fmt: skip
 
 
 class Chunk:
@@ -58,23 +60,11 @@ def tasks(journal: Journal) -> Iterator[Task]:
         chunk = Chunk(Shape(rows, width, vocab), settings)
         for kernel in ("product", *KERNELS):
             key = f"{name} | {chunk.shape} | {settings.dtype or 'bf16'} | {kernel}"
-            yield single(key, partial(row_of, chunk, name, kernel))
+            row = {"kernel": kernel, "case": name, **chunk.shape._asdict(), "dtype": str(chunk.dtype), "status": "ok"}
+            make = partial(of_product, chunk) if kernel == "product" else partial(of_kernel, chunk, kernel)
+            yield single(key, make, row | dict.fromkeys(COLUMNS))
         del chunk
         release(settings.device)
-
-
-def row_of(chunk: Chunk, case: str, name: str) -> dict[str, Any]:
-    """One kernel: checked, and if it passed timed. Shares are medians of the rounds' ratios."""
-    row: dict[str, Any] = {
-        "kernel": name, "case": case, **chunk.shape._asdict(), "dtype": str(chunk.dtype), "status": "ok",
-        "error": None, "bytes": None, "flops": None, "seconds": None, "seconds_20": None, "seconds_80": None,
-        "predicted_seconds": None, "copy_rate": None, "share_of_copy": None, "share_of_product": None, "rounds": None,
-    }  # fmt: skip
-    try:
-        return row | (of_product(chunk) if name == "product" else of_kernel(chunk, name))
-    except Exception as error:
-        status = explain(error)
-    return row | {"status": status}
 
 
 def of_product(chunk: Chunk) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def of_product(chunk: Chunk) -> dict[str, Any]:
 
 
 def of_kernel(chunk: Chunk, name: str) -> dict[str, Any]:
-    """A Triton kernel."""
+    """A Triton kernel: checked, and if it passed timed."""
     resolve_impl("triton", chunk.device)
     kernel = KERNELS[name](chunk.inputs)
     row: dict[str, Any] = {"bytes": kernel.moved, "flops": chunk.flops if kernel.product else None}
@@ -108,7 +98,7 @@ def predicted(chunk: Chunk, moved: int, stored: int, rate: str | None) -> dict[s
 
 
 def timed(chunk: Chunk, runs: dict[str, Callable[[], object]], moved: int) -> dict[str, Any]:
-    """Seconds, and shares of the ceilings in the same rounds."""
+    """Seconds, and shares of the ceilings: medians of the rounds' ratios."""
     release(chunk.settings.device)
     source = torch.randint(256, (max(moved // 2, 1),), dtype=torch.uint8, device=chunk.device)
     runs = {**runs, "copy": partial(torch.empty_like(source).copy_, source)}

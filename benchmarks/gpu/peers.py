@@ -21,8 +21,8 @@ from rgpb.bench.contest import LOG_PROB, NAIVE, SCORES, Batch, Contestant, Job, 
 from rgpb.bench.measure import installed
 from rgpb.kernels import INTERPRETED
 
-# The library's kernel sets.
-KERNELS = ("cpp", "torch", "triton", "tiled")
+# The library's kernel sets for a device; whether they are there shows when they are called.
+KERNELS = {"cpu": ("cpp", "torch"), "cuda": ("torch", "triton", "tiled")}
 PATHS = {"full": ("single", "two_pass"), "frozen": ("frozen",), "forward": ("forward",)}
 # Those of one loss stand together.
 JOBS = (
@@ -34,11 +34,8 @@ JOBS = (
 
 
 def kernels_for(device: str) -> tuple[str, ...]:
-    """Those of `KERNELS` that are made for the device; whether they are there shows when they are called. Interpreted
-    ones stand in for a GPU's."""
-    device = "cuda" if INTERPRETED else device
-    other = ("triton", "tiled") if device == "cpu" else ("cpp",)
-    return tuple(name for name in KERNELS if name not in other)
+    """Those of `KERNELS`; interpreted ones stand in for a GPU's."""
+    return KERNELS["cuda" if INTERPRETED else device]
 
 
 def loss_of(logp: Tensor, loss: str, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rgpb.bench import contest, doctor, tune
 from rgpb.bench.contest import DTYPES, SCORES, Case, Job, Shape
-from rgpb.bench.measure import explain, release
+from rgpb.bench.measure import release
 from rgpb.kernels import configs, matmul, resolve_impl
 from rgpb.kernels.types import Statistics, TokenTerms, Upstream
 
@@ -44,15 +44,10 @@ def checked(key: str, check: Callable[[], tuple[float, float]]) -> Task:
     """A row of what something is off, and the most that it may be."""
 
     def row() -> dict[str, Any]:
-        made: dict[str, Any] = {"check": key, "status": "ok", "off": None, "most": None}
-        try:
-            made["off"], made["most"] = check()
-            made["status"] = "ok" if made["off"] <= made["most"] else "FAILED"  # a NaN fails, too
-        except Exception as error:
-            made["status"] = explain(error)
-        return made
+        off, most = check()
+        return {"status": "ok" if off <= most else "FAILED", "off": off, "most": most}  # a NaN fails, too
 
-    return single(key, row)
+    return single(key, row, {"check": key, "status": "ok", "off": None, "most": None})
 
 
 def off(made: Tensor, truth: Tensor) -> float:
@@ -144,13 +139,9 @@ def kernel_error(given: tune.Inputs, name: str, config: Any) -> tuple[float, flo
 def twice(given: tune.Inputs, name: str, config: Any) -> tuple[float, float]:
     """Bits that differ between two launches."""
     kernel = tune.KERNELS[name](given)
-    first, again = ([x.clone() for x in found_of(kernel.run(config))] for _ in range(2))
+    results = (kernel.run(config) for _ in range(2))
+    first, again = ([x.clone() for x in ((made,) if isinstance(made, Tensor) else made)] for made in results)
     return max(differing(*both) for both in zip(first, again)), 0.0
-
-
-def found_of(made: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """A kernel's results."""
-    return (made,) if isinstance(made, Tensor) else made
 
 
 def narrow(given: tune.Inputs, loss: str, repeats: int) -> tuple[float, float]:

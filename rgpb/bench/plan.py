@@ -37,16 +37,16 @@ from rgpb.objectives import Objective, resolve
 
 
 class GPU(NamedTuple):
-    """Key in `RATES`, GiB of memory as the vendor prints it, and what the rates don't say of this one."""
+    """Key in `RATES`, GiB of memory as the vendor prints it, and how fast it copies beside the GPU of those rates."""
 
     arch: str
     memory: int
-    note: str | None = None
+    copies: float = 1.0
 
 
 GPUS = {
     "a100": GPU("sm_80", 80),
-    "h100": GPU("sm_90", 80, "the rates of sm_90 are an H200's: an H100 copies at seven tenths of that"),
+    "h100": GPU("sm_90", 80, 0.7),
     "h200": GPU("sm_90", 141),
     "b200": GPU("sm_100", 180),
     "rtx5090": GPU("sm_120", 32),
@@ -124,7 +124,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--loss", type=argument(resolve), default="bnf", help="or a sum; default %(default)s")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default %(default)s")
     parser.add_argument("--device-type", choices=("cpu", "cuda"), default="cuda", help="default %(default)s")
-    parser.add_argument("--gpu", choices=tuple(GPUS), help="for time and memory; default h200")
+    parser.add_argument("--gpu", type=str.lower, choices=tuple(GPUS), help="for time and memory; default h200")
     parser.add_argument(
         "--impl",
         choices=IMPLEMENTATIONS[1:],
@@ -273,6 +273,7 @@ def run(arguments: argparse.Namespace) -> int:
         entropy_grad=spec.entropy_grad, skipping=a.skipping, split=SHARDED if a.tp > 1 else "",
         unit_tokens=units_of(a, spec),
     )  # fmt: skip
+    head = head.skipping(False, False) if a.skipping else head
     chosen, whole_head = planned(workspace=workspace), head
     head = of_impl(head, chosen.impl)
     softcap, units = lm_head.softcap is not None, 2 if a.frozen_head else 3
@@ -288,8 +289,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"path    {chosen.path}: {chosen.reason}")
     print(f"impl    {chosen.impl}")
     print(f"work    {chosen.units} × 2·N·V·H = {chosen.flops / 1e12:,.3g} TFLOP; naive PyTorch does {units} ×")
-    job = (chosen, head, a.tokens, units, moved)
-    times = on_gpu(*job) if cuda else on_cpu(*job, dtype, workspace)
+    job = (chosen, head, a.tokens, units, moved, workspace)
+    times = on_gpu(*job, GPUS[gpu]) if cuda else on_cpu(*job, dtype)
     if times is None:
         print("time    not predicted: there are rates for 16-bit products on a GPU only")
     else:
@@ -297,9 +298,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"time    {_time(times.ours)} predicted for {gpu if cuda else 'this CPU'}, "
             f"{times.ours / times.floor:.2f} × the bare products' {_time(times.floor)}; from {times.source}"
         )
-        more = GPUS[gpu].note if cuda else times.more
-        if more is not None:
-            print(f"        {more}")
+        if times.more is not None:
+            print(f"        {times.more}")
     if a.skipping:
         saved = {"two_pass": 3, "single": 2, "frozen": 1}.get(chosen.path, 0)
         print(
@@ -318,7 +318,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if cuda and times is not None and workspace < auto:
         larger = planned(workspace=auto)
-        faster = on_gpu(larger, of_impl(whole_head, larger.impl), a.tokens, units, moved)
+        faster = on_gpu(larger, of_impl(whole_head, larger.impl), a.tokens, units, moved, auto, GPUS[gpu])
         if faster is not None and faster.ours < times.ours:
             print(
                 f'remedy  workspace="auto", here {auto >> 20:,} MiB: {larger.path}, {_time(faster.ours)} predicted, '
@@ -364,24 +364,28 @@ def _impls(impl: str | None, cuda: bool) -> tuple[str, ...]:
     return (impl,) if impl else ("triton",)  # what `auto` takes until tile kernels have been timed
 
 
-def on_gpu(chosen: Plan, head: Sizes, tokens: int, units: int, moved: int) -> Prediction | None:
+def on_gpu(
+    chosen: Plan, head: Sizes, tokens: int, units: int, moved: int, workspace: int, gpu: GPU
+) -> Prediction | None:  # fmt: skip
     """From `RATES`; None where there are none. `units` and `moved`: the naive form's products, and bytes per logit."""
-    if chosen.seconds is None or head.arch is None:
+    if chosen.seconds is None:
         return None
-    rates, unit = RATES[head.arch], chosen.flops / chosen.units
+    rates, unit = RATES[gpu.arch], chosen.flops / chosen.units
+    rates = rates._replace(copy=gpu.copies * rates.copy)
+    ours = seconds_of(chosen, head, rates, tokens, workspace)
     naive = unit * units / rates.library + moved * tokens * head.vocab / rates.copy
-    return Prediction(chosen.seconds, products_seconds(chosen, head), naive, "ceilings, not measured")
+    return Prediction(ours, products_seconds(chosen, head), naive, "ceilings, not measured")
 
 
 def on_cpu(
-    chosen: Plan, head: Sizes, tokens: int, units: int, moved: int, dtype: torch.dtype, workspace: int
+    chosen: Plan, head: Sizes, tokens: int, units: int, moved: int, workspace: int, dtype: torch.dtype
 ) -> Prediction:  # fmt: skip
     """As `on_gpu`, from rates measured here in about a second. The naive form multiplies in `dtype`."""
     gemm = dtype if head.gemm == dtype.itemsize else torch.float32
     rate, copy = product_rate(gemm, "cpu", result=torch.float32), copy_rate("cpu")
     theirs, fresh = product_rate(dtype, "cpu"), copy_rate("cpu", fresh=True)
     rates, unit = Rates(rate, rate, copy), chosen.flops / chosen.units
-    ours = predicted_seconds(head, rates, chosen.path, chosen.units, tokens, (chosen.rows, chosen.together), workspace)
+    ours = seconds_of(chosen, head, rates, tokens, workspace)
     if head.convert:  # the weight, for a chunk's logits and its dX, and once for the slices of dW
         times = 2 * -(-tokens // chosen.rows) + (chosen.path == "two_pass")
         ours += times * head.vocab * head.width * (dtype.itemsize + head.gemm) / copy
@@ -389,6 +393,11 @@ def on_cpu(
     more = f"{_name(gemm)} products; naive's in {_name(dtype)} {_giga(theirs)}FLOP/s; copies {_giga(copy)}B/s, "
     more += f"naive's into new memory {_giga(fresh)}B/s"
     return Prediction(ours, chosen.flops / rate, naive, f"{_giga(rate)}FLOP/s measured now", more)
+
+
+def seconds_of(chosen: Plan, head: Sizes, rates: Rates, tokens: int, workspace: int) -> float:
+    """A plan's seconds at such rates."""
+    return predicted_seconds(head, rates, chosen.path, chosen.units, tokens, (chosen.rows, chosen.together), workspace)
 
 
 def products_seconds(chosen: Plan, head: Sizes) -> float:

@@ -644,5 +644,5 @@ def split_rows(rows: Rows, step: int) -> list[Rows]:
 def empty_statistics(p: Problem, entropy: bool, positions: int | None = None) -> Statistics:
     """0 at every position [P], or at so many."""
     count = len(p.target) if positions is None else positions
-    some = (p.hidden.new_zeros(count, dtype=p.acc_dtype) for _ in range(2 + entropy))
-    return Statistics(*some) if entropy else Statistics(*some, None)
+    zeros = partial(p.hidden.new_zeros, count, dtype=p.acc_dtype)
+    return Statistics(zeros(), zeros(), zeros() if entropy else None)

@@ -50,7 +50,7 @@ def filled(into: Statistics | None, found: Statistics, rows: Rows, p: Problem) -
     if into is None:
         into = empty_statistics(p, found.h_o is not None)
     for column, value in zip(into, found):
-        if column is not None:
+        if column is not None and value is not None:
             column[rows] = value
     return into
 
