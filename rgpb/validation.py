@@ -393,7 +393,7 @@ def check_inputs(hidden: Tensor, head: Tensor | LMHead, target: Tensor, temperat
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {tensor.device}")
     parts = {"head.weight": weight} if isinstance(weight, Tensor) else {"head.weight.base": weight.base}
-    _check_transforms({"hidden": hidden, **parts, "head.weight.more": more, "head.bias": bias})
+    _check_transforms({"hidden": hidden, **parts, "head.weight.more": more, "head.bias": bias, "target": target})
     softcap, scale = head.softcap, head.scale
     if softcap is not None and not (_is_number(softcap) and 1e-30 < softcap < 1e30):
         raise ValueError(f"head.softcap: expected a positive number (1e-30 to 1e30) or None, got {softcap}")
@@ -595,6 +595,7 @@ def check_label(
         raise ValueError(f"label: expected bool or values of ±1, got {label.dtype}")
     if label.device != hidden.device:
         raise ValueError(f"label: expected device {hidden.device} as hidden, got {label.device}")
+    _check_transforms({"label": label})
     if label.dtype == torch.bool:
         return label.double().mul_(2).sub_(1)
     given = label
@@ -633,6 +634,7 @@ def check_groups(
             )
         if rewards.device != hidden.device:
             raise ValueError(f"rewards: expected device {hidden.device} as hidden, got {rewards.device}")
+        _check_transforms({"rewards": rewards})
         group_size = rewards.shape[1]
     if group_size is None:
         if spec.unit == "group":
@@ -748,3 +750,4 @@ def _check_ref(name: str, given: Tensor, shape: tuple[int, ...], hidden: Tensor)
         )
     if given.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device} as hidden, got {given.device}")
+    _check_transforms({name: given})

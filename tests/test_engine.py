@@ -323,6 +323,31 @@ def test_second_derivatives_are_refused():
             torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_several_upstream_gradients_at_once_are_refused(reduction):
+    hidden, head, target, _ = batch((2, 3, 7, 4))
+    loss = mle_loss(hidden, head, target, reduction=reduction)
+    (truth,) = torch.autograd.grad(loss.sum(), hidden, retain_graph=True)
+    several = torch.ones(5, *loss.shape, dtype=loss.dtype)
+    for ask in (
+        lambda: torch.autograd.grad(loss, hidden, several, retain_graph=True, is_grads_batched=True),
+        lambda: torch.func.vmap(lambda g: torch.autograd.grad(loss, hidden, g, retain_graph=True)[0])(several),
+    ):
+        with pytest.raises(RuntimeError, match="several gradients at once are not available"):
+            ask()
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), hidden)[0], truth)
+
+
+@pytest.mark.parametrize("name", ["mle", "dpo"])
+def test_where_hooks_for_saved_tensors_are_disabled(name):
+    hidden, head, target, ref_logits = batch((2, 3, 7, 4))
+    ours, oracle = arguments(name, ref_logits, target)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        loss = fused_loss(hidden, head, target, objective=name, **ours)
+    _, truth = oracle_in(torch.float64, name, hidden, head, target, oracle)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves(hidden, head)), truth)
+
+
 @impls
 @pytest.mark.parametrize(("lengths", "path"), [((12, 24, 13), "single"), ((4, 28, 3), "two_pass")], ids=str)
 def test_pairs_longer_than_the_chunk(lengths, path, impl):

@@ -485,6 +485,22 @@ def test_forward_mode_and_transforms_are_refused(how, name):
         TRANSFORMS[how](scores, {"hidden": hidden, "head.weight": weight, "head.bias": bias}[name])
 
 
+@pytest.mark.parametrize("name", ["target", "ref", "label", "rewards"])
+def test_other_tensors_inside_transforms_are_refused(name):
+    hidden, weight, target = torch.randn(B, T, H), torch.randn(V, H), torch.randint(V, (B, T))
+    given = {"ref": -torch.rand(B, T), "label": torch.tensor([1, 1, -1, -1]), "rewards": torch.randn(2, 2)}
+    takes = {"target": "mle", "ref": "dpo", "label": "bnf", "rewards": "swepo"}[name]
+    keywords = {key: given[key] for key in {"bnf": ("ref", "label"), "swepo": ("ref", "rewards")}.get(takes, ())}
+
+    def loss(x):
+        y, more = (x, {}) if name == "target" else (target, {name: x})
+        return fused_loss(hidden, weight, y, objective=takes, **{**keywords, **more})
+
+    x = target if name == "target" else given[name]
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor without tangent, .* or rgpb.reference"):
+        torch.func.vmap(loss)(torch.stack([x, x]))
+
+
 @torchs_own
 def test_beside_forward_mode():
     """What has no tangent is served there."""

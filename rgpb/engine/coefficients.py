@@ -159,7 +159,8 @@ def autograd_inside_operator() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         # not through the caller's hooks: checkpointing would take these tensors for its own; and detached, since a node
         # that holds its own output is never freed where no backward comes to it
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x))
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None:  # else the caller has none
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x))
         yield
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from rgpb.engine.call import Call, Tensors
 
 SCHEMA = "(Tensor[] inputs, str call) -> Tensor[]"
+# What autograd's own vmap and that of torch.func mark their tensors with.
+BATCHED = [torch._C._dispatch_key_parse(name) for name in ("Batched", "FuncTorchBatched")]
 
 
 def operator(
@@ -63,6 +65,11 @@ def operator(
                 "rgpb: second derivatives are not available (create_graph=True was given); "
                 "use rgpb.reference for a dense form that has them"
             )
+        if any(is_batched(g) for g in upstream if g is not None):
+            raise RuntimeError(
+                "rgpb: several gradients at once are not available (is_grads_batched, vectorize or vmap was given); "
+                "ask for one after the other, or use rgpb.reference for a dense form that has them"
+            )
         given = ctx.call.given
         ctx.needs = {name for name, need in zip(given, needed) if need}
         found = backward(ctx, upstream)
@@ -95,6 +102,14 @@ def operator(
         return run(tensors, call)
 
     return called
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether it stands for several tensors, which kernels can't read."""
+    if torch.compiler.is_compiling():
+        return False
+    found = torch._C._dispatch_keys(x)
+    return any(found.has(key) for key in BATCHED)
 
 
 def is_traced(x: Tensor) -> bool:
