@@ -67,6 +67,20 @@ def test_compiles_in_one_graph(given, step):
 
 
 @pytest.mark.compile
+def test_autocast_does_not_reach_into_the_operators(given):
+    """Else eager and compiled calls differ: findings/torch_custom_op_autocast.sh."""
+    exact = bnf(*given)
+    wanted = torch.autograd.grad(exact, given[:3])
+    torch._dynamo.reset()
+    for step in (bnf, torch.compile(bnf, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = step(*given)
+        torch.testing.assert_close(loss, exact)
+        for a, b in zip(torch.autograd.grad(loss, given[:3]), wanted):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.compile
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised inside PyTorch's own inductor
 @pytest.mark.parametrize("step", [bnf, dpo_each])

@@ -61,6 +61,12 @@ class TestRead:
         assert (found.form, len(found.rows)) == (form, 2)
         assert found.rows[1] == (f"{path}:3", row["prompt"], completions, rewards, None)
 
+    def test_texts_that_look_like_dates_stay_texts(self, tmp_path):
+        """Here `datasets` reads dates: findings/datasets_texts_become_dates.sh."""
+        dates = {**PAIR, "chosen": "2020-01-01", "rejected": "2020-01-01T00:00:00"}
+        found = read_preferences(write(tmp_path / "d.jsonl", dates, dates))
+        assert found.rows[1].completions == ("2020-01-01", "2020-01-01T00:00:00")
+
     def test_gzip_is_told_by_content(self, tmp_path):
         path = tmp_path / "d.jsonl"
         path.write_bytes(gzip.compress(json.dumps(PAIR).encode()))

@@ -472,6 +472,18 @@ def test_autocast_scores_as_the_weight_is(impl):
     assert gradient.dtype == torch.float32
 
 
+@impls
+@pytest.mark.parametrize("workspace", [1 << 29, small((1, 4096, 11, 4))], ids=["whole", "in chunks"])
+def test_a_row_that_many_targets_share_gets_all_of_its_gradient(workspace, impl):
+    """Of 16 bits, 256 + 1 is 256: findings/torch_embedding_gradient_bf16.sh."""
+    hidden = torch.ones(4096, 4, dtype=torch.bfloat16)
+    weight, target = torch.zeros(11, 4, dtype=torch.bfloat16, requires_grad=True), torch.zeros(4096, dtype=torch.int64)
+    linear_logprob(hidden, weight, target, impl=impl, workspace=workspace).logp.sum().backward()
+    expected = torch.full((11, 4), -4096 / 11)
+    expected[0] += 4096
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2**-8, atol=0)
+
+
 # the C++ kernels have no float16
 SIXTEEN = {"float16 torch": (torch.float16, "torch"), **{f"bfloat16 {i}": (torch.bfloat16, i) for i in IMPLS}}
 

@@ -42,7 +42,7 @@ def paired(weight, heads):
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write(path, model, tokens, merges, without=(), named=("bos", "eos", "pad")):
+def write(path, model, tokens, merges, without=(), named=("bos", "eos", "pad"), words=None):
     """A GGUF file of a Llama."""
     settings, out = model.config, gguf.GGUFWriter(path, "llama")
     out.add_context_length(settings.max_position_embeddings)
@@ -55,6 +55,8 @@ def write(path, model, tokens, merges, without=(), named=("bos", "eos", "pad")):
     out.add_rope_freq_base(10000.0)
     out.add_vocab_size(len(tokens))
     out.add_tokenizer_model("gpt2")
+    if words is not None:
+        out.add_tokenizer_pre(words)
     out.add_token_list(tokens)
     out.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     out.add_token_merges(merges)
@@ -129,6 +131,32 @@ def test_the_tokens_are_those_that_the_file_names(file, made, tmp_path):
 def test_what_the_file_does_not_name_is_not_made_up(made, tmp_path):
     tokenizer = models.load_tokenizer(write(tmp_path / "few.gguf", *made, named=("bos",)))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, None, None)
+
+
+TEXT = "1234:\n\n56 zzz"
+WORDS = {  # as each name splits it, with the tokens below
+    None: ["1234", ":", "Ċ", "Ċ", "5", "6", "Ġ", "z", "z", "z"],
+    "gpt-2": ["1234", ":", "Ċ", "Ċ", "5", "6", "Ġ", "z", "z", "z"],
+    "smollm": ["1", "2", "3", "4", ":", "ĊĊ", "5", "6", "Ġ", "z", "z", "z"],
+    "qwen2": ["1", "2", "3", "4", ":ĊĊ", "5", "6", "Ġ", "z", "z", "z"],
+    "llama-bpe": ["123", "4", ":ĊĊ", "5", "6", "Ġzzz"],  # which takes a word that is a token whatever the merges
+}
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_words_are_split_as_the_file_names_it(made, tmp_path, words):
+    merges = ["1 2", "12 3", "123 4", "Ċ Ċ", ": ĊĊ"]
+    tokens = [BOS, STOP, FILL, *"12345678:zĊĠ", "Ġzzz", *(merge.replace(" ", "") for merge in merges)]
+    tokenizer = models.load_tokenizer(write(tmp_path / "small.gguf", made[0], tokens, merges, words=words))
+    assert tokenizer.tokenize(TEXT) == WORDS[words]
+    tokenizer.save_pretrained(tmp_path)
+    assert models.load_tokenizer(tmp_path).tokenize(TEXT) == WORDS[words]
+
+
+def test_words_that_cannot_be_split_are_refused(made, tmp_path):
+    path = write(tmp_path / "small.gguf", *made, words="tekken")
+    with pytest.raises(ValueError, match="model: expected words split as gpt-2, llama-bpe, qwen2 or smollm.*'tekken'"):
+        models.load_tokenizer(path)
 
 
 @pytest.mark.parametrize("extra", [[], pytest.param(["--lora-r", "2", "--merge"], marks=pytest.mark.full)])

@@ -757,6 +757,11 @@ def test_adapters_inside_the_model_take_part() -> None:
         base = hf.loss(adapted, padded(model), "kto", label=torch.tensor([True, False, True]), ref="base")
         same = hf.loss(adapted, padded(model), "kto", label=torch.tensor([True, False, True]), ref=plain)
     torch.testing.assert_close(base, same)
+    moved = peft.get_peft_model(
+        build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    with pytest.raises(ValueError, match="ref: expected adapters without which .* got init_lora_weights='pissa'"):
+        hf.loss(moved, padded(model), "kto", label=torch.tensor([True, False, True]), ref="base")
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="prompt learning"):
         hf.token_scores(peft.get_peft_model(build("llama"), prompts), padded(model))

@@ -270,6 +270,12 @@ def addresses_are_wide(kernel):
     assert not narrow, narrow
 
 
+def masks_are_not_added(kernel):
+    """Two of them have room for one bit: findings/triton_sum_of_masks.sh."""
+    added = re.findall(r"arith\.addi [^\n]*[x ]i1\b[^\n]*", kernel.ir)
+    assert not added, added
+
+
 def vectorised(kernel, arch):
     """Some loads take 16 bytes a thread."""
     assert re.search(r"global_load_dwordx4" if arch == "gfx9" else r"ld\.global\S*\.v4\.b32", kernel.assembly)
@@ -340,6 +346,7 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
     assert ("cp.async.bulk.tensor" in kernel.assembly) == (config.tma and variant != "unaligned")
     assert kernel.shared <= device.program
     addresses_are_wide(kernel)
+    masks_are_not_added(kernel)
     loop = innermost(kernel.machine, device.machine)
     assert loop, "no loop around the matrix instructions"
     facts = ["matrix instructions", "TMA" if "cp.async.bulk.tensor" in kernel.assembly else "no TMA", "wide addresses"]
@@ -370,6 +377,7 @@ def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     assert "tf32" not in kernel.assembly
     assert kernel.shared <= 48 * KIB
     addresses_are_wide(kernel)
+    masks_are_not_added(kernel)
     fits(kernel, "sm_90", configs.WIDE.programs)
     if JUDGED:
         assert kernel.stack == 0
@@ -413,6 +421,7 @@ def skipping_cases():
 def test_skipping_kernel(name, arch, job, variant, tmp_path, receipt):
     device, kernel = DEVICES[arch], compiled(arch, skipping_launch(arch, job, variant), tmp_path)
     addresses_are_wide(kernel)
+    masks_are_not_added(kernel)
     if job == "list":
         receipt(name, kernel, "wide addresses")
         return
@@ -526,6 +535,7 @@ def row_cases():
 def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
     kernel = compiled(arch, row_launch(arch, job, flags), tmp_path)
     addresses_are_wide(kernel)
+    masks_are_not_added(kernel)
     facts = ["wide addresses"]
     if job not in ("target", "merge"):  # a column of partial sums has no length that could be relied on
         vectorised(kernel, arch)

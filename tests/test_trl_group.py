@@ -313,6 +313,14 @@ def test_reference_of_adapters(given, saved, tmp_path):
         assert (now.logp - scores.logp).abs().max() > 1e-2
 
 
+def test_adapters_that_took_weights_over(saved, tmp_path):
+    import peft
+
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="olora", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="model: expected adapters without which .* got init_lora_weights='olora'"):
+        trainer_of(saved["Llama"], tmp_path, objective="infonca", peft_config=lora)
+
+
 def test_completions_that_do_not_count(saved, tmp_path, monkeypatch):
     """Truncated ones and those without a reward take no part, tokens of tools neither; the best comes first."""
     settings = {"mask_truncated_completions": True}

@@ -209,6 +209,20 @@ def test_peft(parts, tmp_path, how):
     assert results[1][0][-1]["rewards/margins"] != 0
 
 
+def test_adapters_that_took_weights_over(parts, tmp_path):
+    """TRL takes what such adapters leave for the reference, and takes weights over again for a copy of them."""
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="ref_model: expected adapters without .* got init_lora_weights='pissa'"):
+        ours(parts, tmp_path, {"ref_model": None, "peft_config": config})
+    model = get_peft_model(copy.deepcopy(parts[1]), config)
+    before = copy.deepcopy(model.state_dict())
+    for loss in ("sigmoid", "simpo"):
+        with pytest.raises(ValueError, match="ref_model: expected adapters without"):
+            ours(parts, tmp_path, {"ref_model": None, "model": model}, loss_type=loss)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    ours(parts, tmp_path, {"model": model}, max_steps=1).train()  # with a reference model
+
+
 def test_evaluation(parts, tmp_path):
     """Loss and metrics of held-out pairs, also where the last batch is smaller, and of pairs given afterwards."""
     data = parts[2]

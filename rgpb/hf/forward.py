@@ -29,7 +29,15 @@ from rgpb.hf.checks import (
     head_inside,
 )
 from rgpb.hf.models import model_inputs
-from rgpb.hf.wrappers import around, base_of, batch_group, check_reference, is_bare_replica, resharding
+from rgpb.hf.wrappers import (
+    around,
+    base_of,
+    batch_group,
+    check_adapters,
+    check_reference,
+    is_bare_replica,
+    resharding,
+)
 from rgpb.layout import Responses, TokenScores, repeat
 from rgpb.logprob import linear_logprob
 from rgpb.objectives import Objective, check_options, drawn, resolve
@@ -104,7 +112,8 @@ def loss(
         What `fused_loss` returns: the loss, or (loss, metrics).
 
     Raises:
-        ValueError: as for `token_scores` and `fused_loss`; and `model` itself as its reference, wrapped or not.
+        ValueError: as for `token_scores` and `fused_loss`; `model` itself as its reference, wrapped or not; and "base"
+            with adapters that took a part of the weights over as they were made (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
     """
     how: dict[str, Any] = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
     if isinstance(ref, str) and ref != "base":
@@ -193,6 +202,7 @@ def _reference(model: nn.Module, ref: nn.Module | str, batch: Mapping[str, Any],
     adapted: Any = next((at for at in around(model) if hasattr(at, "disable_adapter")), None)
     if adapted is None:
         raise ValueError(f"ref: expected a PEFT model to go with 'base', got {described(model)}")
+    check_adapters(adapted.peft_config.values(), "ref")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,8 @@ _INNER = {
     "deepspeed.runtime.engine.DeepSpeedEngine": "module",
 }
 _SYNCHRONISED = {name for name in _INNER if name.endswith(("DistributedDataParallel", "DeepSpeedEngine"))}
+# PEFT's init_lora_weights that change the weights beside the adapter: the two are the model, neither is alone
+MOVING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PARTS = "torch.nn.parallel.data_parallel.DataParallel"
 _CLASSES: dict[type, frozenset[str]] = {}  # torch.compile warns of functools.cache
 
@@ -98,6 +100,21 @@ def check_reference(model: nn.Module, ref: nn.Module) -> None:
             "ref: expected a model of its own, got the one that is trained: log-ratios would be 0. Take a "
             "copy.deepcopy(model) from before training, or 'base' for the model without its PEFT adapters"
         )
+
+
+def check_adapters(configs: Iterable[Any], name: str) -> None:
+    """Refuse adapters that took a part of the weights over as they were made, and would again for a copy of them.
+
+    Raises:
+        ValueError: a configuration of PEFT with such a start.
+    """
+    for config in configs:
+        start = getattr(config, "init_lora_weights", None)
+        if isinstance(start, str) and start.lower().startswith(MOVING):
+            raise ValueError(
+                f"{name}: expected adapters without which the model is what it was before, got init_lora_weights="
+                f"{start!r}, which moves a part of the weights into them; take another, or a reference model of its own"
+            )
 
 
 def sharded_by(model: nn.Module) -> str | None:

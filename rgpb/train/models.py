@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Split
+from tokenizers.pre_tokenizers import Sequence as Steps
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rgpb import hf
@@ -25,6 +28,18 @@ from rgpb.train.tokens import PreferenceDataset, texts_of, train_tokenizer
 
 # A model's folder is data: it is read where it lies, and the code that some bring is not run, nor offered to be
 HERE = {"local_files_only": True, "trust_remote_code": False}
+
+# How models split text into words, within which tokens are merged; {} is how many digits are one word
+LATER = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS: dict[str, list[Any]] = {  # by the name in a GGUF file; ByteLevel alone splits as GPT-2 does
+    "gpt-2": [ByteLevel(add_prefix_space=False)],
+    "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
+    "qwen2": [Split(Regex(LATER.format("")), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+    "llama-bpe": [Split(Regex(LATER.format("{1,3}")), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+}
 
 
 def is_hub_name(path: str) -> bool:
@@ -144,10 +159,11 @@ def check_gguf(path: Path, name: str = "model") -> None:
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model's folder or of a GGUF file.
 
-    Of a GGUF file it has the special tokens that the file names, where transformers 5.17 takes others.
+    Of a GGUF file it has the special tokens that the file names, and splits words as the file names it, where
+    transformers 5.17 takes others.
 
     Raises:
-        ValueError: a GGUF file that can't be read.
+        ValueError: a GGUF file that can't be read, or whose words are split in a way that isn't known here.
     """
     if not is_gguf(path):
         return AutoTokenizer.from_pretrained(path, **HERE)
@@ -164,8 +180,30 @@ def load_tokenizer(path: str | Path) -> Any:
         field = fields.get(f"tokenizer.ggml.{key}_token_id")
         token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
         setattr(tokenizer, f"{role}_token", token)
+    _split_words_(tokenizer.backend_tokenizer, fields)
     tokenizer.clean_up_tokenization_spaces = False  # decoding gives the text that was encoded
     return tokenizer
+
+
+def _split_words_(tokenizer: Any, fields: Any) -> None:
+    """Let a tokenizer of merged bytes split text into words as a GGUF file names it; of one without a name, leave it.
+
+    Raises:
+        ValueError: a name that isn't known here.
+    """
+    kind, named = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if named is None or kind is None or kind.contents() != "gpt2":
+        return
+    words = named.contents()
+    if words not in WORDS:
+        *most, last = sorted(WORDS)
+        raise ValueError(
+            f"model: expected words split as {', '.join(most)} or {last} (tokenizer.ggml.pre), got {words!r}; a folder "
+            "with the model's own tokenizer.json holds it"
+        )
+    tokenizer.pre_tokenizer = Steps(WORDS[words])
+    if words == "llama-bpe":
+        tokenizer.model.ignore_merges = True
 
 
 def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:

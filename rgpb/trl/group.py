@@ -23,7 +23,7 @@ from rgpb.hf.checks import evaluating, try_left_padding
 from rgpb.hf.forward import loss as loss_of
 from rgpb.hf.forward import token_scores
 from rgpb.hf.models import attach
-from rgpb.hf.wrappers import base_of
+from rgpb.hf.wrappers import base_of, check_adapters
 from rgpb.layout import Responses
 from rgpb.objectives import OBJECTIVES, Objective, check_options, resolve
 from rgpb.objectives.registry import RESERVED
@@ -99,6 +99,8 @@ class GroupTrainer(GRPOTrainer):
         _check_objective(spec, given, args)
         if spec.ref is not None and "beta" in (spec.options or {}):
             given["beta"] = args.beta
+        if spec.ref is not None:
+            check_adapters([*getattr(model, "peft_config", {}).values(), keywords.get("peft_config")], "model")
         self.objective: Any = objective
         self.spec, self.options = spec, given
         super().__init__(model, reward_funcs, args, **keywords)

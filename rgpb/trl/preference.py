@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from rgpb.head import described
 from rgpb.hf import PreferenceMixin, aligned_targets, attach, evaluating, pack, token_scores
 from rgpb.hf.batches import IGNORE, from_trl, packed_bounds
-from rgpb.hf.wrappers import base_of
+from rgpb.hf.wrappers import base_of, check_adapters
 from rgpb.layout import TokenScores
 from rgpb.objectives import OBJECTIVES, Objective, resolve
 from rgpb.objectives.registry import GUESTS, find, suggest
@@ -148,6 +148,9 @@ class Shared(PreferenceMixin):
                 f"loss_type: expected one with a reference for images, since TRL refuses them where it loads none; got "
                 f"{args.loss_type}; rgpb.hf.PreferenceMixin takes it"
             )
+        if ref_model is None:
+            new = [*rest, keywords.get("peft_config")] if spec.ref is not None else []
+            check_adapters([*getattr(model, "peft_config", {}).values(), *new], "ref_model")
         self.spec, self.packed = spec, bool(getattr(args, "padding_free", False))
         self._how = {name: options[name] for name in ("impl", "workspace", "temperature") if name in options}
         self._stores = bool(args.precompute_ref_log_probs and spec.ref is not None)
