@@ -44,9 +44,10 @@ HEADS = ("tests/test_heads.py",)
 TRL = ("tests/test_trl.py", "tests/test_trl_group.py")
 TRITON = (("tests/test_targets.py",), ("INTERPRET", "tests/interpreted/test_kernels.py"))
 ROWS = {
+    "constraints.txt": Row((), (("tests/test_inputs.py", *HF, *HEADS, *TRL), *TRITON)),
     "oldest": Row(
         (
-            "transformers==4.56.0", "tokenizers==0.22.0", "accelerate==1.1.0", "datasets==3.0.0", "peft==0.18.0",
+            "transformers==4.57.1", "tokenizers==0.22.0", "accelerate==1.3.0", "datasets==3.0.0", "peft==0.18.0",
             "safetensors==0.5.0", "gguf==0.10.0", "matplotlib==3.8.0", "rich==13.0.0",
             "numpy==1.26.4", "pyarrow==21.0.0", "pandas==2.2.3",
         ),
@@ -57,7 +58,7 @@ ROWS = {
     "transformers 5.8": Row(("transformers==5.8.1",), (HF,)),
     "transformers 5.24": Row(("transformers==5.24.0",), (HF, TRL)),
     "TRL, on its oldest": Row(
-        ("trl==1.16.0", "transformers==4.56.2", "accelerate==1.10.1", "datasets==4.7.0"), (TRL,)
+        ("trl==1.16.0", "transformers==4.57.1", "accelerate==1.10.1", "datasets==4.7.0"), (TRL,)
     ),
     "PEFT 0.18": Row(("peft==0.18.0",), (HEADS,)),
     "numpy 2.4": Row(("numpy==2.4.6",), (("tests/test_inputs.py", *HF),)),
