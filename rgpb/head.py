@@ -20,7 +20,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-_TIED_SCALE = ("umt5", "switch_transformers", "udop")  # d_model^-½ where the embeddings are tied
+# d_model^-½ where the embeddings are tied; the last three say so by `scale_decoder_outputs` in transformers 5
+_TIED_SCALE = ("umt5", "switch_transformers", "udop", "t5", "longt5", "pop2piano")
 
 
 class Quantised(NamedTuple):

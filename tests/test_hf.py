@@ -864,18 +864,22 @@ def test_copies_and_pickles_of_an_attached_model() -> None:
     assert inspect.signature(model.forward) == inspect.signature(build("llama").forward)
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+def paligemma() -> PreTrainedModel:
+    capped = transformers.Gemma2Config(**GROUPED | {"num_key_value_heads": 2}, head_dim=8, final_logit_softcapping=1.5)
+    vision = transformers.SiglipVisionConfig(**VISION)
+    return transformers.PaliGemmaForConditionalGeneration(
+        transformers.PaliGemmaConfig(text_config=capped, vision_config=vision, projection_dim=H)
+    )
+
+
 def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text = {"num_key_value_heads": 2, **{k: v for k, v in GROUPED.items() if k != "num_key_value_heads"}}
-    siglip = transformers.SiglipVisionConfig(**vision, image_size=16, patch_size=8)
-    capped = transformers.Gemma2Config(**text, head_dim=8, final_logit_softcapping=1.5)
-    scaled = transformers.GraniteConfig(**text, logits_scaling=8.0)
-    for model in (
-        transformers.PaliGemmaForConditionalGeneration(
-            transformers.PaliGemmaConfig(text_config=capped, vision_config=siglip, projection_dim=H)
-        ),
-        transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=scaled, vision_config=siglip)),
-    ):
+    scaled = transformers.GraniteConfig(**GROUPED | {"num_key_value_heads": 2}, logits_scaling=8.0)
+    llava = transformers.LlavaConfig(text_config=scaled, vision_config=transformers.SiglipVisionConfig(**VISION))
+    for model in (paligemma(), transformers.LlavaForConditionalGeneration(llava)):
         with torch.no_grad():
             model.eval().get_output_embeddings().weight.normal_(0, 0.5)
         batch = padded(model)
@@ -887,6 +891,15 @@ def test_multimodal_models_that_ignore_their_text_model_s_scaling() -> None:
         torch.testing.assert_close(ours, own_logps(model, batch).float())
         with pytest.raises(ValueError, match=r"which may ignore them inside another; rgpb.hf.read_head\(model\)"):
             LMHead.from_model(model)
+
+
+def test_a_model_that_looks_ahead_where_it_is_given_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PaliGemma does in transformers 4, whatever the token types."""
+    model = paligemma()
+    batch = padded(model) | {"token_type_ids": torch.ones(3, 7, dtype=torch.long)}
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(ValueError, match=r"transformers: expected 5 or later for PaliGemmaFor.*, got 4\.57\.6"):
+        hf.token_scores(model, batch)
 
 
 def test_forwards_that_are_wrapped_after_attaching() -> None:

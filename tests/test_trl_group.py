@@ -209,7 +209,7 @@ def test_steps(family, name, options, rows, accumulation, saved, tmp_path):
     assert {"rewards/margins", "rewards/accuracies", "agility/rejected"} <= logs.keys()
     assert not {"kl", "clip_ratio/region_mean"} & logs.keys()
     mean = sum(loss for _, loss in steps[0]) / accumulation
-    assert logs["loss"] == pytest.approx(mean, abs=1e-5)
+    assert logs["loss"] == pytest.approx(mean, abs=6e-5)  # transformers 4 rounds what it logs to four places
     if name == "swepo" and family == "Llama":
         trainer.kept.clear()
         found = trainer.evaluate()

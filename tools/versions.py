@@ -40,24 +40,26 @@ class Row(NamedTuple):
 HF = (
     "tests/test_hf.py", "tests/test_tokens.py", "tests/test_trainer.py", "tests/test_train.py::TestStep",
 )  # fmt: skip
+GGUF = ("tests/test_gguf.py",)
 HEADS = ("tests/test_heads.py",)
 TRL = ("tests/test_trl.py", "tests/test_trl_group.py")
 TRITON = (("tests/test_targets.py",), ("INTERPRET", "tests/interpreted/test_kernels.py"))
 ROWS = {
+    "constraints.txt": Row((), ((*HF, *GGUF, *HEADS, *TRL),)),
     "oldest": Row(
         (
-            "transformers==4.56.0", "tokenizers==0.22.0", "accelerate==1.1.0", "datasets==3.0.0", "peft==0.18.0",
-            "safetensors==0.5.0", "gguf==0.10.0", "matplotlib==3.8.0", "rich==13.0.0",
+            "transformers==4.57.1", "tokenizers==0.22.0", "accelerate==1.3.0", "datasets==3.0.0", "peft==0.18.0",
+            "safetensors==0.5.0", "matplotlib==3.8.0", "rich==13.0.0",
             "numpy==1.26.4", "pyarrow==21.0.0", "pandas==2.2.3",
         ),
-        (HF,),
+        ((*HF, "tests/test_data.py", "tests/test_doctor.py", "tests/test_bench.py"),),
     ),
     "transformers 4.57": Row(("transformers==4.57.6", "datasets==4.0.0"), (HF,)),
     "transformers 5.0": Row(("transformers==5.0.0",), (HF,)),
-    "transformers 5.8": Row(("transformers==5.8.1",), (HF,)),
-    "transformers 5.24": Row(("transformers==5.24.0",), (HF, TRL)),
+    "transformers 5.8": Row(("transformers==5.8.1", "gguf==0.16.0"), ((*HF, *GGUF),)),
+    "transformers 5.24": Row(("transformers==5.24.0",), ((*HF, *GGUF), TRL)),
     "TRL, on its oldest": Row(
-        ("trl==1.16.0", "transformers==4.56.2", "accelerate==1.10.1", "datasets==4.7.0"), (TRL,)
+        ("trl==1.16.0", "transformers==4.57.1", "accelerate==1.10.1", "datasets==4.7.0"), (TRL,)
     ),
     "PEFT 0.18": Row(("peft==0.18.0",), (HEADS,)),
     "numpy 2.4": Row(("numpy==2.4.6",), (("tests/test_inputs.py", *HF),)),

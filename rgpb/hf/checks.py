@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -273,6 +274,11 @@ def check_ahead(model: PreTrainedModel, inputs: dict[str, Any], attached: Attach
 
     What else a batch holds beside tokens (token types, a permutation) may say who sees what, and isn't looked into.
     """
+    if model.config.model_type == "paligemma" and transformers.__version__.startswith("4."):
+        raise ValueError(
+            f"transformers: expected 5 or later for {described(model)}, which before attends to later tokens where its "
+            f"forward is given no labels, got {transformers.__version__}"
+        )
     if model.config.is_encoder_decoder or torch.compiler.is_compiling() or not set(inputs) <= _TOKENS:
         return
     if _ahead(model) not in attached.passed and sharded_by(model) is not None:

@@ -231,7 +231,7 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
             f"model: expected all weights in {str(path)!r}, got none for {missing[0]} ({len(missing)} lack)"
         )
     config = copy.deepcopy(read.config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # which the one that was read has in newer transformers alone
     config._name_or_path = ""  # the file's title, which PEFT would look up
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(read.state_dict())
