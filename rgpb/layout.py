@@ -189,7 +189,10 @@ class Responses(NamedTuple):
         most = torch.where(some, most, 0.0)
         parts = torch.where(counts, left - repeat(most, lengths, len(logp)), -torch.inf).exp()
         total = torch.where(some, all_sum(sum_of_each(parts, lengths, known), layout.group), 1.0)
-        return torch.where(some, most + total.log(), -torch.inf)
+        sure = torch.where(some, most + total.log(), -torch.inf)
+        # of an unlikely response the parts sum to nearly 1, and their rounding is more than e^S
+        whole = self.logps()
+        return torch.where(whole < -1, torch.log1p(-whole.clamp(max=-1).exp()), sure)
 
     def total(self, values: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum and number of the values in the whole batch, of all its ranks; float64 0-d, without gradient.

@@ -566,9 +566,10 @@ def run(given: Given, keywords: dict[str, Any]) -> tuple[Tensor, list[Tensor], d
 
 
 def least(given: Given, keywords: dict[str, Any]) -> tuple[int, Any]:
-    """The smallest workspace, as refusals name it, and what it gives: one of the loss, one of scores of a reference."""
+    """The smallest workspace, as refusals name it, and what it gives: of the loss, of scores that a draw needs, of a
+    reference."""
     size = 1
-    for _ in range(3):
+    for _ in range(4):
         try:
             return size, given.ours(keywords, size)
         except ValueError as error:
@@ -646,9 +647,16 @@ def compare(given: Given, made: list[Tensor], exact: list[Tensor], terms: Tensor
     # autograd's softmax rounds p to 1 in the oracle, where the engine keeps 1 − p; so does a group's, of β times scores
     largest *= max([1.0, *(abs(value) for _, value in given.case.options if isinstance(value, float))])
     tiny += 4 * torch.finfo(torch.float64).eps * largest * (1 + terms.abs().sum().item()) * (1 + given.target.numel())
-    tiny += torch.finfo(dtypes[0]).eps * terms.abs().sum().item() * (1 + given.case.spread + given.case.sure)
+    # log-probabilities round, also where their differences are small; so do p = exp(z − lse), by the size of z
+    many = max(terms.abs().sum().item(), math.log(given.case.vocab))
+    tiny += torch.finfo(dtypes[0]).eps * many * (1 + given.case.spread + given.case.sure)
+    norms = [
+        x.flatten(0, -2).norm(dim=1).max().item() if x.numel() else 0.0
+        for x in (given.parts.hidden.double(), given.parts.base.double())
+    ]
+    logit = min(math.prod(norms) * abs(given.case.scale) / given.case.temperature, given.case.softcap or math.inf)
     for i, (error, off, allowed, move) in enumerate(zip(errors, lucky, tight, moved)):
-        budget = (0.0 if math.isnan(off) else 2 * off) + 4 * allowed + SENSITIVE * move + tiny
+        budget = (0.0 if math.isnan(off) else 2 * off) + (4 + logit * (i > 0)) * allowed + SENSITIVE * move + tiny
         if not error <= budget:
             what = "loss" if i == 0 else f"gradient {i} of {len(exact) - 1}"
             raise Wrong(f"{what}: error {error:.2e}, budget {budget:.2e} (naive {off:.2e}, one rounding {move:.2e})")
