@@ -759,6 +759,8 @@ def test_a_trainers_step(tmp_path, monkeypatch):
 def test_the_longest_pair(tmp_path, monkeypatch):
     """Up to the cap, where nothing is over the limit; the same command has nothing more to try."""
     monkeypatch.setattr(longest, "STEP", 8)
+    for name in longest.GLIBC:  # given to the processes that try
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr(longest, "apart", in_place)
     monkeypatch.setattr(longest, "JOBS", (("naive", "dpo"), ("rgpb, LoRA", "bnf")))
     trainer_step.random_model(None, TINY).save_pretrained(tmp_path / "model")
@@ -769,6 +771,7 @@ def test_the_longest_pair(tmp_path, monkeypatch):
         assert [(row["longest"], row["capped"]) for row in made["table"]] == [(32, True)] * 2
         assert {one["status"] for one in made["tries"]} == {"ok"}
         assert len(made["tries"]) == 8
+        assert all(os.environ[name] == value == made["provenance"][name] for name, value in longest.GLIBC.items())
     assert (tmp_path / "results.png").stat().st_size > 0
 
 
