@@ -91,6 +91,7 @@ def test_a_refusal_names_argument_and_expectation():
         fuzz.refusal(ValueError("beta is wrong"))
 
 
+@pytest.mark.full
 def test_the_soak_sees_what_stays(monkeypatch):
     held = []
     right = fuzz.Given.ours

@@ -533,6 +533,7 @@ def test_a_second_run_goes_on(tmp_path, python, capsys):
     assert "| llama | ok |" in verdict
 
 
+@pytest.mark.full
 @needs_bash
 def test_a_second_run_keeps_the_order_of_the_first(tmp_path, python):
     """What is checked comes before what is timed."""
