@@ -299,9 +299,9 @@ def _not_tiled(head: Sizes, request: Request) -> str | None:
         return (
             "expected another for float16 gradients, whose range is too narrow for weights before they are normalised"
         )
-    tile = mass_tile(head.device_type)
-    if request.skipping and 0 < convert_rows(head, request.workspace) < min(tile, head.vocab):
-        return f"expected another, since the workspace doesn't hold {tile} converted rows of the weight"
+    rows = min(mass_tile(head.device_type), head.vocab)
+    if request.skipping and 0 < convert_rows(head, request.workspace) < rows:
+        return f"expected another, since the workspace doesn't hold {rows} converted rows of the weight"
     return None
 
 
