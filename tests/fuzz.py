@@ -651,11 +651,10 @@ def compare(given: Given, made: list[Tensor], exact: list[Tensor], terms: Tensor
     # log-probabilities round, also where their differences are small; so do p = exp(z − lse), by the size of z
     many = max(terms.abs().sum().item(), math.log(given.case.vocab))
     tiny += torch.finfo(dtypes[0]).eps * many * (1 + given.case.spread + given.case.sure)
-    norms = [
-        x.flatten(0, -2).norm(dim=1).max().item() if x.numel() else 0.0
-        for x in (given.parts.hidden.double(), given.parts.base.double())
-    ]
-    logit = min(math.prod(norms) * abs(given.case.scale) / given.case.temperature, given.case.softcap or math.inf)
+    logit = 0.0
+    if not wide:
+        hidden, weight = (x.double().norm(dim=-1).max().item() if x.numel() else 0.0 for x in given.parts[:2])
+        logit = min(hidden * weight * abs(given.case.scale) / given.case.temperature, given.case.softcap or math.inf)
     for i, (error, off, allowed, move) in enumerate(zip(errors, lucky, tight, moved)):
         budget = (0.0 if math.isnan(off) else 2 * off) + (4 + logit * (i > 0)) * allowed + SENSITIVE * move + tiny
         if not error <= budget:
