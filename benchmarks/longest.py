@@ -6,8 +6,8 @@ that with LoRA in all layers. Reference log-probabilities are given. MODEL is a 
 
 Each try is a whole step in a process of its own, which is ended once it has had more than the limit resident, by the
 kernel's own count; all that the process has loaded counts. glibc is told to give back what is freed (`GLIBC`): by
-itself it keeps blocks of up to 32 MiB, and a step has been seen to take three times what it needs. Beyond the last of
---lengths attention is within windows of that many tokens: the same memory, without work that grows with L².
+itself it keeps blocks of up to 32 MiB (`findings/torch_checkpoint_resident_memory.sh`). Beyond the last of --lengths
+attention is within windows of that many tokens, without work that grows with L².
 
 Tries, DPO first, are kept as they end: the same command goes on where it ended. The picture has the peaks over L.
 """

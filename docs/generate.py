@@ -392,7 +392,8 @@ def longest() -> str:
 
     lines = [(way, *(cell(found.get((way, loss))) for loss in ("dpo", "bnf"))) for way in ways]
     source = (
-        f"Measured {made['date'][:10]}, {made['model']}, {made['limit'] / 2**30:g} GiB, PyTorch {made['torch']}, "
+        f"Measured {made['date'][:10]}, {made['model']}, {made['limit'] / 2**30:g} GiB, attention within "
+        f"{made['window']:,} tokens, PyTorch {made['torch']}, "
         f"commit `{made['commit'][:7]}`: [data](../benchmarks/results/{LONGEST}), [picture](images/longest.png). "
         "*: fits; the limit isn't found yet."
     )
