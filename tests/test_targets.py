@@ -276,6 +276,12 @@ def masks_are_not_added(kernel):
     assert not added, added
 
 
+def sums_are_wide(kernel):
+    """None is taken in 16 bits, as a sum over a tile of them would be: findings/triton_sum_in_16_bits.sh."""
+    narrow = re.findall(r"arith\.addf [^\n]*b?f16\b[^\n]*", kernel.ir)
+    assert not narrow, narrow
+
+
 def vectorised(kernel, arch):
     """Some loads take 16 bytes a thread."""
     assert re.search(r"global_load_dwordx4" if arch == "gfx9" else r"ld\.global\S*\.v4\.b32", kernel.assembly)
@@ -347,6 +353,7 @@ def test_tile_kernel(name, arch, job, index, variant, tmp_path, receipt):
     assert kernel.shared <= device.program
     addresses_are_wide(kernel)
     masks_are_not_added(kernel)
+    sums_are_wide(kernel)
     loop = innermost(kernel.machine, device.machine)
     assert loop, "no loop around the matrix instructions"
     facts = ["matrix instructions", "TMA" if "cp.async.bulk.tensor" in kernel.assembly else "no TMA", "wide addresses"]
@@ -378,6 +385,7 @@ def test_tile_kernel_with_wide_operands(name, dtype, job, tmp_path, receipt):
     assert kernel.shared <= 48 * KIB
     addresses_are_wide(kernel)
     masks_are_not_added(kernel)
+    sums_are_wide(kernel)
     fits(kernel, "sm_90", configs.WIDE.programs)
     if JUDGED:
         assert kernel.stack == 0
@@ -422,6 +430,7 @@ def test_skipping_kernel(name, arch, job, variant, tmp_path, receipt):
     device, kernel = DEVICES[arch], compiled(arch, skipping_launch(arch, job, variant), tmp_path)
     addresses_are_wide(kernel)
     masks_are_not_added(kernel)
+    sums_are_wide(kernel)
     if job == "list":
         receipt(name, kernel, "wide addresses")
         return
@@ -536,6 +545,7 @@ def test_row_kernel(name, arch, job, flags, tmp_path, receipt):
     kernel = compiled(arch, row_launch(arch, job, flags), tmp_path)
     addresses_are_wide(kernel)
     masks_are_not_added(kernel)
+    sums_are_wide(kernel)
     facts = ["wide addresses"]
     if job not in ("target", "merge"):  # a column of partial sums has no length that could be relied on
         vectorised(kernel, arch)

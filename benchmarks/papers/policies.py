@@ -10,7 +10,7 @@ Dimensions: P prompts, L symbols of a prompt or an answer, C = 625 answers, K an
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ def all_logps(model: PreTrainedModel, prompts: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@lru_cache(maxsize=8)
+@cache
 def make_task(seed: int, quick: bool = False) -> Task:
     """Reference and prompts of one seed; the same for the same seed."""
     LOG.info("backwards, seed %d", seed)
