@@ -18,6 +18,7 @@ import torch
 from rgpb.bench.plan import argument, positive
 
 from .claims import CLAIMS, TRIALS, WORLDS
+from .outcomes import SEEDS
 from .report import RESULTS, load, page, record, render, save
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--only", nargs="+", metavar="NAME", help="claims, worlds or trials; default: all")
     add("--hh-rlhf", type=Path, metavar="DIR", help="folder with train.jsonl.gz and test.jsonl.gz of HH-RLHF")
     add("--alpaca-eval", type=Path, metavar="FILE", help="JSON lines with prompt, completions and rewards")
-    add("--seeds", type=argument(positive), default=4, help="runs of each; default %(default)s")
+    add("--seeds", type=argument(positive), default=SEEDS, help="runs of each; default %(default)s")
     add("--docs", type=Path, metavar="FILE", help="where to write the table of all claims")
     add("--again", action="store_true", help="also those whose results are there")
     add("--list", action="store_true", help="only print the claims")

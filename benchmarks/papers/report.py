@@ -18,7 +18,7 @@ from rgpb.bench.measure import provenance
 
 from .claims import CLAIMS, ON_REAL, PAPERS, TRIALS, WORLDS, Claim
 from .judge import VERDICTS, Values, every, judge, spread
-from .outcomes import RATES, Lines, Outcome, best_rate, of_units, outcome, runs_of
+from .outcomes import RATES, SEEDS, Lines, Outcome, best_rate, of_units, outcome, runs_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"  # the project's own
 FILE = "claims.jsonl"
@@ -93,7 +93,8 @@ def page(folder: Path) -> str:
         rows = [("claim", "place", "small models", MODEL, "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
             its, there = records[claim.name], real.get(claim.name)
-            numbers = []
+            seeds = its["settings"].get("seeds", SEEDS)
+            numbers = [f"{seeds} seeds."] if seeds != SEEDS else []
             for part in its["parts"]:  # of a condition all numbers where it holds, else those that decided
                 told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
                 under = f"Learning rate {part['at']}, {part['verdict']}: " if part["at"] else ""
