@@ -54,8 +54,12 @@ def own_function(hidden, weight, bias, target, ref):
     return fused_loss(hidden, LMHead(weight, bias), target, objective=lambda responses: responses.logps().square())
 
 
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("step", [bnf, dpo_each, dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
+@pytest.mark.parametrize("step", [bnf, full(dpo_each), dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
 def test_compiles_in_one_graph(given, step):
     wanted = given[:3]
     eager = step(*given)
@@ -197,16 +201,12 @@ def test_forward_mode_is_refused_of_what_is_compiled(given):
             forward()
 
 
-def full(*values):
-    return pytest.param(*values, marks=pytest.mark.full)
-
-
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "given",
     [
         [(), ()],
-        [(0.1,), (0.2,), (0.35,)],
+        full([(0.1,), (0.2,), (0.35,)]),
         full([(0.1, 30.0), (0.1, 20.0), (0.1, 15.5)]),
         full([(0.1, None, 0.5, -1, 1 << 20), (0.1, None, 0.25, -7, 1 << 21), (0.1, None, 0.125, -3, 1 << 19)]),
         full([(0.1, 30.0, 1.0, -100, 1 << 20, t) for t in (0.9, 0.8, 0.7)]),

@@ -480,7 +480,7 @@ esac
 
 
 @needs_bash
-@pytest.mark.parametrize("dry", ["", "1"])
+@pytest.mark.parametrize("dry", ["", pytest.param("1", marks=pytest.mark.full)])
 def test_the_first_run_takes_no_part_along(dry, tmp_path, python):
     """One that hangs is killed at the end of its budget; without a verdict its place says how parts ended."""
     out = tmp_path / "out"
@@ -514,6 +514,7 @@ def test_what_a_first_run_refuses(arguments, variables, message, tmp_path, pytho
 
 
 @needs_bash
+@pytest.mark.full
 def test_a_second_run_goes_on(tmp_path, python, capsys):
     """Where the first ended, with what failed; the verdict names it."""
     out = tmp_path / "out"

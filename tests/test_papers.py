@@ -490,6 +490,7 @@ def test_the_real_model_from_end_to_end(texts, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_tokens_of_the_real_model_from_end_to_end(texts, tmp_path):
     """What was trained is kept: the second time it is only counted and drawn, alike."""
     folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path), "--pictures", str(tmp_path / "pictures")]

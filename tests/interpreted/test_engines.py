@@ -249,15 +249,17 @@ def test_small_shapes(shape, impl):
         torch.testing.assert_close(a, 1.5 * b)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_skipping_is_certified(monkeypatch, impl):
+SKIPPING = {"impl": IMPLS, "path": ("single", "two_pass"), "name": ("mle", "dpo")}
+
+
+@pytest.mark.parametrize(("impl", "path", "name"), covering(2, **SKIPPING))
+def test_skipping_is_certified(monkeypatch, impl, path, name):
     """As `tests/test_skipping.py` does in torch; the masses come from the Triton kernels here."""
     monkeypatch.setitem(chunking.MASS_TILE, "cpu", 64)
-    for name, sort_vocab in (("mle", False), ("dpo", True)):
-        for path in ("single", "two_pass"):
-            metrics, largest = check_rows(name, 0.3, impl=impl, sort_vocab=sort_vocab, path=path, shape=(6, 5, 300, 32))
-            assert 0.1 < metrics["skipped/share"] < 1
-            assert largest > 1e-9
+    sort_vocab = name == "dpo"
+    metrics, largest = check_rows(name, 0.3, impl=impl, sort_vocab=sort_vocab, path=path, shape=(6, 5, 300, 32))
+    assert 0.1 < metrics["skipped/share"] < 1
+    assert largest > 1e-9
 
 
 LONG = """
