@@ -458,7 +458,7 @@ def tally() -> str:
         return f"{held} held, {failed} did not, and {len(verdicts) - held - failed} could not be decided"
 
     also = (
-        f" Of {len(real)} that were tried on SmolLM2-135M so far, some of them changed, {told(real)}." if real else ""
+        f" Of {len(real)} that were tried on SmolLM2-135M, some of them changed, {told(real)}." if real else ""
     )
     return f"**Of {len(small)} claims of the four papers that were tried here on small models, {told(small)}.{also}**"
 
@@ -534,7 +534,7 @@ def decisions() -> str:
             same = real and not real.endswith(CHANGED)
             evidence.append(f"{short}: **{small}**" + (f", on SmolLM2-135M **{real}**" if same else ""))
         lines.append((situation, advice, "; ".join(evidence)))
-    return table(("you have", "try first", "what was tried here, on small models"), lines, right=3)
+    return table(("you have", "try first", "what was tried here, on small models and on SmolLM2-135M"), lines, right=3)
 
 
 def moved_tokens() -> str:
