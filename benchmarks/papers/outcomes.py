@@ -85,12 +85,13 @@ def of_units(run: Line, lines: Lines) -> dict[str, list[float]]:
 
 
 class Outcome(NamedTuple):
-    """A claim's verdict, numbers and what is told beside, from so many seeds or more; with 0 it waits for runs."""
+    """A claim's verdict, numbers and what is told beside, from `seeds` to `most` seeds; with 0 it waits for runs."""
 
     verdict: str = ""
     told: Sequence[Told] = ()
     beside: Sequence[Told] = ()
     seeds: int = 0
+    most: int = 0
 
 
 def outcome(claim: OnReal, lines: Lines) -> Outcome:
@@ -98,17 +99,19 @@ def outcome(claim: OnReal, lines: Lines) -> Outcome:
 
     A claim that fails in one part fails, also before the runs of the others are there.
     """
-    values = {seeds: numbers(lines, seeds) for seeds in range(SEEDS, 1, -1)}
+    most = 1 + max((seed for _, _, seed in lines), default=0)
+    values = {seeds: numbers(lines, seeds) for seeds in range(most, 1, -1)}
 
     def told(parts: Sequence[Part]) -> list[tuple[int, Told]]:
-        most = [(next((k for k in values if _known(part, values[k])), 0), part) for part in parts]
-        return [(k, part.judge(values[k])) for k, part in most if k]
+        known = [(next((k for k in values if _known(part, values[k])), 0), part) for part in parts]
+        return [(k, part.judge(values[k])) for k, part in known if k]
 
     its, beside = told(claim.parts), [one for _, one in told(claim.beside)]
     verdict = every([one.verdict for _, one in its]) if its else OPEN
     if not its or (len(its) < len(claim.parts) and verdict != FAILS):
         return Outcome()
-    return Outcome(verdict, [one for _, one in its], beside, min(seeds for seeds, _ in its))
+    seeds = [seeds for seeds, _ in its]
+    return Outcome(verdict, [one for _, one in its], beside, min(seeds), max(seeds))
 
 
 def _known(part: Part, values: Numbers) -> bool:

@@ -138,7 +138,8 @@ def _on_real(text: str, its: Outcome) -> str:
     """What the real model said: all numbers where the claim holds, else those that decided."""
     told = _told([one for one in its.told if one.verdict == its.verdict])
     beside = f" Beside: {_told(its.beside)}." if its.beside else ""
-    return f"*{MODEL}*, {its.seeds} seeds: {text + ' ' if text else ''}{told}.{beside}"
+    seeds = f"{its.seeds}" if its.seeds == its.most else f"{its.seeds} to {its.most}"
+    return f"*{MODEL}*, {seeds} seeds: {text + ' ' if text else ''}{told}.{beside}"
 
 
 def _counts(found: Sequence[tuple[str, str]], other: str = "") -> list[str]:
