@@ -457,9 +457,7 @@ def tally() -> str:
         held, failed = verdicts.count("holds"), verdicts.count("does not hold")
         return f"{held} held, {failed} did not, and {len(verdicts) - held - failed} could not be decided"
 
-    also = (
-        f" Of {len(real)} that were tried on SmolLM2-135M, some of them changed, {told(real)}." if real else ""
-    )
+    also = f" Of {len(real)} that were tried on SmolLM2-135M, some of them changed, {told(real)}." if real else ""
     return f"**Of {len(small)} claims of the four papers that were tried here on small models, {told(small)}.{also}**"
 
 
@@ -496,7 +494,7 @@ DECISIONS = (
         "`swepo` with `p=0`",
         (
             ("All above the mean beat the best alone", "Contrasting all responses above the mean"),
-            ("Weighting by deviation helps", "Weighting the group contrast by the deviation"),
+            ("Weighting by deviation, and by its square, helps", "Weighting the group contrast by the deviation"),
             ("DPO varies more with the rejected response", "DPO's result varies more than that of SWEPO"),
         ),
     ),
@@ -531,8 +529,9 @@ def decisions() -> str:
             if len(its) != 1:
                 raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(its)}")
             small, real = (verdict.replace("not decidable at this size", "undecided") for verdict in its[0])
-            same = real and not real.endswith(CHANGED)
-            evidence.append(f"{short}: **{small}**" + (f", on SmolLM2-135M **{real}**" if same else ""))
+            alike = "few tokens" not in situation  # the real model's pairs differ much
+            there = real.replace(CHANGED, f"**{CHANGED}") if real.endswith(CHANGED) else f"{real}**"
+            evidence.append(f"{short}: **{small}**" + (f", on SmolLM2-135M **{there}" if real and alike else ""))
         lines.append((situation, advice, "; ".join(evidence)))
     return table(("you have", "try first", "what was tried here, on small models and on SmolLM2-135M"), lines, right=3)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Triton: tl.sum adds 16-bit numbers in 16 bits, while tl.max, which needs no more, first makes float32 of them.
+# Triton: tl.sum adds bfloat16 and float16 in 16 bits, while tl.max, which would lose nothing there, takes float32.
 #
 # Versions: triton 3.6.0, Python 3.11; no GPU and no torch needed.
-# A good guess: a reduction of bfloat16 or float16 numbers is done in float32, as torch's sum and Triton's own tl.dot do
-#   it, and comes back in 16 bits; or all reductions keep the type that they are given.
+# A good guess: a reduction of 16-bit floats is done in float32, as torch's sum does it and tl.dot adds its products; or
+#   all reductions keep the type that they are given.
 # Seen, in the code that is compiled: tl.sum adds in bfloat16 and in float16. tl.max compares in float32. tl.cumsum adds
-#   bfloat16 in float32, but float16 in float16: the last of the running sums of a bfloat16 tile isn't its sum. In
-#   triton 3.9.0 tl.cumsum adds bfloat16 in bfloat16, too.
+#   bfloat16 in float32, but float16 in float16: the last of the running sums of a bfloat16 tile needn't be its sum.
+#   (In triton 3.9.0, which isn't run here, tl.cumsum adds bfloat16 in bfloat16, too.)
 # Exit status: 0 as long as that is so, 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)

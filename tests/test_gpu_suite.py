@@ -514,7 +514,6 @@ def test_what_a_first_run_refuses(arguments, variables, message, tmp_path, pytho
 
 
 @needs_bash
-@pytest.mark.full
 def test_a_second_run_goes_on(tmp_path, python, capsys):
     """Where the first ended, with what failed; the verdict names it."""
     out = tmp_path / "out"

@@ -813,8 +813,8 @@ class TestInterrupted:
     @pytest.mark.parametrize(
         ("loss", "step"),
         [
-            ("mc_po", 3),
-            *(full(*case) for case in (("dpo best-random", 5), ("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7))),
+            *(("mc_po", 3), ("dpo best-random", 5)),
+            *(full(*case) for case in (("mc_po", 1), ("swepo", 5), ("mc_po", 6), ("swepo", 7))),
             *(full(*case) for case in (("dpo best-random", 3), ("bco unpaired", 6), ("kto unpaired", 7))),
         ],
     )

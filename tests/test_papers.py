@@ -308,6 +308,10 @@ def test_numbers_of_the_real_model_are_those_of_the_best_rate():
     assert outcomes.outcome(more, known) == outcomes.Outcome()  # it may hold yet
     third = {**known, ("BNF", outcomes.RATES[1], 2): {**lines[1], "seed": 2}}  # with more seeds they are all taken
     assert (outcomes.outcome(claim, third).seeds, outcomes.outcome(claim, third).most) == (3, 3)
+    apart = {**third, **{("IPO", rate, 0): {**lines[0], "method": "IPO"} for rate in outcomes.RATES}}
+    apart |= {("IPO", outcomes.RATES[0], 1): {**lines[0], "method": "IPO", "seed": 1}}
+    both = claim._replace(parts=[*claim.parts, *parse("change of log p of chosen: IPO > 0")])
+    assert (outcomes.outcome(both, apart).seeds, outcomes.outcome(both, apart).most) == (2, 3)
     assert outcomes.outcome(claim, third).told[0].number == "1 ± 0.6 [1.7]"  # by seed ½, 2, ½; by pair 4/3, 2/3
     fails = more._replace(parts=[*parse("change of log p of chosen: BNF > 0 by 9"), *more.parts])
     assert outcomes.outcome(fails, known).verdict == FAILS

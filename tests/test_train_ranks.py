@@ -285,7 +285,6 @@ class TestCheckpoints:
                 assert isinstance(ran[0], dict) == (stop is None), ran
             assert differ(tmp_path / f"whole-{name}", tmp_path / f"cut-{name}") < 10 * ROUNDING
 
-    @pytest.mark.full
     def test_reference_scores_go_on(self, ranks, data, tmp_path):
         """Blocks are kept as they are made; the scores are those of one process, bitwise."""
         settings: dict[str, Any] = {"steps": 5, "batch_size": 2, "eval_rows": 2}

@@ -85,7 +85,7 @@ def of_units(run: Line, lines: Lines) -> dict[str, list[float]]:
 
 
 class Outcome(NamedTuple):
-    """A claim's verdict, numbers and what is told beside, from `seeds` to `most` seeds; with 0 it waits for runs."""
+    """A claim's verdict, its numbers and those beside. What decides it has `seeds` to `most` seeds, 0 without runs."""
 
     verdict: str = ""
     told: Sequence[Told] = ()
@@ -110,8 +110,8 @@ def outcome(claim: OnReal, lines: Lines) -> Outcome:
     verdict = every([one.verdict for _, one in its]) if its else OPEN
     if not its or (len(its) < len(claim.parts) and verdict != FAILS):
         return Outcome()
-    seeds = [seeds for seeds, _ in its]
-    return Outcome(verdict, [one for _, one in its], beside, min(seeds), max(seeds))
+    decisive = [seeds for seeds, one in its if one.verdict == verdict]
+    return Outcome(verdict, [one for _, one in its], beside, min(decisive), max(decisive))
 
 
 def _known(part: Part, values: Numbers) -> bool:
