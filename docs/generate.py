@@ -530,8 +530,8 @@ def decisions() -> str:
                 raise ValueError(f"DECISIONS: expected one claim with {text!r} in docs/claims.md, got {len(its)}")
             small, real = (verdict.replace("not decidable at this size", "undecided") for verdict in its[0])
             alike = "few tokens" not in situation  # the real model's pairs differ much
-            there = real.replace(CHANGED, f"**{CHANGED}") if real.endswith(CHANGED) else f"{real}**"
-            evidence.append(f"{short}: **{small}**" + (f", on SmolLM2-135M **{there}" if real and alike else ""))
+            there = f", on SmolLM2-135M **{real}**".replace(f"{CHANGED}**", f"**{CHANGED}")
+            evidence.append(f"{short}: **{small}**" + (there if real and alike else ""))
         lines.append((situation, advice, "; ".join(evidence)))
     return table(("you have", "try first", "what was tried here, on small models and on SmolLM2-135M"), lines, right=3)
 

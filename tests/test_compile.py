@@ -54,10 +54,6 @@ def own_function(hidden, weight, bias, target, ref):
     return fused_loss(hidden, LMHead(weight, bias), target, objective=lambda responses: responses.logps().square())
 
 
-def full(*values):
-    return pytest.param(*values, marks=pytest.mark.full)
-
-
 @pytest.mark.compile
 @pytest.mark.parametrize("step", [bnf, dpo_each, dpo_with_metrics, dpo_packed, scores_with_entropy, own_function])
 def test_compiles_in_one_graph(given, step):
@@ -199,6 +195,10 @@ def test_forward_mode_is_refused_of_what_is_compiled(given):
     for forward in (lambda: torch.func.jvp(compiled, (hidden,), (tangent,)), lambda: inside(hidden)):
         with pytest.raises(ValueError, match="hidden: expected a tensor without tangent"):
             forward()
+
+
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.mark.compile

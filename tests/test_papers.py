@@ -139,7 +139,7 @@ def test_what_is_kept_and_drawn(tmp_path):
             report.record(
                 BY_NAME["swepo_positives"],
                 {"expected reward": {**names, "SWEPO, one against all, p = 0": [0.0, 0.1]}},
-                {},
+                {"seeds": outcomes.SEEDS},
             )
         ],
     )
@@ -153,6 +153,8 @@ def test_what_is_kept_and_drawn(tmp_path):
     text = report.page(tmp_path)
     assert "**2 hold, 0 do not hold, 0 can't be decided at this size.**" in text
     assert "expected reward, SWEPO, p = 2 less SWEPO, p = 0: +1.5 ± 0.5" in text
+    assert "| 2 seeds.<br>expected reward, SWEPO, p = 1 less" in text
+    assert f"{outcomes.SEEDS} seeds." not in text  # only where it isn't the usual number
     report.render(tmp_path, tmp_path / "pictures")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {f"{name}.png" for name in kept}
     (tmp_path / report.FILE).write_text(json.dumps({**its, "verdict": "surely"}), encoding="utf-8")
@@ -315,6 +317,58 @@ def test_numbers_of_the_real_model_are_those_of_the_best_rate():
     assert outcomes.outcome(claim, third).told[0].number == "1 ± 0.6 [1.7]"  # by seed ½, 2, ½; by pair 4/3, 2/3
     fails = more._replace(parts=[*parse("change of log p of chosen: BNF > 0 by 9"), *more.parts])
     assert outcomes.outcome(fails, known).verdict == FAILS
+
+
+def test_what_the_real_model_showed_is_of_its_runs():
+    """The numbers that docs/which-loss.md and the notes tell beside the verdicts, anew from all runs."""
+    runs = outcomes.runs_of(report.RESULTS)
+    units: dict[str, dict[str, list]] = {}  # of each method at its best rate, with all its seeds
+    for method in dict.fromkeys(name for name, _, _ in runs if not name.startswith("start")):
+        best = outcomes.best_rate(method, runs)
+        its = [run for (name, rate, _), run in runs.items() if (name, rate) == (method, best)]
+        for run in its:
+            for name, values in {**outcomes.of_units(run, runs), "rate": [best]}.items():
+                units.setdefault(name, {}).setdefault(method, []).append(values)
+    text = (ROOT / "docs" / "which-loss.md").read_text(encoding="utf-8")
+    notes = (report.RESULTS / "smollm2.txt").read_text(encoding="utf-8")
+
+    def told(values, places=1):
+        mean, error = judge.estimate(values)
+        return f"{mean:.{places}f} ± {error:.{places}f}"
+
+    chosen, rejected = units["change of log p of chosen"], units["change of log p of rejected"]
+    paired = [chosen[name] for name in chosen if "then" not in name]
+    assert min(judge.estimate(values)[0] for values in paired) > 0
+    assert all(mean > -error for mean, error in (judge.estimate(rejected[name]) for name in rejected))
+    dpo, bnf, mle = (told(chosen[name]) for name in ("DPO", "BNF", "MLE"))
+    assert f"DPO raised them by {dpo} nats, BNF by {bnf}, MLE by {mle}." in text
+    falls = [told(judge.differences(its["MLE"], its["MLE, then DPO"])) for its in (chosen, rejected)]
+    assert f"After MLE, DPO lowered both, by {falls[0]} and {falls[1]}." in text
+    ranked = [
+        fmean(
+            (a > b) + (a == b) / 2 for ours, theirs in zip(chosen[name], rejected[name]) for a, b in zip(ours, theirs)
+        )
+        for name in chosen
+    ]
+    lengths = runs["start of pairs", 0.0, 0]["test"]["tokens"]
+    shorter = fmean((a < b) + (a == b) / 2 for a, b in zip(lengths[::2], lengths[1::2]))
+    assert f"Δ ranks {100 * min(ranked):.0f} to {100 * max(ranked):.0f} % of 80 others" in text
+    assert f"“the shorter is better” would rank {100 * shorter:.0f} %" in text
+    assert f"with {fmean(lengths[::2]):.0f} tokens against {fmean(lengths[1::2]):.0f}" in notes
+    assert max(fmean(map(fmean, its)) for its in units["accuracy by Δ per token"].values()) < shorter
+    order = {name: judge.estimate(its) for name, its in units["accuracy of the order"].items()}
+    others = {"DPO, best and random": 64, "MC-PO, max": 62, "MC-PO, min": 61, "SWEPO, p = 2": 59}
+    assert {name: round(100 * order[name][0]) for name in others} == others
+    rest = [order[name] for name in order if name not in others]
+    assert {round(100 * mean) for mean, _ in rest} == {67, 68}
+    assert all(0.02 < error < 0.04 for _, error in rest)
+    entropy = units["log perplexity"]
+    cost = told(judge.differences(entropy["MLE, then DPO"], entropy["MLE"]), 3)
+    gain = told(judge.differences(entropy["MLE"], entropy["MLE, then ExMATE"]), 2)
+    assert f"**After MLE, DPO costs likelihood**: {cost} nats per token" in text
+    assert f"the chosen gain {gain};" in text
+    top = sum(its[0] == [max(outcomes.RATES)] for its in units["rate"].values())
+    assert f"the highest for {top} of {len(units['rate'])} methods" in notes
 
 
 def test_the_score_of_a_learning_rate():

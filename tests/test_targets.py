@@ -19,6 +19,7 @@ import re
 import subprocess
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -280,6 +281,26 @@ def sums_are_wide(kernel):
     """No 16-bit numbers are added, as a sum over a tile of them would do: findings/triton_sum_in_16_bits.sh."""
     narrow = re.findall(r"arith\.addf [^\n:]*: (?:tensor<[^>\n]*x)?b?f16\b", kernel.ir)
     assert not narrow, narrow
+
+
+@triton.jit
+def sum_kernel(x_ptr, out_ptr):
+    triton.language.store(out_ptr, triton.language.sum(triton.language.load(x_ptr + triton.language.arange(0, 16))))
+
+
+@triton.jit
+def double_kernel(x_ptr, out_ptr):
+    x = triton.language.load(x_ptr + triton.language.arange(0, 16))
+    triton.language.store(out_ptr + triton.language.arange(0, 16), x + x)
+
+
+@pytest.mark.parametrize("kernel", [sum_kernel, double_kernel])
+@pytest.mark.parametrize(("dtype", "wide"), [("fp32", True), ("bf16", False), ("fp16", False)])
+def test_sums_that_are_not_wide_are_seen(kernel, dtype, wide):
+    made = ASTSource(kernel, {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}, {})
+    seen = SimpleNamespace(ir=triton.compile(made, target=DEVICES["sm_90"].target).asm["ttir"])
+    with contextlib.nullcontext() if wide else pytest.raises(AssertionError, match="arith.addf"):
+        sums_are_wide(seen)
 
 
 def vectorised(kernel, arch):

@@ -93,7 +93,7 @@ def page(folder: Path) -> str:
         rows = [("claim", "place", "small models", MODEL, "numbers", "name; trial in world")]
         for claim in (CLAIMS[ORDER[name]] for name in records if CLAIMS[ORDER[name]].paper == paper):
             its, there = records[claim.name], real.get(claim.name)
-            seeds = its.get("settings", {}).get("seeds", SEEDS)
+            seeds = its["settings"]["seeds"]
             numbers = [f"{seeds} seeds."] if seeds != SEEDS else []
             for part in its["parts"]:  # of a condition all numbers where it holds, else those that decided
                 told = [one for one in part["told"] if one[2] in ("", part["verdict"])]
@@ -155,9 +155,7 @@ def _notes(folder: Path, name: str) -> list[str]:
 
 
 def _told(told: Sequence[Sequence[str]], at: str = "") -> str:
-    return "; ".join(f"{what.removesuffix(at)}: {number.rstrip('.')}" for what, number, _ in told).replace(
-        f"{at} less", " less"
-    )
+    return "; ".join(f"{what.removesuffix(at)}: {number}" for what, number, _ in told).replace(f"{at} less", " less")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
